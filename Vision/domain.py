@@ -1,0 +1,200 @@
+"""What the project knows about CLIP: its blocks, its tasks, how a model is opened, written and scored."""
+
+import json
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import datasets
+import open_clip
+import torch
+import yaml
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common.blocks import BlockFamily
+from common.checkpoints import Checkpoint, write_tensors, write_text
+from common.config import Config, Model
+from common.errors import InputError
+from common.records import load_records
+from common.task_vectors import Params
+
+NAME = "vision"
+IMAGE_TOWER = "visual."
+PERCENT = True  # tables print percent
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image classification data set and the words for its zero-shot head.
+
+    hub, hub_config, split: as datasets.load_dataset takes them. templates: prompts, {c} is the class name.
+    classes: names in label order. test_size: examples that published numbers were counted on.
+    """
+
+    templates: list[str]
+    classes: list[str]
+    hub: str = ""
+    hub_config: str | None = None
+    split: str = "test"
+    train_split: str = "train"
+    test_size: int | None = None
+
+
+def architecture(model: Model) -> str:
+    """The name by which open_clip knows the architecture; InputError if neither the config nor the base tells it."""
+    if model.arch:
+        return model.arch
+    if (model.path("base") / "open_clip_config.json").is_file():
+        return f"local-dir:{model.path('base')}"
+    raise InputError(
+        f"{model.path('base')} holds no open_clip_config.json; name the architecture in model.arch, as in ViT-B-32-quickgelu"
+    )
+
+
+@cache
+def skeleton(model: Model, device: str = "meta") -> nn.Module:
+    """The CLIP model without its weights; on the meta device it takes no memory."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # open_clip warns that the weights are random
+    try:
+        with torch.device(device):
+            return open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"open_clip cannot build model.arch {architecture(model)!r}: {error}") from error
+    finally:
+        logging.root.setLevel(level)
+
+
+def token_shape(model: Model) -> tuple[int, int]:
+    """Tokens and width that a block of the image tower sees."""
+    tokens, width = skeleton(model).get_parameter("visual.positional_embedding").shape
+    return tokens, width
+
+
+def text_checkpoint(model: Model) -> Checkpoint:
+    """The checkpoint that has the text tower: the base, or what model.text names."""
+    wanted = [name for name in skeleton(model).state_dict() if not name.startswith(IMAGE_TOWER)]
+    tried = []
+    for which in ("base", "text"):
+        if getattr(model, which):
+            checkpoint = Checkpoint(model.path(which))
+            missing = [name for name in wanted if name not in checkpoint.shapes]
+            if not missing:
+                return checkpoint
+            tried.append(f"{checkpoint.path} lacks {missing[0]}")
+    raise InputError(f"no text tower: {'; '.join(tried)}; model.text can name a checkpoint of the whole CLIP model")
+
+
+def zero_shot_head(model: Model, task: str) -> Tensor:
+    """The classifier of a task, (classes, embedding): the head file if there is one, else made from the text tower.
+
+    Every class name fills all templates; the normalised text embeddings are averaged, normalised again and scaled by
+    the logit scale (Radford et al. 2021).
+    """
+    classes = TASKS[task].classes
+    if model.head and model.path("head", task).is_file():
+        head = Checkpoint(model.path("head", task)).read(["weight"])["weight"]
+        if len(head) != len(classes):
+            raise InputError(f"{model.path('head', task)} has {len(head)} classes, the task {task} has {len(classes)}")
+        return head
+    text = text_checkpoint(model)
+    clip = skeleton(model, "cpu")
+    clip.load_state_dict(text.read(n for n in text.shapes if not n.startswith(IMAGE_TOWER)), strict=False)
+    templates = [lambda c, t=t: t.replace("{c}", c) for t in TASKS[task].templates]
+    tokenizer = open_clip.get_tokenizer(architecture(model))
+    with torch.no_grad():
+        directions = open_clip.build_zero_shot_classifier(clip, tokenizer, classes, templates)
+        return directions.T * clip.logit_scale.exp()
+
+
+def metric(task: str) -> str:
+    """Name of the number that a task reports."""
+    return "accuracy"
+
+
+def labelled_images(config: Config, task: str) -> datasets.Dataset:
+    """The test images of a task with columns image and label, from the local folder or the hub."""
+    row = TASKS[task]
+    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, row.split, ("image", "label"))
+    names = getattr(records.features["label"], "names", None)
+    if names is not None and len(names) != len(row.classes):
+        raise InputError(
+            f"the data of task {task} has {len(names)} classes; TASKS in Vision/domain.py has {len(row.classes)}"
+        )
+    return records.select(range(min(len(records), config.eval.limit or len(records))))
+
+
+@torch.no_grad()
+def score(
+    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> dict[str, tuple[float, int]]:
+    """Top-1 accuracy in [0, 1] and number of test images, for several models in one pass over the images."""
+    clip = skeleton(config.model, "cpu")
+    preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    head = zero_shot_head(config.model, task).to(device)
+    towers = {name: image_tower(config.model, path).to(device) for name, path in checkpoints.items()}
+    correct = dict.fromkeys(towers, 0)
+    records = labelled_images(config, task)
+
+    def collate(rows: list[dict]) -> tuple[Tensor, Tensor]:
+        images = torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])
+        return images, torch.tensor([row["label"] for row in rows])
+
+    loader = torch.utils.data.DataLoader(
+        records, config.eval.batch_size, collate_fn=collate, num_workers=config.eval.workers
+    )
+    for images, labels in tqdm(loader, desc=f"score {task}", leave=False):
+        images, labels = images.to(device), labels.to(device)
+        for name, tower in towers.items():
+            logits = F.normalize(tower(images), dim=-1) @ head.T
+            correct[name] += int((logits.argmax(-1) == labels).sum())
+    return {name: (hits / len(records), len(records)) for name, hits in correct.items()}
+
+
+def image_tower(model: Model, path: Path) -> nn.Module:
+    """The image tower with the weights of one checkpoint."""
+    tower = deepcopy(skeleton(model).visual)
+    tower.load_state_dict(Checkpoint(path).read_under(IMAGE_TOWER), assign=True)
+    return tower
+
+
+def check_export(model: Model) -> None:
+    """InputError if a merged model could not be written because no text tower is at hand."""
+    text_checkpoint(model)
+
+
+def export(model: Model, tensors: Params, folder: Path) -> None:
+    """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
+    text = text_checkpoint(model)
+    names = skeleton(model).state_dict()
+    whole = {n: t for n, t in tensors.items() if n in names}
+    whole |= text.read(n for n in names if not n.startswith(IMAGE_TOWER))
+    write_text(folder / "open_clip_config.json", json.dumps(open_clip_config(model), indent=2) + "\n")
+    write_tensors(folder / "open_clip_model.safetensors", {n: whole[n] for n in names})
+
+
+def open_clip_config(model: Model) -> dict:
+    """The open_clip_config.json of a merged model: the base's own, or the named architecture's."""
+    if not model.arch:
+        return json.loads((model.path("base") / "open_clip_config.json").read_text())
+    preprocess = skeleton(model).visual.preprocess_cfg
+    return {"model_cfg": open_clip.get_model_config(model.arch), "preprocess_cfg": preprocess}
+
+
+FAMILIES = {
+    # null_gradients: of the fused projection's bias (q, k, v) the key part. published_axes: open_clip 2.0.2 was sequence-first.
+    "open_clip": BlockFamily(
+        blocks="visual.transformer.resblocks",
+        scope=IMAGE_TOWER,
+        null_gradients={"attn.in_proj_bias": (1, 3)},
+        published_axes="TAD",
+    ),
+}
+
+TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}

@@ -1,0 +1,181 @@
+"""Checkpoints on disk: read a tensor or a block at a time, write whole files or none."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import InputError
+from common.task_vectors import Params
+
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
+INDEX_FILE = "model.safetensors.index.json"
+PAGE = 4096
+HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
+
+
+class Checkpoint:
+    """The tensors of one model: a .safetensors file, or a folder as Hugging Face or open_clip lay it out.
+
+    Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
+    is what was read last.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in weight_files(self.path):
+            with opened(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    self._file_of[name] = file
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that begin with `prefix`, in order."""
+        return sorted(name for name in self.shapes if name.startswith(prefix))
+
+    def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """{name without the prefix: shape}."""
+        return {name.removeprefix(prefix): self.shapes[name] for name in self.names(prefix)}
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self._file_of:
+                raise InputError(f"{self.path} lacks the tensor {name}")
+            by_file.setdefault(self._file_of[name], []).append(name)
+        tensors = {}
+        for file, wanted in by_file.items():
+            with opened(file) as handle:
+                for name in wanted:
+                    tensors[name] = handle.get_tensor(name).to(torch.float32, copy=True)
+                    if not tensors[name].isfinite().all():
+                        raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
+        return tensors
+
+    def read_under(self, prefix: str) -> Params:
+        """All tensors whose name begins with `prefix`, the prefix taken off."""
+        return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
+
+    def fingerprint(self) -> str:
+        """Identifies the contents without reading all of it; see `fingerprint`."""
+        return digest([[file.name, fingerprint(file)] for file in sorted(set(self._file_of.values()))])
+
+
+def fingerprint(file: Path) -> str:
+    """16 hexadecimal digits of a file's size and 64 pages spread over it: enough to tell one training from another."""
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    size = file.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as handle:
+        for page in range(64):
+            handle.seek(page * max(0, size - PAGE) // 63)
+            sha.update(handle.read(PAGE))
+    return sha.hexdigest()[:16]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint. InputError says what was looked for."""
+    if path.is_dir():
+        if (path / INDEX_FILE).is_file():
+            shards = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+            return [path / shard for shard in shards]
+        for name in WEIGHT_FILES:
+            if (path / name).is_file():
+                return [path / name]
+        raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}")
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path}")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no .safetensors file; scripts/convert_checkpoint.py makes one of a pickled module")
+    return [path]
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file open for lazy reads; a file that is missing, truncated or damaged is an InputError."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {file}") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or no safetensors file ({error})") from error
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What this project wrote into the header of one of its files; empty if the file is not one of them."""
+    with opened(file) as handle:
+        return json.loads((handle.metadata() or {}).get(HEADER_KEY, "{}"))
+
+
+def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
+    for field, value in flattened(expected).items():
+        was = flattened(found).get(field)
+        if was != value:
+            raise InputError(
+                f"{file} was made with {field} = {was}, now it is {value}; "
+                "choose another run.name, or remove the file to have it made anew"
+            )
+
+
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings, as JSON would give them back."""
+    flat = {}
+    for key, value in json.loads(json.dumps(nested)).items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file that is either whole or not there. The same contents give the same bytes."""
+    metadata = {"format": "pt"} if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
+    with replacing(file) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` that takes its place when the block ends well; else nothing changes."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {file}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(value: Params | Any) -> str:
+    """16 hexadecimal digits that identify tensors by name, type, shape and bytes, or anything that JSON can say."""
+    sha = hashlib.sha256()
+    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+        for name in sorted(value):
+            tensor = value[name].detach().cpu().contiguous()
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.view(-1).view(torch.uint8).numpy())
+    else:
+        sha.update(json.dumps(value, sort_keys=True).encode())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,218 @@
+"""What an experiment can choose. One YAML serves both stages; the command line overrides it field by field."""
+
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoints to merge.
+
+    Args:
+        base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it.
+        expert: The same for the expert of one task; {task} stands for its name.
+        root: Folder that the other paths are relative to.
+        arch: Architecture: an open_clip model name, say. Empty: the config file beside the base's weights tells.
+        family: How the architecture is taken apart into blocks; a key of FAMILIES in the domain.
+        text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
+        head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
+    """
+
+    base: str = ""
+    expert: str = ""
+    root: str = "."
+    arch: str = ""
+    family: str = ""
+    text: str = ""
+    head: str = ""
+
+    def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
+        """One of the paths, relative to `root`, "~" expanded."""
+        return Path(self.root).expanduser() / getattr(self, name).replace("{task}", task)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """How anchors are made (paper section 3, box 1).
+
+    Args:
+        init: Where the anchors start: rows of the expert's weights, or scaled Gaussian noise.
+        number: Anchors per task and block.
+        tokens: Tokens per anchor. Unset: what the architecture sees.
+        scale: Factor on the initial anchors. Unset: the paper's, 1 for weight and 0.01 for gauss.
+        distance: Between the outputs of the base block and the expert's.
+        optimizer: Of the anchors.
+        lr: Its learning rate.
+        steps: Its steps.
+        skip_null_gradients: Leave out of the loss what no input can move (the key bias).
+        source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy.
+    """
+
+    init: Literal["weight", "gauss"] = "weight"
+    number: int = 64
+    tokens: int | None = None
+    scale: float | None = None
+    distance: Literal["cos", "mse", "l1"] = "cos"
+    optimizer: Literal["adamw"] = "adamw"
+    lr: float = 1e-2
+    steps: int = 1200
+    skip_null_gradients: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that adaptation starts from.
+
+    Args:
+        method: pretrained, or a merge method.
+        hyper: Hyperparameters of each method, as in {ta: {scale: 0.3}}.
+    """
+
+    method: str = "pretrained"
+    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """How the merged blocks are trained on the anchors (paper box 2).
+
+    Args:
+        rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
+        distance: Between the merged block's outputs and the expert's.
+        lr: Learning rate of Adam: on the weights (start pretrained) or on a coefficient for each weight (merged starts).
+        epochs: Passes over the anchors of all tasks.
+        batch_size: Anchors per step.
+        label: Put behind the name of the result, to keep several side by side.
+        by_start: What differs for one start, as in {wudi: {epochs: 25}}. The command line comes before it.
+    """
+
+    rest: Literal["pretrained", "start"] = "pretrained"
+    distance: Literal["cos", "mse", "l1"] = "cos"
+    lr: float = 1e-2
+    epochs: int = 100
+    batch_size: int = 128
+    label: str = ""
+    by_start: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def for_start(self, method: str) -> "Adapt":
+        """These settings with what differs for one start put in."""
+        return replace(self, by_start={}, **self.by_start.get(method, {}))
+
+
+@dataclass(frozen=True)
+class Eval:
+    """How models are scored.
+
+    Args:
+        data: Folder with one folder per task, in any layout that `datasets` reads. Tasks without one come from the hub.
+        batch_size: Examples per step.
+        limit: Use only the first examples of each test set. Unset: all.
+        workers: Processes that decode examples; 0 decodes in this one.
+        paper_table: Table of configs/paper_results.yaml to print beside the results.
+    """
+
+    data: str = "data"
+    batch_size: int = 256
+    limit: int | None = None
+    workers: int = 0
+    paper_table: str = ""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What scripts/compare.py runs through.
+
+    Args:
+        starts: Starts of the adaptation, keys as start.method takes them.
+        inits: Initialisations of the anchors.
+    """
+
+    starts: list[str] = field(default_factory=lambda: ["pretrained", "ta", "tsv", "wudi"])
+    inits: list[Literal["weight", "gauss"]] = field(default_factory=lambda: ["weight", "gauss"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how the work is done; nothing here changes a result but the seed.
+
+    Args:
+        name: Folder of the results, under `root`.
+        root: Folder of all runs.
+        device: auto, cpu, cuda or cuda:N.
+        seed: Every draw derives from it, the task and the block.
+        blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
+        score: Score the merged model at the end of adapt.
+    """
+
+    name: str = "demo"
+    root: str = "runs"
+    device: str = "auto"
+    seed: int = 0
+    blocks: list[int] | None = None
+    score: bool = True
+
+    @property
+    def dir(self) -> Path:
+        """Folder of everything this run writes."""
+        return Path(self.root).expanduser() / self.name
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment: which checkpoints, which anchors, which start, which adaptation."""
+
+    domain: Literal["vision", "nlu", "nlg"]
+    model: Model
+    tasks: list[str]
+    anchors: Anchors
+    start: Start
+    adapt: Adapt
+    eval: Eval
+    compare: Compare
+    run: Run
+    dry_run: bool = False
+
+
+def parse(description: str, argv: list[str] | None = None) -> Config:
+    """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
+    parser = ArgumentParser(
+        prog=Path(sys.argv[0]).name, usage="%(prog)s --config FILE [--section.field VALUE ...]", description=description
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the experiment; see configs/")
+    parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
+    parser.add_class_arguments(Model, "model")
+    parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
+    for section in (Anchors, Start, Adapt, Eval, Compare, Run):
+        parser.add_class_arguments(section, section.__name__.lower())
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    parsed = parser.instantiate(parser.parse_args(argv))
+    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
+    return replace(config, adapt=prefer_typed(config.adapt, typed))
+
+
+def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
+    """Check `by_start` and drop from it the fields given on the command line, which come first."""
+    known = {f.name for f in fields(Adapt)} - {"by_start"}
+    for start, changes in adapt.by_start.items():
+        for key in changes:
+            if key not in known:
+                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
+    return replace(
+        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
+    )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain data."""
+    return asdict(config)

@@ -1,0 +1,167 @@
+"""An experiment with its inputs open and checked: what every stage needs before it begins."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from common import anchors
+from common.blocks import BlockFamily, moved
+from common.checkpoints import Checkpoint, digest
+from common.config import Config, Model, as_dict
+from common.errors import InputError
+from common.matching import Block
+from common.merging import METHODS, check_hyper, hyperparameters
+from common.runtime import prepare
+from common.task_vectors import Params, require_same_shapes, subtract
+
+PRETRAINED = "pretrained"
+
+
+class Domain(Protocol):
+    """What a domain module (Vision/domain.py, ...) offers."""
+
+    NAME: str
+    FAMILIES: Mapping[str, BlockFamily]
+    TASKS: Mapping[str, Any]
+    PERCENT: bool
+
+    def skeleton(self, model: Model) -> nn.Module: ...
+    def token_shape(self, model: Model) -> tuple[int, int]: ...
+    def metric(self, task: str) -> str: ...
+    def check_export(self, model: Model) -> None: ...
+    def export(self, model: Model, tensors: Params, folder: Path) -> None: ...
+    def score(
+        self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+    ) -> dict[str, tuple[float, int]]: ...
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything open: headers read, names and shapes compared, no weight in memory yet.
+
+    shape: (A, T, D) of the anchors of one task and block. depth: number of blocks.
+    """
+
+    config: Config
+    family: BlockFamily
+    block: Block
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    shape: tuple[int, int, int]
+    depth: int
+    device: torch.device
+
+    @property
+    def blocks(self) -> list[int]:
+        """Indices of the blocks to work on."""
+        return list(range(self.depth)) if self.config.run.blocks is None else sorted(set(self.config.run.blocks))
+
+    def read_block(self, checkpoint: Checkpoint, index: int) -> Params:
+        """θ of one block, on the device."""
+        return {n: p.to(self.device) for n, p in checkpoint.read_under(self.family.prefix(index)).items()}
+
+    def rest_names(self) -> list[str]:
+        """Names of the merged tensors that lie outside the anchored blocks."""
+        prefixes = tuple(self.family.prefix(index) for index in range(self.depth))
+        return [name for name in self.base.names(self.family.scope) if not name.startswith(prefixes)]
+
+    def task_vector(self, task: str, theta_0: Params, theta_t: Params) -> Params:
+        """τ of one block without what cannot be matched; InputError if the expert differs from the base nowhere."""
+        tau = subtract(theta_t, theta_0)
+        if not moved(tau) and not any(
+            moved(subtract(self.read_block(self.experts[task], i), self.read_block(self.base, i)))
+            for i in range(self.depth)
+        ):
+            raise InputError(f"the expert of {task}, {self.experts[task].path}, equals the base in every block")
+        return self.family.without_null_gradients(tau) if self.config.anchors.skip_null_gradients else tau
+
+    def hyper(self, method: str) -> dict[str, Any]:
+        """All hyperparameters of a merge method: its defaults, and over them the config's."""
+        defaults = {name: p.default for name, p in hyperparameters(method).items()}
+        return defaults | self.config.start.hyper.get(method, {})
+
+    def anchor_file(self, task: str, index: int) -> Path:
+        """Where the anchors of a unit are: ours, or those of anchors.source in the released layout."""
+        if self.config.anchors.source:
+            return Path(self.config.anchors.source).expanduser() / task / f"dual_anchors_layer_{index + 1}.npy"
+        return self.config.run.dir / "anchors" / self.config.anchors.init / task / f"block_{index:02d}.safetensors"
+
+    def anchor_scale(self) -> float:
+        """Factor on the initial anchors."""
+        scale = self.config.anchors.scale
+        return anchors.SCALES[self.config.anchors.init] if scale is None else scale
+
+    def anchor_provenance(self, task: str, index: int, theta_0: Params, theta_t: Params) -> dict[str, Any]:
+        """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
+        settings = as_dict(self.config.anchors) | {"shape": list(self.shape), "scale": self.anchor_scale()}
+        for said_by_shape in ("source", "number", "tokens"):
+            del settings[said_by_shape]
+        unit = {"task": task, "block": index, "seed": self.config.run.seed}
+        return {"anchors": settings, "run": unit, "weights": {"base": digest(theta_0), "expert": digest(theta_t)}}
+
+    def anchors_of(self, task: str, index: int, theta_0: Params, theta_t: Params) -> torch.Tensor:
+        """The anchors x_ATD of a unit from disk, on the device; InputError if they are not there or not of these weights."""
+        file = self.anchor_file(task, index)
+        if self.config.anchors.source:
+            return anchors.load_published(file, self.family.published_axes, self.shape[2]).to(self.device)
+        if not file.is_file():
+            raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
+        return anchors.load_anchors(file, self.anchor_provenance(task, index, theta_0, theta_t)).to(self.device)
+
+
+def open_experiment(config: Config, domain: Domain) -> Experiment:
+    """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
+    family = check_choices(config, domain)
+    modules = family.modules(domain.skeleton(config.model))
+    for index in config.run.blocks or []:
+        if not 0 <= index < len(modules):
+            raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {len(modules) - 1}")
+    base = Checkpoint(config.model.path("base"))
+    for index, module in enumerate(modules):
+        expected = {name: p.shape for name, p in module.named_parameters()}
+        require_same_shapes(base.shapes_under(family.prefix(index)), expected, f"{base.path}, block {index}")
+    experts = {task: Checkpoint(config.model.path("expert", task)) for task in config.tasks}
+    for expert in experts.values():
+        require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
+    tokens, width = domain.token_shape(config.model)
+    return Experiment(
+        config=config,
+        family=family,
+        block=family.pure(modules[0]),
+        base=base,
+        experts=experts,
+        shape=(config.anchors.number, config.anchors.tokens or tokens, width),
+        depth=len(modules),
+        device=prepare(config.run.device),
+    )
+
+
+def check_choices(config: Config, domain: Domain) -> BlockFamily:
+    """The family of the config; InputError naming the choices where a task, family, method or number is none of them."""
+    if config.domain != domain.NAME:
+        raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}")
+    for task in config.tasks:
+        if task not in domain.TASKS:
+            raise InputError(f"unknown task {task!r}; choose from {', '.join(domain.TASKS)}")
+    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+        raise InputError("tasks must name at least one task, and none twice")
+    family = config.model.family or next(iter(domain.FAMILIES))
+    if family not in domain.FAMILIES:
+        raise InputError(f"unknown model.family {family!r}; choose from {', '.join(domain.FAMILIES)}")
+    for method in sorted(
+        {config.start.method, *config.compare.starts, *config.start.hyper, *config.adapt.by_start} - {PRETRAINED}
+    ):
+        if method not in METHODS:
+            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS))}")
+        check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
+    positive = {"anchors": ("number", "tokens", "lr"), "adapt": ("lr", "epochs", "batch_size"), "eval": ("batch_size",)}
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and value <= 0:
+                raise InputError(f"{section}.{name} is {value}; it must be above zero")
+    return domain.FAMILIES[family]

@@ -1,0 +1,62 @@
+"""How far two outputs are apart, and how well anchors point along a task vector.
+
+Shapes: A anchors, T tokens, D width, P parameter tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.task_vectors import Params
+
+Block = Callable[[Params, Tensor], Tensor]
+"""A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
+
+
+def cosine(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
+    """Sum over the anchors of 1 − cos, each anchor's tokens × width flattened to one vector."""
+    return (1 - F.cosine_similarity(y_ATD.flatten(1), target_ATD.flatten(1), dim=1)).sum()
+
+
+def squared(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
+    """Sum of the squared differences."""
+    return (y_ATD - target_ATD).square().sum()
+
+
+def absolute(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
+    """Sum of the absolute differences."""
+    return (y_ATD - target_ATD).abs().sum()
+
+
+def matching_loss(
+    block: Block, theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor, *, distance: str = "cos"
+) -> Tensor:
+    """How badly the gradient that the anchors induce at θ₀ points along the task vector (paper Eq. 1).
+
+    For every tensor p in `tau`: 1 − cos(−∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀, τ_p), so 0 is a perfect match and 2
+    its opposite. Tensors that `tau` leaves out do not count; the outputs of both blocks depend on x, and so does the loss.
+
+    Deviation: the paper prints the ascent direction of the distance; the descent direction is what aligns with +τ, and
+    what the released code computes. The cosine is taken per tensor, as released, not over the whole vector, as printed.
+
+    Returns: (P,) in the order of `tau`; differentiable in x (twice-differentiable attention is the caller's care).
+    """
+    # torch.func.grad says the same in one line and takes 1.5 times as long (measured on CPU, ViT-B/32 block).
+    compared = {name: theta_0[name].detach().requires_grad_() for name in tau}
+    dissimilarity = DISTANCES[distance](block({**theta_0, **compared}, x_ATD), block(theta_t, x_ATD))
+    gradients = torch.autograd.grad(dissimilarity, list(compared.values()), create_graph=True)
+    return torch.stack([1 - direction_cosine(-g, t) for g, t in zip(gradients, tau.values(), strict=True)])
+
+
+def direction_cosine(g: Tensor, tau: Tensor) -> Tensor:
+    """Cosine of two tensors of one shape, free of scale: ‖g‖ may be as small as a float's square root allows.
+
+    torch's own clamps each norm at 1e-8, under which the gradients of small tensors fall.
+    """
+    floor = torch.finfo(g.dtype).tiny
+    return (g * tau).sum() / (g.square().sum() * tau.square().sum()).clamp_min(floor).sqrt()
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cos": cosine, "mse": squared, "l1": absolute}

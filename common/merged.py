@@ -1,0 +1,127 @@
+"""Merged checkpoints: the starts that methods of parameter space make, and the models that adaptation makes of them.
+
+runs/<name>/merged/<method>/                   a start: a checkpoint that stock libraries open
+runs/<name>/merged/fda-<method>-<init>/        the same, adapted; blocks/ holds its blocks while it is being made
+.../provenance.json                            written last: the folder is whole, and this is what it was made from
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
+from common.config import Config, as_dict
+from common.experiment import PRETRAINED, Domain, Experiment
+from common.merging import SCOPE_BLOCKS, merge
+from common.runtime import recorded
+from common.task_vectors import Params, add, subtract
+
+PROVENANCE_FILE = "provenance.json"
+
+
+def result_dir(config: Config) -> Path:
+    """Folder of the adapted model."""
+    parts = ["fda", config.start.method, config.anchors.init, config.adapt.label]
+    return config.run.dir / "merged" / "-".join(part for part in parts if part)
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """Where an adapted block waits until all are there."""
+    return folder / "blocks" / f"block_{index:02d}.safetensors"
+
+
+def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
+    """The checkpoint of the start: the base itself, or what the merge method makes, unless it is on disk already."""
+    method = experiment.config.start.method
+    if method == PRETRAINED:
+        return experiment.base
+    folder = experiment.config.run.dir / "merged" / method
+    provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
+    if not is_finished(folder, provenance):
+        with recorded(experiment.config, f"merge {method}"):
+            tensors = {}
+            for index in range(experiment.depth):
+                merged = merged_block(experiment, method, index)
+                tensors |= {experiment.family.prefix(index) + name: t.cpu() for name, t in merged.items()}
+            tensors |= merged_rest(experiment, method)
+            finish(experiment, domain, tensors, folder, provenance)
+    return Checkpoint(folder)
+
+
+def merged_block(experiment: Experiment, method: str, index: int) -> Params:
+    """One block under a merge method."""
+    theta_0 = experiment.read_block(experiment.base, index)
+    thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
+    return add(theta_0, merge(method, theta_0, [subtract(t, theta_0) for t in thetas], experiment.hyper(method)))
+
+
+def merged_rest(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors outside the blocks under a merge method, one tensor of each model in memory at a time."""
+    for name in experiment.rest_names():
+        theta_0 = experiment.base.read([name])
+        if method not in SCOPE_BLOCKS:
+            deltas = [subtract(expert.read([name]), theta_0) for expert in experiment.experts.values()]
+            theta_0 = add(theta_0, merge(method, theta_0, deltas, experiment.hyper(method)))
+        yield name, theta_0[name]
+
+
+def assemble(
+    experiment: Experiment, domain: Domain, start: Checkpoint, folder: Path, provenance: Mapping[str, Any]
+) -> bool:
+    """Put the adapted blocks and the rest together; False if blocks are missing because they are made elsewhere."""
+    missing = [i for i in range(experiment.depth) if not block_file(folder, i).is_file()]
+    if missing:
+        print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
+        return False
+    rest = start if experiment.config.adapt.rest == "start" else experiment.base
+    tensors = dict(rest.read(experiment.rest_names()))
+    for index in range(experiment.depth):
+        prefix = experiment.family.prefix(index)
+        tensors |= {prefix + name: t for name, t in Checkpoint(block_file(folder, index)).read_under("").items()}
+    finish(experiment, domain, tensors, folder, provenance)
+    shutil.rmtree(folder / "blocks")
+    return True
+
+
+def finish(
+    experiment: Experiment, domain: Domain, tensors: Params, folder: Path, provenance: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint and, when it is whole, its provenance."""
+    domain.export(experiment.config.model, tensors, folder)
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+
+
+def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return False
+    check_provenance(file, json.loads(file.read_text()), provenance)
+    return True
+
+
+def inputs_of(experiment: Experiment) -> dict[str, Any]:
+    """What identifies the checkpoints that are merged, in the order of the tasks."""
+    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
+    return {"base": experiment.base.fingerprint(), "experts": experts}
+
+
+def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
+    """What decides an adapted model: settings, seed, start, the experts and every anchor."""
+    config = experiment.config
+    settings = as_dict(config.adapt.for_start(config.start.method))
+    del settings["by_start"]
+    anchors = [
+        fingerprint(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
+    ]
+    return {
+        "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
+        "adapt": settings,
+        "run": {"seed": config.run.seed},
+        "anchors": {"init": config.anchors.init, "files": digest(anchors)},
+        "inputs": inputs_of(experiment),
+    }

@@ -1,0 +1,83 @@
+"""Merging in parameter space: each method is one function from the experts' task vectors to the merged one.
+
+    method(base, deltas, **hyper) -> delta
+
+`base` is θ₀, `deltas` one τᵢ a task; the result has the names and shapes of `base` and is float32, or float64 where the
+deltas are. Methods are pure and act tensor by tensor, so any part of a model may be passed: a block, or one tensor of a
+model that does not fit in memory. To add one: a file with its formula, source and defaults, and a line in `METHODS`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+import torch
+
+from common.errors import InputError
+from common.merging.average import average
+from common.merging.task_arithmetic import task_arithmetic
+from common.merging.tsv import tsv
+from common.merging.wudi import wudi
+from common.task_vectors import Params, require_same_tensors
+
+
+@torch.no_grad()
+def merge(method: str, base: Params, deltas: Sequence[Params], hyper: Mapping[str, Any]) -> Params:
+    """The merged task vector of the experts by the method of that name (a key of `METHODS`).
+
+    Raises InputError on an unknown method or hyperparameter, on no task at all, and on a task vector whose tensors
+    differ from the base's or hold a value that is not finite.
+    """
+    check_hyper(method, hyper, len(deltas))
+    for i, delta in enumerate(deltas, start=1):
+        require_same_tensors(delta, base)
+        for name, tau in delta.items():
+            if not tau.isfinite().all():
+                raise InputError(f"{name}: the task vector of task {i} of {len(deltas)} holds NaN or infinite values")
+    return METHODS[method](base, deltas, **hyper)
+
+
+def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None) -> None:
+    """Refuses, before anything is loaded, what `merge` would refuse: InputError naming the key and the choices.
+
+    Names and types are checked; with the number of tasks also the values, by merging that many models of no tensors.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown merge method {method!r}: choose one of {', '.join(METHODS)}")
+    accepted = hyperparameters(method)
+    for name, value in hyper.items():
+        if name not in accepted:
+            raise InputError(f"{method}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
+        kind = accepted[name].annotation
+        if not _is_of(value, kind):
+            raise InputError(f"{method}: {name} must be {inspect.formatannotation(kind)}, it is {value!r}")
+    if tasks is not None:
+        if tasks < 1:
+            raise InputError(f"{method}: at least one task is needed to merge")
+        METHODS[method]({}, [{}] * tasks, **hyper)
+
+
+def hyperparameters(method: str) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a method, with annotation and default, by name."""
+    parameters = inspect.signature(METHODS[method]).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value read from YAML fits an annotation: a plain type, None, a Sequence of one type, or their union."""
+    if get_origin(kind) is Sequence:
+        return isinstance(value, list | tuple) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_is_of(value, member) for member in get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+METHODS: dict[str, Callable[..., Params]] = {
+    "average": average,
+    "ta": task_arithmetic,
+    "tsv": tsv,
+    "wudi": wudi,
+}
+
+# Methods whose papers merge the Transformer blocks alone: every tensor outside them stays at the base.
+SCOPE_BLOCKS = frozenset({"wudi"})

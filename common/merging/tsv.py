@@ -1,0 +1,70 @@
+"""TSV-M, task singular vectors: keep each task's leading singular directions and make the tasks' directions orthogonal.
+
+For every matrix, τᵢ = Uᵢ Sᵢ Vᵢᵀ is cut to its k = ⌊r/N⌋ leading components (r the smaller side, N tasks). Side by side
+these form U, S and V, and with X̂ the matrix of orthonormal columns nearest to X the merged delta is δ = Û diag(S) V̂ᵀ.
+Every other tensor is the arithmetic mean of the τᵢ.
+
+Source: Gargiulo et al. 2025, "Task singular vectors". Defaults: rank_fraction 1/N, scale 1.
+Deviation: a matrix with fewer rows or columns than there are tasks (RoBERTa's 1-row token type embedding) would keep
+⌊r/N⌋ = 0 components and be reset to the base by the released code; here it is averaged like the vectors.
+Deviation: singular vectors of a zero singular value are arbitrary, so they take no part, neither in a τᵢ (a zero or
+low-rank one would disturb the other tasks) nor in X̂ (when tasks share a direction).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.merging.average import mean
+from common.task_vectors import Params, widen
+
+
+def tsv(base: Params, deltas: Sequence[Params], *, rank_fraction: float | None = None, scale: float = 1.0) -> Params:
+    """The TSV-M delta. `rank_fraction` is the part of the rank each task keeps, at least one component; None is 1/N.
+
+    Above 1/N the tasks' directions outnumber the dimensions and Û, V̂ are the nearest partial isometries.
+    """
+    fraction = 1 / len(deltas) if rank_fraction is None else rank_fraction
+    if not 0 < fraction <= 1:
+        raise InputError(f"tsv: rank_fraction must lie in (0, 1], it is {rank_fraction}")
+
+    def merged(taus: list[Tensor]) -> Tensor:
+        side = min(taus[0].shape, default=0)
+        if taus[0].ndim != 2 or side < len(taus):
+            return mean(taus)
+        return orthogonal_sum(taus, max(1, int(side * fraction + 1e-9)))  # 1e-9: 49 · (1/49) is below 1 in floats
+
+    return {name: scale * merged([widen(delta[name]) for delta in deltas]) for name in base}
+
+
+def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:
+    """Û diag(S) V̂ᵀ of matrices of one shape, each cut to its `rank` leading components; zeros if all of them are 0."""
+    parts = [leading_components(tau, rank) for tau in taus if tau.any()]
+    if not parts:
+        return torch.zeros_like(taus[0])
+    u, s, v = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
+    return (nearest_isometry(u) * s) @ nearest_isometry(v).mT
+
+
+def leading_components(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (rows, k), S (k,), V (columns, k) of the k ≤ `rank` leading singular values of x that are not zero."""
+    if x.shape[0] < x.shape[1]:  # on a CPU the tall matrix takes a third of the time
+        v, s, u = leading_components(x.mT, rank)
+        return u, s, v
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = min(rank, int(numerically_nonzero(s, x).sum()))
+    return u[:, :k], s[:k], vh[:k].mT
+
+
+def nearest_isometry(x: Tensor) -> Tensor:
+    """P Qᵀ of x = P Σ Qᵀ over its nonzero singular values: orthonormal columns where those of x are independent."""
+    p, s, qh = torch.linalg.svd(x, full_matrices=False)
+    keep = numerically_nonzero(s, x)
+    return p[:, keep] @ qh[keep]
+
+
+def numerically_nonzero(s: Tensor, x: Tensor) -> Tensor:
+    """Which singular values of x exceed the rounding of the largest one."""
+    return s > s[0] * max(x.shape) * torch.finfo(x.dtype).eps

@@ -1,0 +1,139 @@
+"""Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them."""
+
+from pathlib import Path
+
+import torch
+
+from common.adaptation import Trainable, coefficients, fit_block, own_weights
+from common.anchors import initial_anchors, save_anchors, seeded
+from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
+from common.config import Config
+from common.construction import optimise_anchors
+from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
+from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, result_dir
+from common.runtime import UnitBar, recorded
+from common.scoring import score_run
+from common.task_vectors import Params, subtract
+
+
+def construct(config: Config, domain: Domain) -> None:
+    """Box 1: for every block, for every task, make anchors whose induced gradient points along the task vector."""
+    experiment = open_experiment(config, domain)
+    units = len(experiment.blocks) * len(config.tasks)
+    with recorded(config, f"construct {config.anchors.init}"), UnitBar("construct", units) as bar:
+        for index in experiment.blocks:
+            theta_0 = experiment.read_block(experiment.base, index)
+            for task in config.tasks:
+                with bar.unit(f"{task}, block {index}"):
+                    theta_t = experiment.read_block(experiment.experts[task], index)
+                    construct_unit(experiment, task, index, theta_0, theta_t, bar)
+
+
+def construct_unit(
+    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params, bar: UnitBar
+) -> None:
+    """Make the anchors of one block and one task, unless their file is there already."""
+    config, file = experiment.config.anchors, experiment.anchor_file(task, index)
+    provenance = experiment.anchor_provenance(task, index, theta_0, theta_t)
+    if file.is_file():
+        check_provenance(file, read_header(file), provenance)
+        return bar.keep()
+    tau = experiment.task_vector(task, theta_0, theta_t)
+    generator = seeded(experiment.config.run.seed, "anchors", task, index)
+    x_init = initial_anchors(
+        config.init, experiment.shape, theta_t=theta_t, scale=experiment.anchor_scale(), generator=generator
+    )
+    found = optimise_anchors(
+        experiment.block,
+        theta_0,
+        theta_t,
+        x_init.to(experiment.device),
+        tau=tau,
+        steps=config.steps,
+        lr=config.lr,
+        optimizer=config.optimizer,
+        distance=config.distance,
+        progress=lambda step, loss: bar.advance(step / config.steps, loss),
+    )
+    outcome = {"best_step": found.best_step, "losses": found.losses, "trace": found.trace}
+    save_anchors(file, found.x, provenance | outcome)
+
+
+def adapt(config: Config, domain: Domain) -> Path:
+    """Box 2: for every block, fit the merged block to each expert's outputs on its anchors; then put the model together.
+
+    Returns: the folder of the merged checkpoint, which stock libraries open.
+    """
+    experiment = open_experiment(config, domain)
+    domain.check_export(config.model)
+    start = merge_start(experiment, domain)
+    folder = result_dir(config)
+    provenance = fit_provenance(experiment, start)
+    if not is_finished(folder, provenance):
+        with recorded(config, f"adapt {folder.name}"), UnitBar(f"adapt {folder.name}", len(experiment.blocks)) as bar:
+            for index in experiment.blocks:
+                with bar.unit(f"block {index}"):
+                    adapt_unit(experiment, start, folder, index, provenance, bar)
+            assemble(experiment, domain, start, folder, provenance)
+    if config.run.score:
+        score_run(config, domain)
+    return folder
+
+
+def merge_alone(config: Config, domain: Domain) -> Path:
+    """The start by itself: merge in parameter space, write the checkpoint, score it."""
+    experiment = open_experiment(config, domain)
+    domain.check_export(config.model)
+    start = merge_start(experiment, domain)
+    if config.run.score:
+        score_run(config, domain)
+    return start.path
+
+
+def adapt_unit(
+    experiment: Experiment, start: Checkpoint, folder: Path, index: int, provenance: dict, bar: UnitBar
+) -> None:
+    """Fit one merged block, unless its file is there already."""
+    config, file = experiment.config, block_file(folder, index)
+    if file.is_file():
+        check_provenance(file, read_header(file), provenance)
+        return bar.keep()
+    theta_0 = experiment.read_block(experiment.base, index)
+    thetas = {task: experiment.read_block(expert, index) for task, expert in experiment.experts.items()}
+    inputs = {task: experiment.anchors_of(task, index, theta_0, thetas[task]) for task in thetas}
+    with torch.no_grad():
+        targets = [experiment.block(thetas[task], x_ATD) for task, x_ATD in inputs.items()]
+    settings = config.adapt.for_start(config.start.method)
+    merged, trace = fit_block(
+        experiment.block,
+        trainable(experiment, start, index, theta_0, list(thetas.values())),
+        torch.cat(list(inputs.values())),
+        torch.cat(targets),
+        distance=settings.distance,
+        lr=settings.lr,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        generator=seeded(config.run.seed, "adapt", index),
+        progress=lambda epoch, loss: bar.advance(epoch / settings.epochs, loss),
+    )
+    write_tensors(file, merged, provenance | {"trace": trace})
+
+
+def trainable(
+    experiment: Experiment, start: Checkpoint, index: int, theta_0: Params, thetas: list[Params]
+) -> Trainable:
+    """What is trained: from the pretrained model its weights, from TA a coefficient for each weight of each task vector,
+    from any other start a coefficient for each weight of its one merged task vector (paper Eq. 5 and 6).
+    """
+    method = experiment.config.start.method
+    if method == PRETRAINED:
+        return own_weights(theta_0)
+    if method == "ta":
+        return coefficients(theta_0, [subtract(theta_t, theta_0) for theta_t in thetas], ta_scales(experiment))
+    return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])
+
+
+def ta_scales(experiment: Experiment) -> list[float]:
+    """λ of each task in task arithmetic."""
+    scale = experiment.hyper("ta")["scale"]
+    return list(scale) if isinstance(scale, list | tuple) else [scale] * len(experiment.config.tasks)

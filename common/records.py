@@ -1,0 +1,47 @@
+"""Labelled examples through `datasets`: from a local folder in any layout it reads, or from the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from common.errors import InputError
+
+
+def load_records(
+    root: Path, task: str, hub: str, hub_config: str | None, split: str, columns: Sequence[str]
+) -> datasets.Dataset:
+    """One split of a task: root/task if that folder exists (parquet, csv, save_to_disk, imagefolder, …), else the hub.
+
+    Raises: InputError if neither can be read (it says which id and which folder would do), if the split or a column is
+        missing (it names those that are there).
+    """
+    folder = root.expanduser() / task
+    try:
+        found = read_folder(folder) if folder.is_dir() else read_hub(hub, hub_config, split)
+    except Exception as error:  # `datasets` raises some thirty kinds, all of which mean the same here
+        offered = f"a folder {folder}" + (f", or the hub's {hub}" if hub else "")
+        raise InputError(f"no data for task {task}: {offered} would do ({type(error).__name__}: {error})") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise InputError(f"the data of task {task} has no split {split!r}; it has {', '.join(found)}")
+        found = found[split]
+    missing = [c for c in columns if c not in found.column_names]
+    if missing:
+        raise InputError(
+            f"the data of task {task} lacks the column {missing[0]!r}; it has {', '.join(found.column_names)}"
+        )
+    return found
+
+
+def read_folder(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """A folder as save_to_disk wrote it, or as load_dataset understands it."""
+    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+
+
+def read_hub(hub: str, hub_config: str | None, split: str) -> datasets.Dataset:
+    """One split of a data set of the hub; FileNotFoundError for a task that has no hub id."""
+    if not hub:
+        raise FileNotFoundError("there is no such folder")
+    return datasets.load_dataset(hub, hub_config, split=split)

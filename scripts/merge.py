@@ -1,0 +1,7 @@
+"""Merge by start.method alone (average, ta, tsv, wudi, ...), write a checkpoint that stock libraries open, and score it."""
+
+from common.command import run
+from common.pipeline import merge_alone
+
+if __name__ == "__main__":
+    run(merge_alone, __doc__)

@@ -1,0 +1,149 @@
+"""The report prints what results.json says: an exact small table, gains, figures that are figures."""
+
+import json
+import struct
+
+import pytest
+
+from common.errors import InputError
+from common.report import (
+    plot_accuracy,
+    plot_matching,
+    read_results,
+    row_name,
+    table,
+    upsert,
+    write_report,
+    write_results,
+)
+
+TASKS = ["Cars", "DTD"]
+PUBLISHED = {
+    "title": "ViT-B/32",
+    "source": "paper table 5",
+    "unit": "percent",
+    "tasks": ["Cars", "DTD"],
+    "rows": {"TA": [54.98, 50.37, 52.68], "FDA (TA, Weight)": [71.83, 69.10, 70.47]},
+}
+
+
+def scored(method, cars, dtd, start=None, init=None):
+    common = {"method": method, "start": start, "init": init, "metric": "accuracy", "config": "c0ffee", "commit": "abc"}
+    sizes = {"Cars": 8041, "DTD": 1880}
+    return [common | {"task": t, "value": v, "n": sizes[t]} for t, v in zip(TASKS, (cars, dtd), strict=True) if v]
+
+
+ROWS = [
+    *scored("fda", 0.72, 0.7, "ta", "weight"),
+    *scored("fda", 0.5, 0.4, "ta", "gauss"),
+    *scored("ties", 0.1, 0.2),
+    *scored("ta", 0.55, 0.51),
+    *scored("individual", 0.78, None),
+    *scored("pretrained", 0.6, 0.44),
+]
+
+
+def test_row_names():
+    names = list(dict.fromkeys(map(row_name, ROWS)))
+    assert names == ["FDA (TA, Weight)", "FDA (TA, Gauss)", "TIES", "TA", "Individual", "Pretrained"]
+    assert row_name({"method": "fda", "start": "pretrained", "init": "gauss"}) == "FDA (Pretrained, Gauss)"
+
+
+def test_table_in_percent():
+    assert table(ROWS, TASKS) == (
+        "| Method           |  Cars |   DTD |   Avg |      Δ |\n"
+        "| :--------------- | ----: | ----: | ----: | -----: |\n"
+        "| Pretrained       | 60.00 | 44.00 | 52.00 |        |\n"
+        "| Individual       | 78.00 |     – |     – |        |\n"
+        "| TA               | 55.00 | 51.00 | 53.00 |        |\n"
+        "| TIES             | 10.00 | 20.00 | 15.00 |        |\n"
+        "| FDA (TA, Gauss)  | 50.00 | 40.00 | 45.00 |  -8.00 |\n"
+        "| FDA (TA, Weight) | 72.00 | 70.00 | 71.00 | +18.00 |\n"
+    )
+
+
+def test_table_in_fractions_beside_the_paper():
+    assert table(ROWS[:2] + ROWS[6:8], TASKS, percent=False, published=PUBLISHED) == (
+        "| Method           |   Cars |    DTD |    Avg |       Δ |\n"
+        "| :--------------- | -----: | -----: | -----: | ------: |\n"
+        "| TA               | 0.5500 | 0.5100 | 0.5300 |         |\n"
+        "| (paper)          | 0.5498 | 0.5037 | 0.5268 |         |\n"
+        "| FDA (TA, Weight) | 0.7200 | 0.7000 | 0.7100 | +0.1800 |\n"
+        "| (paper)          | 0.7183 | 0.6910 | 0.7047 | +0.1779 |\n"
+    )
+
+
+def test_no_gain_without_the_start_and_no_published_average_over_other_tasks():
+    lines = table(ROWS[:2], ["Cars"], published=PUBLISHED).splitlines()
+    assert lines[2:] == ["| FDA (TA, Weight) | 72.00 | 72.00 |   – |", "| (paper)          | 71.83 |     – |   – |"]
+
+
+def test_gain_over_the_pretrained_model():
+    rows = scored("pretrained", 0.6, 0.44) + scored("fda", 0.7, 0.5, "pretrained", "gauss")
+    assert table(rows, TASKS).splitlines()[-1].endswith("| 60.00 | +8.00 |")
+
+
+def test_upsert_replaces_the_same_cell_only():
+    new = ROWS[0] | {"value": 0.9}
+    rows = upsert(ROWS, new)
+    assert len(rows) == len(ROWS) and new in rows and ROWS[0] not in rows
+    assert len(upsert(ROWS, ROWS[0] | {"init": "gauss", "start": "tsv"})) == len(ROWS) + 1
+
+
+def test_results_round_trip_and_do_not_depend_on_order(tmp_path):
+    write_results(tmp_path / "a.json", ROWS, TASKS)
+    write_results(tmp_path / "b.json", ROWS[::-1], TASKS)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    rows, tasks = read_results(tmp_path / "a.json")
+    assert tasks == TASKS and len(rows) == len(ROWS) and all(row in rows for row in ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}'])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json is no results file"):
+        read_results(tmp_path / "results.json")
+
+
+def test_absent_results_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no results at .*results\.json"):
+        read_results(tmp_path / "results.json")
+
+
+def png_size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_matching_figure_grows_with_the_blocks(tmp_path):
+    for blocks in (1, 12):
+        traces = {(task, block): [1.0, 0.5, 0.3] for task in TASKS for block in range(blocks)}
+        plot_matching(traces, tmp_path / f"{blocks}.png", init="weight")
+    (w1, h1), (w12, h12) = png_size(tmp_path / "1.png"), png_size(tmp_path / "12.png")
+    assert 300 < w1 < w12 < 1500 and 200 < h1 < h12 < 1000
+
+
+@pytest.mark.parametrize("rows", [ROWS, scored("pretrained", 0.6, 0.44), scored("fda", 0.6, None, "wudi", "gauss")])
+def test_accuracy_figure(tmp_path, rows):
+    plot_accuracy(rows, TASKS, tmp_path / "accuracy.png")
+    width, height = png_size(tmp_path / "accuracy.png")
+    assert 400 < width < 1500 and 150 < height < 1000
+
+
+def test_report_writes_what_there_is(tmp_path):
+    traces = {"gauss": {("Cars", 0): [1.0, 0.4]}}
+    paths = write_report(tmp_path, ROWS, TASKS, traces, published=PUBLISHED)
+    assert [path.name for path in paths] == ["table.md", "accuracy.png", "matching_gauss.png"]
+    assert all(path.is_file() for path in paths)
+    text = paths[0].read_text(encoding="utf-8")
+    assert text.startswith(table(ROWS, TASKS, published=PUBLISHED))
+    for fact in ("Cars accuracy 8041", "DTD accuracy 1880", "c0ffee", "abc", "paper table 5"):
+        assert fact in text
+    assert write_report(tmp_path, [], TASKS, {}) == []
+
+
+def test_results_file_is_plain_json(tmp_path):
+    write_results(tmp_path / "results.json", ROWS, TASKS)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"tasks", "rows"}
