@@ -53,7 +53,7 @@ def architecture(model: Model) -> str:
     if (model.path("base") / "open_clip_config.json").is_file():
         return f"local-dir:{model.path('base')}"
     raise InputError(
-        f"{model.path('base')} holds no open_clip_config.json; name the architecture in model.arch, as in ViT-B-32-quickgelu"
+        f"{model.path('base')} holds no open_clip_config.json; model.arch can name it, as in ViT-B-32-quickgelu"
     )
 
 
@@ -188,7 +188,8 @@ def open_clip_config(model: Model) -> dict:
 
 
 FAMILIES = {
-    # null_gradients: of the fused projection's bias (q, k, v) the key part. published_axes: open_clip 2.0.2 was sequence-first.
+    # null_gradients: the key part of the fused projection's bias (q, k, v).
+    # published_axes: open_clip 2.0.2, which made the released anchors, was sequence-first.
     "open_clip": BlockFamily(
         blocks="visual.transformer.resblocks",
         scope=IMAGE_TOWER,

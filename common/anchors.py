@@ -59,7 +59,7 @@ def save_anchors(file: Path, x_ATD: Tensor, header: Mapping[str, Any]) -> None:
 
 
 def load_anchors(file: Path, provenance: Mapping[str, Any]) -> Tensor:
-    """Anchors x_ATD from a file of ours; InputError names the first field of `provenance` that its header contradicts."""
+    """Anchors x_ATD from a file of ours; InputError names the first field that is not as in `provenance`."""
     check_provenance(file, read_header(file), provenance)
     with opened(file) as handle:
         return handle.get_tensor("anchors")

@@ -44,8 +44,8 @@ class Checkpoint:
         return sorted(name for name in self.shapes if name.startswith(prefix))
 
     def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """{name without the prefix: shape}."""
-        return {name.removeprefix(prefix): self.shapes[name] for name in self.names(prefix)}
+        """{name: shape} of the tensors whose name begins with `prefix`."""
+        return {name: self.shapes[name] for name in self.names(prefix)}
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
@@ -165,7 +165,8 @@ def replacing(file: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {file}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def digest(value: Params | Any) -> str:
@@ -175,7 +176,7 @@ def digest(value: Params | Any) -> str:
         for name in sorted(value):
             tensor = value[name].detach().cpu().contiguous()
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.view(-1).view(torch.uint8).numpy())
+            sha.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     else:
         sha.update(json.dumps(value, sort_keys=True).encode())
     return sha.hexdigest()[:16]

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from common.config import Config, parse
 from common.errors import InputError
@@ -20,7 +20,8 @@ def run(stage: Callable[[Config, Domain], Any], description: str | None) -> None
     """
     try:
         config = parse(description or "")
-        domain = import_module(f"{FOLDERS[config.domain]}.domain")  # by name: nothing in common depends on a domain
+        # By name: nothing in common depends on a domain.
+        domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         if config.dry_run:
             print(describe(config, domain))
         else:

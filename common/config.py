@@ -86,7 +86,7 @@ class Adapt:
     Args:
         rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
         distance: Between the merged block's outputs and the expert's.
-        lr: Learning rate of Adam: on the weights (start pretrained) or on a coefficient for each weight (merged starts).
+        lr: Learning rate of Adam: on the weights (start pretrained) or on one coefficient a weight (others).
         epochs: Passes over the anchors of all tasks.
         batch_size: Anchors per step.
         label: Put behind the name of the result, to keep several side by side.

@@ -104,7 +104,7 @@ class Experiment:
         return {"anchors": settings, "run": unit, "weights": {"base": digest(theta_0), "expert": digest(theta_t)}}
 
     def anchors_of(self, task: str, index: int, theta_0: Params, theta_t: Params) -> torch.Tensor:
-        """The anchors x_ATD of a unit from disk, on the device; InputError if they are not there or not of these weights."""
+        """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
         file = self.anchor_file(task, index)
         if self.config.anchors.source:
             return anchors.load_published(file, self.family.published_axes, self.shape[2]).to(self.device)
@@ -122,8 +122,9 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
             raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {len(modules) - 1}")
     base = Checkpoint(config.model.path("base"))
     for index, module in enumerate(modules):
-        expected = {name: p.shape for name, p in module.named_parameters()}
-        require_same_shapes(base.shapes_under(family.prefix(index)), expected, f"{base.path}, block {index}")
+        prefix = family.prefix(index)
+        expected = {prefix + name: p.shape for name, p in module.named_parameters()}
+        require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
     experts = {task: Checkpoint(config.model.path("expert", task)) for task in config.tasks}
     for expert in experts.values():
         require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
@@ -141,7 +142,7 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
 
 
 def check_choices(config: Config, domain: Domain) -> BlockFamily:
-    """The family of the config; InputError naming the choices where a task, family, method or number is none of them."""
+    """The family of the config; InputError naming the choices where a task, family or method is none of them."""
     if config.domain != domain.NAME:
         raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}")
     for task in config.tasks:

@@ -36,7 +36,7 @@ def matching_loss(
     """How badly the gradient that the anchors induce at θ₀ points along the task vector (paper Eq. 1).
 
     For every tensor p in `tau`: 1 − cos(−∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀, τ_p), so 0 is a perfect match and 2
-    its opposite. Tensors that `tau` leaves out do not count; the outputs of both blocks depend on x, and so does the loss.
+    its opposite. Tensors that `tau` leaves out do not count. Both blocks' outputs depend on x.
 
     Deviation: the paper prints the ascent direction of the distance; the descent direction is what aligns with +τ, and
     what the released code computes. The cosine is taken per tensor, as released, not over the whole vector, as printed.

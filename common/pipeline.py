@@ -60,7 +60,7 @@ def construct_unit(
 
 
 def adapt(config: Config, domain: Domain) -> Path:
-    """Box 2: for every block, fit the merged block to each expert's outputs on its anchors; then put the model together.
+    """Box 2: for every block, fit the merged block to each expert's outputs on its anchors; put the model together.
 
     Returns: the folder of the merged checkpoint, which stock libraries open.
     """
@@ -122,8 +122,8 @@ def adapt_unit(
 def trainable(
     experiment: Experiment, start: Checkpoint, index: int, theta_0: Params, thetas: list[Params]
 ) -> Trainable:
-    """What is trained: from the pretrained model its weights, from TA a coefficient for each weight of each task vector,
-    from any other start a coefficient for each weight of its one merged task vector (paper Eq. 5 and 6).
+    """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
+    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
     """
     method = experiment.config.start.method
     if method == PRETRAINED:

@@ -24,7 +24,7 @@ def load_records(
         raise InputError(f"no data for task {task}: {offered} would do ({type(error).__name__}: {error})") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise InputError(f"the data of task {task} has no split {split!r}; it has {', '.join(found)}")
+            raise InputError(f"the data of task {task} has no split {split!r}; it has {', '.join(map(str, found))}")
         found = found[split]
     missing = [c for c in columns if c not in found.column_names]
     if missing:

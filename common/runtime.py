@@ -70,7 +70,7 @@ def certificate() -> dict[str, Any]:
 
 @contextmanager
 def recorded(config: Config, stage: str) -> Iterator[None]:
-    """Note in the run's run.json when and where a stage was done, from which config and commit, and how long it took."""
+    """Note in the run's run.json when and where a stage was done, from which config and commit, and its seconds."""
     began = time.monotonic()
     yield
     file = config.run.dir / "run.json"

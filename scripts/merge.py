@@ -1,4 +1,4 @@
-"""Merge by start.method alone (average, ta, tsv, wudi, ...), write a checkpoint that stock libraries open, and score it."""
+"""Merge by start.method alone (average, ta, tsv, wudi, ...), write a stock checkpoint, score it."""
 
 from common.command import run
 from common.pipeline import merge_alone

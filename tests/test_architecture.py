@@ -1,0 +1,59 @@
+"""The house: imports run one way, files stay small, recipes stay recipes."""
+
+import ast
+import subprocess
+
+import pytest
+
+from common.runtime import ROOT
+
+# Each room may import those before it (and the packages of the parts list), never those behind it.
+ORDER = [
+    ["errors", "task_vectors"],
+    ["matching", "checkpoints", "config", "unpickling", "records", "metrics"],
+    ["blocks", "anchors", "merging", "runtime", "report"],
+    ["construction", "adaptation"],
+    ["experiment"],
+    ["merged", "plan"],
+    ["scoring"],
+    ["pipeline"],
+    ["command"],
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted((ROOT / "common").rglob("*.py"))
+
+
+def imported(file):
+    """Modules of this project that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "common" else [node.module]
+            yield from names
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_run_one_way(file):
+    room = file.relative_to(ROOT / "common").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for module in imported(file):
+        top, _, rest = module.partition(".")
+        assert top not in ("Vision", "NLU", "NLG", "scripts"), f"common depends on {module}"
+        if top == "common":
+            other = rest.split(".")[0]
+            same_room = other == room
+            assert same_room or LEVEL[other] <= LEVEL[room], f"{room} imports {other}, which stands above it"
+
+
+def test_files_stay_small():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    long = {f: n for f in tracked if (n := len((ROOT / f).read_text().splitlines())) > 300 and "tests/" not in f}
+    assert not long
+
+
+@pytest.mark.parametrize("launcher", sorted(ROOT.glob("[VN]*/*.sh")), ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_every_launcher_passes_its_arguments_on(launcher):
+    done = subprocess.run(["sh", str(launcher), "--nonsense"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2 and "nonsense" in done.stderr

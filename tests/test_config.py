@@ -1,0 +1,95 @@
+"""Configs: every YAML loads, the command line comes first, and what is wrong is named with its choices."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import parse
+from common.errors import InputError
+from common.experiment import check_choices
+from common.runtime import ROOT
+from Vision import domain
+
+VISION = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
+
+
+def vision(*arguments, config="vit_b32"):
+    return parse("", ["--config", str(ROOT / "configs" / "vision" / f"{config}.yaml"), *arguments])
+
+
+@pytest.mark.parametrize("file", VISION, ids=lambda f: f.stem)
+def test_every_vision_config_loads_and_its_choices_exist(file):
+    config = parse("", ["--config", str(file)])
+    check_choices(config, domain)
+    assert file.stem in file.read_text().split("domain:")[0], "the header gives the command"
+
+
+@pytest.mark.parametrize("name", ["vit_b32", "vit_b16", "vit_l14"])
+def test_the_papers_settings(name):
+    config = vision(config=name)
+    anchors = config.anchors
+    assert (anchors.number, anchors.steps, anchors.lr, anchors.distance) == (64, 1200, 0.01, "cos")
+    settings = {s: config.adapt.for_start(s) for s in ("pretrained", "ta", "tsv", "wudi")}
+    assert {s: (a.lr, a.epochs, a.batch_size) for s, a in settings.items()} == {
+        "pretrained": (1e-5, 100, 128),
+        "ta": (1e-2, 100, 128),
+        "tsv": (1e-2, 100, 128),
+        "wudi": (1e-2, 25, 512),
+    }
+
+
+def test_the_command_line_comes_before_what_the_yaml_says_of_a_start():
+    config = vision("--adapt.epochs=7", "--adapt.lr", "0.5")
+    wudi, pretrained = config.adapt.for_start("wudi"), config.adapt.for_start("pretrained")
+    assert (wudi.epochs, wudi.batch_size, pretrained.lr, pretrained.epochs) == (7, 512, 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--anchors.init", "rows"], ["anchors.init", "weight", "gauss", "rows"]),
+        (["--anchors.distance", "l3"], ["anchors.distance", "cos", "mse", "l1"]),
+        (["--anchors.stps", "3"], ["anchors.stps"]),
+        (["--adapt.rest", "ta"], ["adapt.rest", "pretrained", "start"]),
+    ],
+)
+def test_wrong_options_are_named_with_their_choices(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        vision(*arguments)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and all(word in said for word in words)
+
+
+def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
+    file = tmp_path / "x.yaml"
+    file.write_text("domain: vision\ntasks: [MNIST]\nanchors: {step: 3}\n")
+    with pytest.raises(SystemExit):
+        parse("", ["--config", str(file)])
+    assert "step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "[MNIST,MNITS]"], "unknown task 'MNITS'; choose from SUN397, Cars"),
+        (["--tasks", "[MNIST,MNIST]"], "none twice"),
+        (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, ta"),
+        (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),
+        (["--model.family", "vgg"], "unknown model.family 'vgg'; choose from open_clip"),
+        (["--anchors.number", "0"], "anchors.number is 0"),
+        (["--domain", "nlu"], "config is of domain nlu"),
+    ],
+)
+def test_wrong_choices_are_named_before_anything_is_opened(arguments, message):
+    with pytest.raises(InputError, match=message):
+        check_choices(vision(*arguments), domain)
+
+
+def test_an_unknown_field_of_one_start_is_named():
+    with pytest.raises(InputError, match=r"adapt.by_start.wudi has no field 'epoch'; choose from batch_size"):
+        vision("--adapt.by_start", "{wudi: {epoch: 3}}")
+
+
+def test_paths_are_relative_to_the_root():
+    model = vision("--model.root", "/data").model
+    assert model.path("expert", "DTD") == Path("/data/DTD/finetuned.safetensors")

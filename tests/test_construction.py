@@ -1,0 +1,64 @@
+"""Optimising anchors: it gets better, keeps the best, repeats exactly, and stops at nonsense."""
+
+import pytest
+import torch
+
+from common.construction import optimise_anchors
+from common.matching import matching_loss
+from common.task_vectors import subtract
+
+
+def linear(params, x_ATD):
+    return x_ATD @ params["weight"].T
+
+
+@pytest.fixture
+def unit():
+    generator = torch.Generator().manual_seed(0)
+    theta_0 = {"weight": torch.randn(6, 5, generator=generator)}
+    theta_t = {"weight": theta_0["weight"] + torch.randn(6, 5, generator=generator)}
+    return theta_0, theta_t, torch.randn(8, 1, 5, generator=generator)
+
+
+def test_a_linear_layer_with_enough_anchors_is_matched(unit):
+    """With at least rank(ΔW) anchors the cosine can reach 1."""
+    theta_0, theta_t, x = unit
+    found = optimise_anchors(linear, theta_0, theta_t, x, steps=800, lr=1e-2, distance="mse")
+    assert found.losses["weight"] < 0.01 < 0.05 < found.trace[0]
+
+
+def test_the_best_anchors_are_kept_and_the_last_are_scored(unit):
+    theta_0, theta_t, x = unit
+    found = optimise_anchors(linear, theta_0, theta_t, x, steps=30, lr=0.5, distance="mse")  # a rate that overshoots
+    assert len(found.trace) == 31
+    assert found.trace[found.best_step] == min(found.trace)
+    again = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), found.x, distance="mse")
+    assert again.mean().item() == found.trace[found.best_step] == pytest.approx(sum(found.losses.values()))
+    one = optimise_anchors(linear, theta_0, theta_t, x, steps=1, lr=1e-3, distance="mse")
+    assert one.best_step == 1 and not torch.equal(one.x, x)
+
+
+def test_no_step_leaves_the_anchors_and_the_argument_alone(unit):
+    theta_0, theta_t, x = unit
+    before = x.clone()
+    assert torch.equal(optimise_anchors(linear, theta_0, theta_t, x, steps=0, lr=1e-2).x, before)
+    optimise_anchors(linear, theta_0, theta_t, x, steps=3, lr=1e-2)
+    assert torch.equal(x, before)
+
+
+def test_a_task_vector_of_zero_leaves_the_anchors(unit):
+    theta_0, _, x = unit
+    found = optimise_anchors(linear, theta_0, dict(theta_0), x, steps=5, lr=1e-2)
+    assert torch.equal(found.x, x) and found.trace == []
+
+
+def test_a_loss_that_is_not_finite_names_its_step(unit):
+    theta_0, theta_t, x = unit
+    calls = []
+
+    def breaks(params, x_ATD):
+        calls.append(1)
+        return linear(params, x_ATD) * (torch.nan if len(calls) > 2 * 7 else 1)  # two calls a step
+
+    with pytest.raises(FloatingPointError, match="nan at step 7"):
+        optimise_anchors(breaks, theta_0, theta_t, x, steps=50, lr=1e-2)

@@ -1,0 +1,103 @@
+"""The matching loss against closed forms, plain autograd and finite differences, all in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.matching import DISTANCES, direction_cosine, matching_loss
+from common.task_vectors import subtract
+from Vision.domain import FAMILIES
+
+
+def linear(params, x_ATD):
+    return x_ATD @ params["weight"].T
+
+
+@pytest.fixture
+def pico_block():
+    """A CLIP block of width 8 with random weights before and after fine-tuning, and three anchors of four tokens."""
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+
+    torch.manual_seed(0)
+    module = ResidualAttentionBlock(8, 2, act_layer=QuickGELU).double()
+    theta_0 = {n: torch.randn_like(p) * 0.3 for n, p in module.named_parameters()}
+    theta_t = {n: p + torch.randn_like(p) * 0.05 for n, p in theta_0.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        yield FAMILIES["open_clip"].pure(module), theta_0, theta_t, torch.randn(3, 4, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_loss_is_one_minus_cosine_per_tensor(pico_block, distance):
+    block, theta_0, theta_t, x = pico_block
+    theta = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
+    y, target = block(theta, x).reshape(3, -1), block(theta_t, x).reshape(3, -1)
+    similarity = {
+        "cos": F.cosine_similarity(y, target).mean(),
+        "mse": -((y - target) ** 2).mean(),
+        "l1": -(y - target).abs().mean(),
+    }[distance]
+    similarity.backward()
+    expected = [
+        1 - theta[n].grad.flatten() @ t.flatten() / (theta[n].grad.norm() * t.norm())
+        for n, t in subtract(theta_t, theta_0).items()
+    ]
+    found = matching_loss(block, theta_0, theta_t, subtract(theta_t, theta_0), x, distance=distance)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["cos", "mse"])  # l1 has no second derivative to speak of
+def test_gradient_in_the_anchors_agrees_with_central_differences(pico_block, distance):
+    block, theta_0, theta_t, x = pico_block
+    tau = subtract(theta_t, theta_0)
+
+    def loss(x_ATD):
+        return matching_loss(block, theta_0, theta_t, tau, x_ATD, distance=distance).sum()
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    h = 1e-6
+    for place in [(0, 0, 0), (1, 3, 5), (2, 1, 7)]:
+        nudge = torch.zeros_like(x).index_put_(tuple(map(torch.tensor, place)), torch.tensor(h, dtype=x.dtype))
+        difference = (loss(x + nudge) - loss(x - nudge)) / (2 * h)
+        assert abs(difference.item() - gradient[place].item()) < 1e-6
+
+
+def test_one_anchor_of_a_linear_layer_matches_at_best_its_first_singular_value():
+    """Squared distance: the gradient is −ΔW x xᵀ, so the best cosine is s₁/‖ΔW‖ at the first right singular vector."""
+    torch.manual_seed(0)
+    theta_0 = {"weight": torch.randn(6, 5, dtype=torch.float64)}
+    theta_t = {"weight": theta_0["weight"] + torch.randn(6, 5, dtype=torch.float64)}
+    tau = subtract(theta_t, theta_0)
+    _, s, vh = torch.linalg.svd(tau["weight"])
+    at_best = matching_loss(linear, theta_0, theta_t, tau, vh[0][None, None], distance="mse")
+    assert at_best.item() == pytest.approx(1 - (s[0] / tau["weight"].norm()).item(), abs=1e-12)
+    elsewhere = matching_loss(linear, theta_0, theta_t, tau, vh[1][None, None], distance="mse")
+    assert elsewhere.item() == pytest.approx(1 - (s[1] / tau["weight"].norm()).item(), abs=1e-12)
+    assert at_best < elsewhere
+
+
+def test_orthonormal_anchors_of_a_linear_layer_match_perfectly():
+    """With as many anchors as inputs and XXᵀ ∝ I the gradient is −ΔW itself: descent, not ascent, is along τ."""
+    torch.manual_seed(0)
+    theta_0 = {"weight": torch.randn(6, 5, dtype=torch.float64)}
+    theta_t = {"weight": torch.randn(6, 5, dtype=torch.float64)}
+    x = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0][:, None]
+    loss = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), x, distance="mse")
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_direction_cosine_does_not_notice_how_small_a_gradient_is():
+    g, tau = torch.tensor([3e-15, 4e-15]), torch.tensor([3.0, 4.0])
+    assert direction_cosine(g, tau).item() == pytest.approx(1, abs=1e-6)
+    assert direction_cosine(torch.zeros(2), tau).item() == 0
+
+
+def test_tensors_left_out_of_tau_do_not_count(pico_block):
+    block, theta_0, theta_t, x = pico_block
+    tau = subtract(theta_t, theta_0)
+    whole = matching_loss(block, theta_0, theta_t, tau, x)
+    some = {n: tau[n] for n in ("ln_2.weight", "mlp.c_fc.bias")}
+    names = list(tau)
+    expected = torch.stack([whole[names.index(n)] for n in some])
+    torch.testing.assert_close(matching_loss(block, theta_0, theta_t, some, x), expected)

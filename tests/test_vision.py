@@ -1,0 +1,365 @@
+"""The vision wing end to end on a pico CLIP: both boxes, every start, resuming, and every refusal."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import PICO_TASKS
+
+from common.checkpoints import Checkpoint, write_tensors
+from common.config import Model
+from common.errors import InputError
+from common.pipeline import adapt, construct, merge_alone
+from common.plan import describe
+from common.scoring import score_run
+from Vision import domain
+
+
+def change(config, section, **fields):
+    return replace(config, **{section: replace(getattr(config, section), **fields)})
+
+
+def files_of(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob(pattern)) if f.is_file()}
+
+
+@pytest.fixture
+def own_inputs(pico_inputs, pico_config, tmp_path):
+    """A copy of the pico checkpoints that a test may damage, and the config that reads it."""
+    shutil.copytree(pico_inputs / "clip", tmp_path / "clip")
+    return tmp_path / "clip", change(pico_config, "model", root=str(tmp_path / "clip"))
+
+
+def rewrite(file, edit):
+    tensors = dict(Checkpoint(file).read_under(""))
+    edit(tensors)
+    write_tensors(file, tensors)
+
+
+def test_every_start_gives_a_checkpoint_that_stock_open_clip_opens(pico_config):
+    for init in ("weight", "gauss"):
+        grid = change(change(pico_config, "anchors", init=init), "run", score=False)
+        construct(grid, domain)
+        for start in ("pretrained", "average", "ta", "tsv", "wudi"):
+            folder = adapt(change(grid, "start", method=start), domain)
+            clip = open_clip.create_model(f"local-dir:{folder}")
+            assert clip.encode_image(torch.zeros(1, 3, 16, 16)).isfinite().all()
+    score_run(pico_config, domain)
+    results = json.loads((pico_config.run.dir / "results.json").read_text())
+    assert Counter(r["method"] for r in results["rows"]) == {
+        "pretrained": 2, "individual": 2, "average": 2, "ta": 2, "tsv": 2, "wudi": 2, "fda": 20,
+    }  # fmt: skip
+    assert all(r["n"] == 20 and 0 <= r["value"] <= 1 and r["metric"] == "accuracy" for r in results["rows"])
+    assert (pico_config.run.dir / "matching_weight.png").stat().st_size > 1000
+
+
+def test_the_score_is_the_accuracy_of_a_plain_loop(pico_config, pico_inputs):
+    """Individual on MNIST, by hand: stock model, stock preprocessing, zero-shot head, argmax."""
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{pico_inputs / 'clip' / 'base'}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{pico_inputs / 'clip' / 'base'}")
+    with torch.no_grad():
+        prompts = clip.encode_text(tokenize([f'a photo of the number: "{c}".' for c in range(10)]), normalize=True)
+        clip.load_state_dict(Checkpoint(pico_inputs / "clip/MNIST/finetuned.safetensors").read_under(""), strict=False)
+        records = datasets.load_dataset(str(pico_inputs / "data" / "MNIST"), split="test")
+        images = clip.encode_image(torch.stack([preprocess(r["image"]) for r in records]), normalize=True)
+    expected = ((images @ prompts.T).argmax(1) == torch.tensor(records["label"])).float().mean().item()
+    file = domain.score(
+        pico_config, "MNIST", {"x": Path(pico_config.model.path("expert", "MNIST"))}, torch.device("cpu")
+    )
+    assert file["x"] == (pytest.approx(expected), 20)
+
+
+def test_every_weight_is_read_once(pico_config, monkeypatch):
+    reads = Counter()
+    read = Checkpoint.read
+
+    def counting(self, names):
+        names = list(names)
+        reads.update((self.path, name) for name in names)
+        return read(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    construct(pico_config, domain)
+    assert set(reads.values()) == {1}
+    assert len(reads) == 3 * 2 * 12  # base and two experts, two blocks of twelve tensors
+
+
+def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(pico_config, monkeypatch):
+    alone = change(pico_config, "run", name="alone", score=False)
+    construct(alone, domain)
+    adapt(alone, domain)
+    stopped = change(pico_config, "run", name="stopped", score=False)
+    for stage in (construct, adapt):
+        for survived in (1, 2):
+            with monkeypatch.context() as patch:
+                patch.setattr("common.runtime.UnitBar.advance", dying_after(survived))
+                with pytest.raises(KeyboardInterrupt):
+                    stage(stopped, domain)
+        stage(stopped, domain)
+    for folder in ("anchors", "merged"):
+        assert files_of(alone.run.dir / folder) == files_of(stopped.run.dir / folder)
+
+
+def dying_after(calls):
+    left = [calls]
+
+    def advance(self, fraction, loss):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    return advance
+
+
+def test_units_computed_alone_and_in_another_order_are_the_same(pico_config):
+    construct(pico_config, domain)
+    other = change(replace(pico_config, tasks=PICO_TASKS[::-1]), "run", name="other")
+    for block in (1, 0):
+        construct(change(other, "run", blocks=[block]), domain)
+    assert files_of(pico_config.run.dir / "anchors") == files_of(other.run.dir / "anchors")
+
+
+def test_blocks_adapted_apart_are_put_together_with_the_last(pico_config):
+    whole = change(pico_config, "run", score=False)
+    construct(whole, domain)
+    expected = files_of(adapt(whole, domain), "*.safetensors")
+    shutil.rmtree(whole.run.dir / "merged")
+    assert not files_of(adapt(change(whole, "run", blocks=[1]), domain), "open_clip_model*")
+    assert files_of(adapt(change(whole, "run", blocks=[0]), domain), "*.safetensors") == expected
+
+
+def test_a_second_run_touches_nothing(pico_config):
+    times = []
+    for _ in range(2):
+        construct(pico_config, domain)
+        adapt(pico_config, domain)
+        times.append([f.stat().st_mtime_ns for f in sorted(pico_config.run.dir.rglob("*.safetensors"))])
+    assert times[0] == times[1] and len(times[0]) == 5  # four units and the merged model
+
+
+def test_the_seed_changes_the_anchors(pico_config):
+    construct(pico_config, domain)
+    other = change(pico_config, "run", name="other", seed=1)
+    construct(other, domain)
+    one, two = files_of(pico_config.run.dir / "anchors"), files_of(other.run.dir / "anchors")
+    assert len(set(one.values()) | set(two.values())) == len(one) + len(two)
+
+
+def test_rest_follows_the_config(pico_config, pico_inputs):
+    config = change(change(pico_config, "start", method="ta"), "run", score=False)
+    construct(config, domain)
+    name = "visual.conv1.weight"
+    base = Checkpoint(pico_inputs / "clip" / "base").read([name])[name]
+    experts = [Checkpoint(config.model.path("expert", t)).read([name])[name] for t in PICO_TASKS]
+    merged = {"pretrained": base, "start": base + 0.3 * sum(e - base for e in experts)}
+    for rest, expected in merged.items():
+        folder = adapt(change(config, "adapt", rest=rest, label=rest), domain)
+        torch.testing.assert_close(Checkpoint(folder).read([name])[name], expected)
+
+
+def test_one_expert_merged_with_weight_one_is_that_expert(pico_config):
+    config = change(replace(pico_config, tasks=["MNIST"]), "start", method="ta", hyper={"ta": {"scale": 1.0}})
+    merged, expert = Checkpoint(merge_alone(config, domain)), Checkpoint(config.model.path("expert", "MNIST"))
+    for name in expert.names("visual."):
+        torch.testing.assert_close(merged.read([name])[name], expert.read([name])[name])
+
+
+def test_wudi_leaves_what_is_outside_the_blocks_at_the_base(pico_config):
+    merged = Checkpoint(merge_alone(change(pico_config, "start", method="wudi"), domain))
+    base = Checkpoint(pico_config.model.path("base"))
+    same = [n for n in base.names("visual.") if torch.equal(merged.read([n])[n], base.read([n])[n])]
+    assert all("resblocks" not in n or "bias" in n or "ln_" in n for n in same)
+    assert "visual.conv1.weight" in same and "visual.transformer.resblocks.0.mlp.c_fc.weight" not in same
+
+
+def test_released_anchors_are_used_in_place(pico_config, tmp_path):
+    for task in PICO_TASKS:
+        (tmp_path / "released" / task).mkdir(parents=True)
+        for layer in (1, 2):
+            x_TAD = np.random.default_rng(layer).normal(size=(5, 4, 16)).astype(np.float32)
+            np.save(tmp_path / "released" / task / f"dual_anchors_layer_{layer}.npy", x_TAD)
+    adapt(change(pico_config, "anchors", source=str(tmp_path / "released")), domain)
+    missing = tmp_path / "released" / "SVHN" / "dual_anchors_layer_2.npy"
+    missing.write_bytes(missing.read_bytes()[:-40])
+    with pytest.raises(InputError, match="dual_anchors_layer_2.npy"):
+        config = change(pico_config, "anchors", source=str(tmp_path / "released"))
+        adapt(change(config, "adapt", label="again"), domain)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("visual.ln_pre.bias"), "visual.ln_pre.bias: missing"),
+        (lambda t: t.update({"visual.extra": torch.ones(1)}), "visual.extra: extra"),
+        (lambda t: t.update({"visual.proj": torch.ones(16, 9)}), r"visual.proj: \(16, 9\) against \(16, 8\)"),
+    ],
+)
+def test_an_expert_that_does_not_fit_is_refused_by_tensor(own_inputs, edit, message):
+    root, config = own_inputs
+    rewrite(root / "SVHN" / "finetuned.safetensors", edit)
+    with pytest.raises(InputError, match="SVHN/finetuned.safetensors: " + message):
+        construct(config, domain)
+    assert not config.run.dir.exists()
+
+
+def test_a_base_of_another_architecture_is_refused_by_tensor(own_inputs):
+    with pytest.raises(InputError, match=r"clip/base: .*resblocks.0.attn.in_proj_bias: \(48,\) against \(2304,\)"):
+        construct(change(own_inputs[1], "model", arch="ViT-B-32"), domain)
+
+
+def test_an_expert_that_equals_the_base_is_refused(own_inputs):
+    root, config = own_inputs
+    base = Checkpoint(root / "base")
+    write_tensors(root / "SVHN" / "finetuned.safetensors", base.read(base.names("visual.")))
+    with pytest.raises(InputError, match="expert of SVHN, .* equals the base in every block"):
+        construct(config, domain)
+
+
+def test_an_expert_with_one_frozen_block_is_welcome(own_inputs):
+    root, config = own_inputs
+    prefix = "visual.transformer.resblocks.0."
+    frozen = {prefix + n: t for n, t in Checkpoint(root / "base").read_under(prefix).items()}
+    rewrite(root / "SVHN" / "finetuned.safetensors", lambda t: t.update(frozen))
+    construct(config, domain)
+    adapt(config, domain)
+
+
+def test_nan_in_a_checkpoint_is_refused_by_tensor(own_inputs):
+    root, config = own_inputs
+    name = "visual.transformer.resblocks.1.ln_1.weight"
+    rewrite(root / "SVHN" / "finetuned.safetensors", lambda t: t[name].fill_(torch.nan))
+    with pytest.raises(InputError, match=f"SVHN/finetuned.safetensors: the tensor {name} holds NaN"):
+        construct(config, domain)
+    assert not (config.run.dir / "anchors/weight/SVHN/block_01.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_names_task_block_and_step(own_inputs):
+    root, config = own_inputs
+    name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    rewrite(root / "SVHN" / "finetuned.safetensors", lambda t: t[name].fill_(1e38))
+    with pytest.raises(InputError, match="construct: SVHN, block 1: the matching loss is (nan|inf) at step 0"):
+        construct(config, domain)
+
+
+def test_anchors_of_another_config_are_refused_by_field_and_stay(pico_config):
+    construct(pico_config, domain)
+    before = files_of(pico_config.run.dir / "anchors")
+    for config, field in [
+        (change(pico_config, "anchors", steps=6), r"anchors\.steps = 5, now it is 6"),
+        (change(pico_config, "anchors", number=5), r"anchors\.shape = \[4, 5, 16\], now it is \[5, 5, 16\]"),
+        (change(pico_config, "run", seed=1), r"run\.seed = 0, now it is 1"),
+    ]:
+        for stage in (construct, adapt):
+            with pytest.raises(InputError, match=field):
+                stage(config, domain)
+    assert files_of(pico_config.run.dir / "anchors") == before
+
+
+def test_anchors_of_another_expert_are_refused(own_inputs):
+    root, config = own_inputs
+    construct(config, domain)
+    rewrite(root / "SVHN" / "finetuned.safetensors", lambda t: [x.mul_(1.1) for x in t.values()])
+    with pytest.raises(InputError, match=r"SVHN/block_00.safetensors was made with weights\.expert"):
+        construct(config, domain)
+
+
+def test_missing_and_truncated_anchors_are_named(pico_config):
+    with pytest.raises(InputError, match=r"there is no file .*MNIST/block_00.safetensors"):
+        adapt(pico_config, domain)
+    construct(pico_config, domain)
+    file = pico_config.run.dir / "anchors/weight/SVHN/block_01.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"SVHN/block_01.safetensors is truncated"):
+        adapt(pico_config, domain)
+
+
+def test_a_batch_larger_than_the_anchors_is_refused(pico_config):
+    with pytest.raises(InputError, match="adapt.batch_size is 9, but all tasks together have 8 anchors"):
+        construct(pico_config, domain)
+        adapt(change(pico_config, "adapt", batch_size=9), domain)
+
+
+def test_a_result_of_other_settings_is_refused_by_field_unless_it_gets_a_label(pico_config):
+    config = change(pico_config, "run", score=False)
+    construct(config, domain)
+    adapt(config, domain)
+    longer = change(config, "adapt", epochs=3)
+    with pytest.raises(InputError, match=r"adapt\.epochs = 2, now it is 3"):
+        adapt(longer, domain)
+    assert adapt(change(longer, "adapt", label="longer"), domain).name == "fda-pretrained-weight-longer"
+
+
+def test_without_a_text_tower_the_error_says_what_would_help(own_inputs):
+    root, config = own_inputs
+    rewrite(root / "base" / "open_clip_model.safetensors", lambda t: t.pop("transformer.resblocks.0.ln_1.bias"))
+    with pytest.raises(InputError, match=r"no text tower: .*lacks transformer.resblocks.0.ln_1.bias; model.text"):
+        merge_alone(change(config, "start", method="ta"), domain)
+    shutil.copytree(config.model.path("base").parent.parent / "clip", root.parent / "copy", dirs_exist_ok=True)
+
+
+def test_missing_data_names_the_folder_and_the_hub_id(pico_config, monkeypatch):
+    def no_hub(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", no_hub)
+    with pytest.raises(InputError, match=r"no data for task MNIST: a folder nowhere/MNIST, or the hub's ylecun/mnist"):
+        score_run(change(pico_config, "eval", data="nowhere"), domain)
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "imagefolder"])
+def test_other_local_layouts_give_the_same_score(pico_config, pico_inputs, tmp_path, layout):
+    records = datasets.load_dataset(str(pico_inputs / "data" / "MNIST"), split="test")
+    if layout == "save_to_disk":
+        datasets.DatasetDict({"test": records}).save_to_disk(str(tmp_path / "data" / "MNIST"))
+    else:
+        for i, record in enumerate(records):
+            folder = tmp_path / "data" / "MNIST" / "test" / str(record["label"])
+            folder.mkdir(parents=True, exist_ok=True)
+            record["image"].save(folder / f"{i}.png")
+    path = {"x": pico_config.model.path("expert", "MNIST")}
+    expected = domain.score(pico_config, "MNIST", path, torch.device("cpu"))
+    other = change(pico_config, "eval", data=str(tmp_path / "data"))
+    assert domain.score(other, "MNIST", path, torch.device("cpu")) == expected
+
+
+def test_data_of_another_number_of_classes_is_refused(pico_config, pico_inputs, tmp_path):
+    shutil.copytree(pico_inputs / "data" / "MNIST", tmp_path / "data" / "DTD")
+    with pytest.raises(InputError, match="data of task DTD has 10 classes; .* has 47"):
+        domain.labelled_images(change(pico_config, "eval", data=str(tmp_path / "data")), "DTD")
+
+
+def test_a_head_file_is_used_where_there_is_one(own_inputs):
+    root, config = own_inputs
+    model = replace(config.model, head="head_{task}.safetensors")
+    built = domain.zero_shot_head(model, "MNIST")
+    assert built.shape == (10, 8)
+    write_tensors(root / "head_MNIST.safetensors", {"weight": built * 2, "bias": torch.zeros(10)})
+    torch.testing.assert_close(domain.zero_shot_head(model, "MNIST"), built * 2)
+    write_tensors(root / "head_MNIST.safetensors", {"weight": built[:9]})
+    with pytest.raises(InputError, match="has 9 classes, the task MNIST has 10"):
+        domain.zero_shot_head(model, "MNIST")
+
+
+def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
+    text = describe(change(pico_config, "model", root="/nowhere", arch="ViT-B-32-quickgelu"), domain)
+    for line in (
+        "MISSING    base: there is no checkpoint at /nowhere/base",
+        "MISSING    expert SVHN",
+        "27 MiB in 12 tensors",
+        "GFLOP",
+    ):
+        assert line in text
+    assert "found      expert MNIST" in describe(pico_config, domain)
+    assert "Needs: not known yet" in describe(change(pico_config, "model", root="/nowhere"), domain)
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(InputError, match="open_clip cannot build model.arch 'ViT-X'"):
+        domain.skeleton(Model(arch="ViT-X"))
