@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,6 @@ from common.checkpoints import Checkpoint, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
 from common.records import load_records
-from common.task_vectors import Params
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -169,11 +168,11 @@ def check_export(model: Model) -> None:
     text_checkpoint(model)
 
 
-def export(model: Model, tensors: Params, folder: Path) -> None:
+def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
     text = text_checkpoint(model)
     names = skeleton(model).state_dict()
-    whole = {n: t for n, t in tensors.items() if n in names}
+    whole = {name: tensor for name, tensor in tensors if name in names}
     whole |= text.read(n for n in names if not n.startswith(IMAGE_TOWER))
     write_text(folder / "open_clip_config.json", json.dumps(open_clip_config(model), indent=2) + "\n")
     write_tensors(folder / "open_clip_model.safetensors", {n: whole[n] for n in names})

@@ -20,6 +20,8 @@ class BlockFamily:
     """All that the project knows about one architecture. Adding an architecture is adding one of these.
 
     blocks: path of the list of blocks, the same in the module and in the names of its checkpoint.
+    names: name of a stored tensor -> its name in the module, or None for one that is never merged, such as a task's
+        classifier. Published files of one architecture differ in a prefix; nothing behind this knows.
     call: (module, x_ATD) -> y_ATD; hides argument lists, masks and tuples.
     part: the sub-module of a block that is anchored ("mlp"); "" for the whole block.
     scope: only tensors whose name begins with this are merged; the rest is the base's.
@@ -31,6 +33,7 @@ class BlockFamily:
     blocks: str
     call: Callable[[nn.Module, Tensor], Tensor] = call_module
     part: str = ""
+    names: Callable[[str], str | None] = str
     scope: str = ""
     null_gradients: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     published_axes: str = "ATD"

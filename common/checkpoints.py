@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ class Checkpoint:
     """The tensors of one model: a .safetensors file, or a folder as Hugging Face or open_clip lay it out.
 
     Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
-    is what was read last.
+    is what was read last. Its names are what `names` makes of the stored ones; tensors it gives None for are left out.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
         for file in weight_files(self.path):
             with opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                    self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-                    self._file_of[name] = file
+                for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    name = names(stored)
+                    if name is not None:
+                        self.shapes[name] = tuple(handle.get_slice(stored).get_shape())
+                        self._stored[name] = (file, stored)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names that begin with `prefix`, in order."""
@@ -49,16 +51,17 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
-            if name not in self._file_of:
+            if name not in self._stored:
                 raise InputError(f"{self.path} lacks the tensor {name}")
-            by_file.setdefault(self._file_of[name], []).append(name)
+            file, stored = self._stored[name]
+            by_file.setdefault(file, []).append((name, stored))
         tensors = {}
         for file, wanted in by_file.items():
             with opened(file) as handle:
-                for name in wanted:
-                    tensors[name] = handle.get_tensor(name).to(torch.float32, copy=True)
+                for name, stored in wanted:
+                    tensors[name] = handle.get_tensor(stored).to(torch.float32, copy=True)
                     if not tensors[name].isfinite().all():
                         raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
         return tensors
@@ -69,7 +72,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Identifies the contents without reading all of it; see `fingerprint`."""
-        return digest([[file.name, fingerprint(file)] for file in sorted(set(self._file_of.values()))])
+        return digest([[file.name, fingerprint(file)] for file in sorted({file for file, _ in self._stored.values()})])
 
 
 def fingerprint(file: Path) -> str:
@@ -94,7 +97,9 @@ def weight_files(path: Path) -> list[Path]:
         for name in WEIGHT_FILES:
             if (path / name).is_file():
                 return [path / name]
-        raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}")
+        pickled = path / "pytorch_model.bin"
+        hint = f"; scripts/convert_checkpoint.py makes safetensors of {pickled.name}" if pickled.is_file() else ""
+        raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}{hint}")
     if not path.exists():
         raise InputError(f"there is no checkpoint at {path}")
     if path.suffix != ".safetensors":
@@ -158,6 +163,8 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in file.parent.glob(f".{file.name}.*.tmp"):
+            left_by_a_kill.unlink()
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -176,7 +183,7 @@ def digest(value: Params | Any) -> str:
         for name in sorted(value):
             tensor = value[name].detach().cpu().contiguous()
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
     else:
         sha.update(json.dumps(value, sort_keys=True).encode())
     return sha.hexdigest()[:16]

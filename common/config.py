@@ -10,13 +10,18 @@ from jsonargparse import ArgumentParser
 from common.errors import InputError
 
 
+def for_task(template: str, task: str) -> str:
+    """A path with {task} replaced by the name of a task, {slug} by its letters and digits in lower case."""
+    return template.replace("{task}", task).replace("{slug}", "".join(filter(str.isalnum, task.lower())))
+
+
 @dataclass(frozen=True)
 class Model:
     """The checkpoints to merge.
 
     Args:
         base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it.
-        expert: The same for the expert of one task; {task} stands for its name.
+        expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name, say. Empty: the config file beside the base's weights tells.
         family: How the architecture is taken apart into blocks; a key of FAMILIES in the domain.
@@ -34,7 +39,7 @@ class Model:
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""
-        return Path(self.root).expanduser() / getattr(self, name).replace("{task}", task)
+        return Path(self.root).expanduser() / for_task(getattr(self, name), task)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Anchors:
         lr: Its learning rate.
         steps: Its steps.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
-        source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy.
+        source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
+            or {slug} in it, the folder of one task.
     """
 
     init: Literal["weight", "gauss"] = "weight"
@@ -64,6 +70,11 @@ class Anchors:
     steps: int = 1200
     skip_null_gradients: bool = True
     source: str = ""
+
+    def path(self, task: str) -> Path:
+        """Folder of the anchors of one task under `source`, "~" expanded."""
+        template = self.source if "{" in self.source else f"{self.source}/{{task}}"
+        return Path(for_task(template, task)).expanduser()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """An experiment with its inputs open and checked: what every stage needs before it begins."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import anchors
 from common.blocks import BlockFamily, moved
@@ -33,7 +33,7 @@ class Domain(Protocol):
     def token_shape(self, model: Model) -> tuple[int, int]: ...
     def metric(self, task: str) -> str: ...
     def check_export(self, model: Model) -> None: ...
-    def export(self, model: Model, tensors: Params, folder: Path) -> None: ...
+    def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, tuple[float, int]]: ...
@@ -60,9 +60,14 @@ class Experiment:
         """Indices of the blocks to work on."""
         return list(range(self.depth)) if self.config.run.blocks is None else sorted(set(self.config.run.blocks))
 
+    def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:
+        """The named tensors, on the device."""
+        return {name: p.to(self.device) for name, p in checkpoint.read(names).items()}
+
     def read_block(self, checkpoint: Checkpoint, index: int) -> Params:
-        """θ of one block, on the device."""
-        return {n: p.to(self.device) for n, p in checkpoint.read_under(self.family.prefix(index)).items()}
+        """θ of one block, on the device, under the names it has within the block."""
+        prefix = self.family.prefix(index)
+        return {n.removeprefix(prefix): p for n, p in self.read(checkpoint, checkpoint.names(prefix)).items()}
 
     def rest_names(self) -> list[str]:
         """Names of the merged tensors that lie outside the anchored blocks."""
@@ -87,7 +92,7 @@ class Experiment:
     def anchor_file(self, task: str, index: int) -> Path:
         """Where the anchors of a unit are: ours, or those of anchors.source in the released layout."""
         if self.config.anchors.source:
-            return Path(self.config.anchors.source).expanduser() / task / f"dual_anchors_layer_{index + 1}.npy"
+            return self.config.anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
         return self.config.run.dir / "anchors" / self.config.anchors.init / task / f"block_{index:02d}.safetensors"
 
     def anchor_scale(self) -> float:
@@ -120,12 +125,12 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
     for index in config.run.blocks or []:
         if not 0 <= index < len(modules):
             raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {len(modules) - 1}")
-    base = Checkpoint(config.model.path("base"))
+    base = Checkpoint(config.model.path("base"), family.names)
     for index, module in enumerate(modules):
         prefix = family.prefix(index)
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
-    experts = {task: Checkpoint(config.model.path("expert", task)) for task in config.tasks}
+    experts = {task: Checkpoint(config.model.path("expert", task), family.names) for task in config.tasks}
     for expert in experts.values():
         require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
     tokens, width = domain.token_shape(config.model)

@@ -7,7 +7,7 @@ runs/<name>/merged/fda-<method>-<init>/        the same, adapted; blocks/ holds 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from common.config import Config, as_dict
 from common.experiment import PRETRAINED, Domain, Experiment
 from common.merging import SCOPE_BLOCKS, merge
 from common.runtime import recorded
-from common.task_vectors import Params, add, subtract
+from common.task_vectors import add, subtract
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -43,30 +43,19 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
     if not is_finished(folder, provenance):
         with recorded(experiment.config, f"merge {method}"):
-            tensors = {}
-            for index in range(experiment.depth):
-                merged = merged_block(experiment, method, index)
-                tensors |= {experiment.family.prefix(index) + name: t.cpu() for name, t in merged.items()}
-            tensors |= merged_rest(experiment, method)
-            finish(experiment, domain, tensors, folder, provenance)
+            finish(experiment, domain, merged_tensors(experiment, method), folder, provenance)
     return Checkpoint(folder)
 
 
-def merged_block(experiment: Experiment, method: str, index: int) -> Params:
-    """One block under a merge method."""
-    theta_0 = experiment.read_block(experiment.base, index)
-    thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
-    return add(theta_0, merge(method, theta_0, [subtract(t, theta_0) for t in thetas], experiment.hyper(method)))
-
-
-def merged_rest(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors outside the blocks under a merge method, one tensor of each model in memory at a time."""
-    for name in experiment.rest_names():
-        theta_0 = experiment.base.read([name])
-        if method not in SCOPE_BLOCKS:
-            deltas = [subtract(expert.read([name]), theta_0) for expert in experiment.experts.values()]
-            theta_0 = add(theta_0, merge(method, theta_0, deltas, experiment.hyper(method)))
-        yield name, theta_0[name]
+def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the merged model under a merge method, one of each model in memory at a time."""
+    family, hyper = experiment.family, experiment.hyper(method)
+    for name in experiment.base.names(family.scope):
+        theta = experiment.read(experiment.base, [name])
+        if name.startswith(f"{family.blocks}.") or method not in SCOPE_BLOCKS:
+            experts = (experiment.read(expert, [name]) for expert in experiment.experts.values())
+            theta = add(theta, merge(method, theta, [subtract(expert, theta) for expert in experts], hyper))
+        yield name, theta[name].cpu()
 
 
 def assemble(
@@ -77,18 +66,27 @@ def assemble(
     if missing:
         print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
         return False
-    rest = start if experiment.config.adapt.rest == "start" else experiment.base
-    tensors = dict(rest.read(experiment.rest_names()))
-    for index in range(experiment.depth):
-        prefix = experiment.family.prefix(index)
-        tensors |= {prefix + name: t for name, t in Checkpoint(block_file(folder, index)).read_under("").items()}
-    finish(experiment, domain, tensors, folder, provenance)
+    finish(experiment, domain, adapted_tensors(experiment, start, folder), folder, provenance)
     shutil.rmtree(folder / "blocks")
     return True
 
 
+def adapted_tensors(experiment: Experiment, start: Checkpoint, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
+    rest = start if experiment.config.adapt.rest == "start" else experiment.base
+    for name in experiment.rest_names():
+        yield from rest.read([name]).items()
+    for index in range(experiment.depth):
+        block = Checkpoint(block_file(folder, index)).read_under("")
+        yield from ((experiment.family.prefix(index) + name, tensor) for name, tensor in block.items())
+
+
 def finish(
-    experiment: Experiment, domain: Domain, tensors: Params, folder: Path, provenance: Mapping[str, Any]
+    experiment: Experiment,
+    domain: Domain,
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint and, when it is whole, its provenance."""
     domain.export(experiment.config.model, tensors, folder)

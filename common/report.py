@@ -1,8 +1,9 @@
 """results.json as the paper's table and as figures. Nothing here computes a score: rows come in scored.
 
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
-the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "task", "metric",
-"value": a fraction, "n": examples scored, "config": digest, "commit": git commit}, and what else a domain records.
+the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
+"metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}, and what else a domain
+records.
 """
 
 import json
@@ -34,7 +35,7 @@ DISPLAY = {
     "gauss": "Gauss",
     "weight": "Weight",
 }
-KEY = ("method", "start", "init", "task")
+KEY = ("method", "start", "init", "label", "task")
 MISSING = "–"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#4D4D4D")  # Okabe, Ito and two
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one round of colours each
@@ -49,9 +50,9 @@ def display(word: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name the paper's tables give a row: "Pretrained", "TSV", "FDA (TA, Weight)"."""
+    """The name the paper's tables give a row: "Pretrained", "TSV", "FDA (TA, Weight)"; a label stands behind it."""
     if row["method"] == "fda":
-        return f"FDA ({display(row['start'])}, {display(row['init'])})"
+        return f"FDA ({display(row['start'])}, {display(row['init'])}) {row.get('label') or ''}".rstrip()
     return display(row["method"])
 
 
@@ -59,12 +60,12 @@ def rank(row: Row) -> tuple:
     """Sorts rows like the paper: pretrained, individual, merges, then FDA by start and initialisation."""
     order = {word: i for i, word in enumerate(DISPLAY)}
     fda = row["method"] == "fda"
-    words = (row["start"] if fda else row["method"], row.get("init") or "")
+    words = (row["start"] if fda else row["method"], row.get("init") or "", row.get("label") or "")
     return (fda, *((order.get(word, len(order)), word) for word in words))
 
 
 def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
-    """The rows with `new` in place of the one with the same method, start, init and task, or at the end."""
+    """The rows with `new` in place of the one with the same method, start, init, label and task, or at the end."""
     return [row for row in rows if any(row.get(k) != new.get(k) for k in KEY)] + [new]
 
 

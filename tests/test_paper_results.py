@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "configs/paper_results.yaml").read_text(encoding="utf-8"))
 VISION = yaml.safe_load((ROOT / "Vision/tasks.yaml").read_text(encoding="utf-8"))
 VITS = ("ViT-B-16", "ViT-B-32", "ViT-L-14")
-COUNTED = {name: task["test_size"] for name, task in VISION.items()} | {
+COUNTED = {name: task["test_size"] for name, task in VISION.items() if "test_size" in task} | {
     "SST-2": 872,
     "MNLI": 9815,
     "QNLI": 5463,

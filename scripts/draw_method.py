@@ -1,0 +1,97 @@
+"""Draw scripts/method.png, the README's figure: both boxes at work on a block of two weights, by the project's own code.
+
+python scripts/draw_method.py
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from common.adaptation import fit_block, own_weights
+from common.anchors import initial_anchors, seeded
+from common.construction import optimise_anchors
+from common.matching import squared
+
+COLOURS = ("#0072B2", "#D55E00")
+TAU = (torch.tensor([[2.0, 0.4]]), torch.tensor([[0.5, 1.8]]))  # the two task vectors; θ₀ is the origin
+THETA_0 = {"weight": torch.zeros(1, 2)}
+MOMENTS = (0, 2, 5, 400)  # construction steps whose gradient is drawn
+
+
+def block(params, x_ATD):
+    """One linear map from two inputs to one output."""
+    return x_ATD @ params["weight"].T
+
+
+def gradient(theta_t, x_ATD):
+    """Unit vector along −∂Dist/∂θ at θ₀."""
+    w = THETA_0["weight"].clone().requires_grad_()
+    (g,) = torch.autograd.grad(squared(block({"weight": w}, x_ATD), block(theta_t, x_ATD)), w)
+    return -g[0] / g.norm()
+
+
+def arrow(axes, tip, colour, **style):
+    axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0} | style)
+
+
+def draw(path: Path) -> None:
+    """Three panels: anchors in input space, the gradients they induce, and the merged weights trained on them."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.9), layout="constrained")
+    inputs, targets = [], []
+    for task, (tau, colour) in enumerate(zip(TAU, COLOURS, strict=True)):
+        theta_t = {"weight": tau}
+        start = initial_anchors("gauss", (24, 1, 2), theta_t=theta_t, scale=0.1, generator=seeded(3, task))
+        for k, steps in enumerate(MOMENTS):
+            x = optimise_anchors(block, THETA_0, theta_t, start, steps=steps, lr=1e-2, distance="mse").x
+            arrow(middle, 1.25 * gradient(theta_t, x), colour, alpha=(k + 1) / len(MOMENTS), lw=1.2)
+        left.plot(*start[:, 0].T, "o", mfc="none", mec=colour, ms=4, alpha=0.45)
+        left.plot(*x[:, 0].T, "o", color=colour, ms=4, label=f"task {task + 1}")
+        left.axline((0, 0), tuple(tau[0].tolist()), color=colour, lw=0.8, ls=":")
+        for axes in (middle, right):
+            axes.plot(*tau[0], "*", color=colour, ms=13, zorder=3)
+            axes.annotate(f"θ{'₁₂'[task]}", tau[0], (6, 6), textcoords="offset points", color=colour)
+        inputs.append(x)
+        targets.append(block(theta_t, x))
+    x, y = torch.cat(inputs), torch.cat(targets)
+    grid = torch.stack(torch.meshgrid(torch.linspace(-0.5, 3, 120), torch.linspace(-0.5, 3, 120), indexing="xy"), -1)
+    loss = torch.tensor([[squared(block({"weight": w[None]}, x), y) for w in row] for row in grid])
+    right.contour(*grid.permute(2, 0, 1), loss.sqrt(), levels=14, colors="#bbbbbb", linewidths=0.6)
+    path_of = torch.cat(
+        [
+            fit_block(
+                block, own_weights(THETA_0), x, y, distance="mse", lr=0.03, epochs=epochs, batch_size=48,
+                generator=seeded(0),
+            )[0]["weight"]
+            for epochs in range(0, 200, 4)
+        ]
+    )  # fmt: skip
+    right.plot(*path_of.T, color="#222222", lw=1.6)
+    right.plot(*path_of[-1], "o", color="#222222", ms=7)
+    right.annotate("merged", path_of[-1], (-50, 8), textcoords="offset points")
+    right.plot(*(0.3 * sum(TAU))[0], "s", color="#666666", ms=6)
+    right.annotate("task arithmetic, 0.3", (0.3 * sum(TAU))[0], (-14, -16), textcoords="offset points", color="#666666")
+    titles = (
+        "input space: anchors before (○) and after (●)",
+        "their gradients turn to the task vectors",
+        "box 2: weights trained on all anchors",
+    )
+    for axes, title in zip((left, middle, right), titles, strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in (middle, right):
+        axes.plot(0, 0, "o", color="#222222", ms=5)
+        axes.annotate("θ₀", (0, 0), (-14, -12), textcoords="offset points")
+        axes.set_xlim(-0.5, 3)
+        axes.set_ylim(-0.5, 3)
+    reach = 1.1 * x.abs().max().item()
+    left.set_xlim(-reach, reach)
+    left.set_ylim(-reach, reach)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_name("method.png"))
