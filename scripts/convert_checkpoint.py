@@ -5,7 +5,8 @@
 The source is one file, or a folder such as the published one: zeroshot.pt, <DATASET>/finetuned.pt, head_<DATASET>.pt,
 merged_*.pt, ViT-B-32.pt. Every *.pt below it becomes the .safetensors of the same name below --out, with tensor names
 as open_clip's own state dict has them. The fine-tuned files lack the text tower's `transformer.*`, as published.
-A target that is already there is kept; remove it to have it made anew.
+In a Hugging Face folder pytorch_model.bin becomes model.safetensors (--out may be the folder itself). A target
+that is already there is kept; remove it to have it made anew.
 """
 
 import argparse
@@ -25,7 +26,12 @@ LEFT_OUT = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
 
 def open_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the `model.` of the released ImageEncoder and without what open_clip keeps out of its state dict."""
-    return {n.removeprefix("model."): t for n, t in tensors.items() if n.rpartition(".")[2] not in LEFT_OUT}
+    wrapped = any(name.startswith("model.visual.") for name in tensors)
+    return {
+        name.removeprefix("model.") if wrapped else name: tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] not in LEFT_OUT
+    }
 
 
 def is_made(target: Path, float32: bool) -> bool:
@@ -52,16 +58,21 @@ def convert(source: Path, target: Path, float32: bool) -> str:
 def targets_of(source: Path, out: Path) -> dict[Path, Path]:
     """{file to read: file to write}, in order of names. InputError if there is nothing to read."""
     if source.is_file():
-        return {source: out / f"{source.stem}.safetensors"}
-    files = sorted(source.rglob("*.pt"))
+        return {source: target_of(out / source.name)}
+    files = sorted(file for file in source.rglob("*") if file.suffix in (".pt", ".bin"))
     if not files:
-        raise InputError(f"{source} is neither a file nor a folder that holds .pt files")
-    return {file: (out / file.relative_to(source)).with_suffix(".safetensors") for file in files}
+        raise InputError(f"{source} is neither a file nor a folder that holds .pt or .bin files")
+    return {file: target_of(out / file.relative_to(source)) for file in files}
+
+
+def target_of(file: Path) -> Path:
+    """The same name with the suffix .safetensors; Hugging Face's pytorch_model.bin becomes its model.safetensors."""
+    return file.with_name(file.stem.removeprefix("pytorch_") + ".safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a file, or a folder of .pt files")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a file, or a folder of .pt or .bin files")
     parser.add_argument("--out", type=Path, required=True, metavar="DST", help="the folder to write to")
     parser.add_argument("--float32", action="store_true", help="widen float16 (else numbers stay as they are stored)")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Draw scripts/method.png, the README's figure: both boxes at work on a block of two weights, by the project's own code.
+"""Draw scripts/method.png, the README's figure: both boxes at work on a block of two weights.
 
 python scripts/draw_method.py
 """
@@ -32,7 +32,9 @@ def gradient(theta_t, x_ATD):
 
 
 def arrow(axes, tip, colour, **style):
-    axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0} | style)
+    axes.annotate(
+        "", tip, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0} | style
+    )
 
 
 def draw(path: Path) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from test_unpickling import pickle_3, write_released
 from torch import nn
 
+from scripts.convert_checkpoint import open_clip_names, target_of
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py"
 main = runpy.run_path(str(SCRIPT))["main"]
 
@@ -98,4 +100,15 @@ def test_a_bad_file_ends_the_run_and_leaves_what_was_made(published, tmp_path):
 
 def test_nothing_to_convert_is_said(tmp_path, capsys):
     assert main([str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert "neither a file nor a folder that holds .pt files" in capsys.readouterr().err
+    assert "neither a file nor a folder that holds .pt or .bin files" in capsys.readouterr().err
+
+
+def test_only_the_released_wrapper_loses_its_prefix():
+    x = torch.ones(1)
+    assert list(open_clip_names({"model.visual.proj": x, "model.attn_mask": x})) == ["visual.proj"]
+    assert list(open_clip_names({"model.layers.0.mlp.up_proj.weight": x})) == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_hugging_face_file_gets_the_name_that_stock_libraries_look_for():
+    assert target_of(Path("roberta/pytorch_model.bin")) == Path("roberta/model.safetensors")
+    assert target_of(Path("MNIST/finetuned.pt")) == Path("MNIST/finetuned.safetensors")
