@@ -18,6 +18,7 @@ from common.task_vectors import Params
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 PAGE = 4096
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
@@ -92,19 +93,33 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint. InputError says what was looked for."""
     if path.is_dir():
         if (path / INDEX_FILE).is_file():
-            shards = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
-            return [path / shard for shard in shards]
+            return indexed_files(path / INDEX_FILE)
         for name in WEIGHT_FILES:
             if (path / name).is_file():
                 return [path / name]
-        pickled = path / "pytorch_model.bin"
-        hint = f"; scripts/convert_checkpoint.py makes safetensors of {pickled.name}" if pickled.is_file() else ""
+        hint = ""
+        if (path / "pytorch_model.bin").is_file():
+            hint = "; scripts/convert_checkpoint.py makes safetensors of pytorch_model.bin"
+        if (path / PICKLED_INDEX).is_file():
+            hint = f"; NLG/split_model.py makes safetensors of the files in {PICKLED_INDEX}"
         raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}{hint}")
     if not path.exists():
         raise InputError(f"there is no checkpoint at {path}")
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no .safetensors file; scripts/convert_checkpoint.py makes one of a pickled module")
     return [path]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, in order. InputError if it is none, or names one that is not beside it."""
+    try:
+        shards = sorted({Path(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of shards, JSON with a weight_map ({error!r})") from error
+    for shard in shards:
+        if shard.is_absolute() or ".." in shard.parts:
+            raise InputError(f"{index} names the shard {shard}, which lies outside its folder")
+    return [index.parent / shard for shard in shards]
 
 
 @contextmanager

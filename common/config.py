@@ -23,10 +23,16 @@ class Model:
         base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         root: Folder that the other paths are relative to.
-        arch: Architecture: an open_clip model name, say. Empty: the config file beside the base's weights tells.
+        arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
+            Empty: the config file beside the base's weights tells.
         family: How the architecture is taken apart into blocks; a key of FAMILIES in the domain.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
         head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
+        vocabulary: NLG only: where base and experts have unlike numbers of tokens, pad fills missing rows with the mean
+            of those that are there, base cuts to the base's tokens, refuse stops.
+        dtype: NLG only: type of the merged weights. Empty: the base's.
+        tokenizers: NLG only: tasks for which the merged model gets a folder of its own, with that expert's tokenizer
+            and links to the weights. The model's own folder has the base's tokenizer.
     """
 
     base: str = ""
@@ -36,6 +42,9 @@ class Model:
     family: str = ""
     text: str = ""
     head: str = ""
+    vocabulary: Literal["refuse", "pad", "base"] = "refuse"
+    dtype: Literal["", "float32", "float16", "bfloat16"] = ""
+    tokenizers: tuple[str, ...] = ()
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""
@@ -49,11 +58,13 @@ class Anchors:
     Args:
         init: Where the anchors start: rows of the expert's weights, or scaled Gaussian noise.
         number: Anchors per task and block.
+        chunk: Anchors in memory at once. Unset: all; the result is the same to rounding.
         tokens: Tokens per anchor. Unset: what the architecture sees.
         scale: Factor on the initial anchors. Unset: the paper's, 1 for weight and 0.01 for gauss.
         distance: Between the outputs of the base block and the expert's.
-        optimizer: Of the anchors.
+        optimizer: Of the anchors. muon reaches the same loss in a fraction of the steps, with lr around 0.3, linear.
         lr: Its learning rate.
+        schedule: Of the learning rate over the steps: constant, or linear down to zero.
         steps: Its steps.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
@@ -62,11 +73,13 @@ class Anchors:
 
     init: Literal["weight", "gauss"] = "weight"
     number: int = 64
+    chunk: int | None = None
     tokens: int | None = None
     scale: float | None = None
     distance: Literal["cos", "mse", "l1"] = "cos"
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-2
+    schedule: Literal["constant", "linear"] = "constant"
     steps: int = 1200
     skip_null_gradients: bool = True
     source: str = ""
@@ -83,10 +96,12 @@ class Start:
 
     Args:
         method: pretrained, or a merge method.
+        checkpoint: A merged checkpoint made elsewhere to take instead of making one; `method` then just names it.
         hyper: Hyperparameters of each method, as in {ta: {scale: 0.3}}.
     """
 
     method: str = "pretrained"
+    checkpoint: str = ""
     hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -96,6 +111,8 @@ class Adapt:
 
     Args:
         rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
+        per_task: From ta: a coefficient for each weight of each task vector (paper Eq. 6). False: for each weight of
+            their sum, as from any other start.
         distance: Between the merged block's outputs and the expert's.
         lr: Learning rate of Adam: on the weights (start pretrained) or on one coefficient a weight (others).
         epochs: Passes over the anchors of all tasks.
@@ -105,6 +122,7 @@ class Adapt:
     """
 
     rest: Literal["pretrained", "start"] = "pretrained"
+    per_task: bool = True
     distance: Literal["cos", "mse", "l1"] = "cos"
     lr: float = 1e-2
     epochs: int = 100

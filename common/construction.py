@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,12 @@ from common.blocks import moved
 from common.matching import Block, matching_loss
 from common.task_vectors import Params, subtract
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW}
+# Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "muon": partial(torch.optim.Muon, momentum=0.9, nesterov=False, weight_decay=0.0),
+}
+SCHEDULES = {"constant": lambda done: 1.0, "linear": lambda done: 1 - done}  # factor on lr, of the fraction done
 CHECK_EVERY = 20  # steps between two looks at the loss: each look waits for the device
 
 
@@ -39,6 +45,7 @@ def optimise_anchors(
     steps: int,
     lr: float,
     optimizer: str = "adamw",
+    schedule: str = "constant",
     distance: str = "cos",
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> OptimisedAnchors:
@@ -54,16 +61,18 @@ def optimise_anchors(
     tau = moved(subtract(theta_t, theta_0) if tau is None else tau)
     if not tau:
         return OptimisedAnchors(x_init, [], 0, {})
-    x = x_init.detach().clone().requires_grad_()
-    stepper = OPTIMIZERS[optimizer]([x], lr=lr)
-    best_x, best_P = x_init, torch.full((len(tau),), torch.inf, device=x.device, dtype=x.dtype)
+    rows = x_init.detach().flatten(0, 1).clone().requires_grad_()
+    stepper = OPTIMIZERS[optimizer]([rows], lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: SCHEDULES[schedule](step / max(1, steps)))
+    best_x, best_P = x_init, torch.full((len(tau),), torch.inf, device=x_init.device, dtype=x_init.dtype)
     losses = []
 
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for step in range(steps + 1):
+            x = rows.view_as(x_init)
             loss_P = matching_loss(block, theta_0, theta_t, tau, x, distance=distance)
-            (x.grad,) = torch.autograd.grad(loss_P.sum(), x)
+            (rows.grad,) = torch.autograd.grad(loss_P.sum(), rows)
             with torch.no_grad():
                 better = loss_P.sum() < best_P.sum()
                 best_x, best_P = torch.where(better, x, best_x), torch.where(better, loss_P, best_P)
@@ -73,6 +82,7 @@ def optimise_anchors(
                 progress(step, losses[-1].item())
             if step < steps:
                 stepper.step()
+                scheduler.step()
 
     trace = torch.stack(losses).tolist()
     best_step = min(range(len(trace)), key=trace.__getitem__)

@@ -52,6 +52,7 @@ def construct_unit(
         steps=config.steps,
         lr=config.lr,
         optimizer=config.optimizer,
+        schedule=config.schedule,
         distance=config.distance,
         progress=lambda step, loss: bar.advance(step / config.steps, loss),
     )

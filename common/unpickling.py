@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -57,15 +58,35 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     InputError: the file names something outside the lists (nothing has been executed), is truncated or damaged,
     places a tensor outside its storage, or holds no tensor under a name.
     """
+    with lazy_tensors(path) as found:
+        return {name: pickled.read() for name, pickled in found.items()}
+
+
+class Pickled(NamedTuple):
+    """A tensor still in its file: what the pickle says of it, and how to read it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@contextmanager
+def lazy_tensors(path: Path | str, strict: bool = False) -> Iterator[dict[str, Pickled]]:
+    """The same tensors, each read when asked for while the file is open; a stream from before 1.6 is read whole.
+
+    InputError also, if `strict`, where the file is anything but one flat dictionary of tensors.
+    """
     with _reported(path), open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         content, read = (_read_archive if is_archive else _read_stream)(file, str(path))
+        more = [key for key, value in _members(content) if not _is_value(value)] if strict else []
+        if more:
+            raise InputError(f"{path} holds more than tensors: {more[0]!r} is none")
         found = [(name, record) for name, record in _named(content) if record.origin in TENSORS]
-        tensors = {name: _tensor(record, read, f"{path}: {name}") for name, record in found}
-    if not tensors:
-        raise InputError(f"{path} holds no tensor under a name")
-    return tensors
+        if not found:
+            raise InputError(f"{path} holds no tensor under a name")
+        yield {name: _pickled(record, read, f"{path}: {name}") for name, record in found}
 
 
 def read_anchors(path: Path | str) -> dict[str, np.ndarray]:
@@ -228,15 +249,27 @@ def _is_value(node: Any) -> bool:
     return isinstance(node, Record) and node.origin in TENSORS | ARRAYS
 
 
-def _tensor(record: Record, read: Read, where: str) -> Tensor:
+def _plain(record: Record) -> Record:
+    """The record of the tensor itself, within those of a parameter or of a tensor that carries attributes."""
     if record.origin == TYPED:
         rebuild, _, args, *_ = record.args
-        return _tensor(rebuild(*args), read, where)  # calling a record's class makes a record
-    if record.origin in PARAMETERS:
-        return _tensor(record.args[0], read, where)
-    storage, offset, size, stride, *_ = record.args
-    if isinstance(storage, Record):  # torch.storage._load_from_bytes: a stream within the pickle
-        storage, read = _read_stream(io.BytesIO(storage.args[0]), where)
+        return _plain(rebuild(*args))  # calling a record's class makes a record
+    return _plain(record.args[0]) if record.origin in PARAMETERS else record
+
+
+def _unwrapped(storage: Any, read: Read, where: str) -> tuple[Storage, Read]:
+    """A storage and how to read it; torch.storage._load_from_bytes holds both in a stream within the pickle."""
+    return _read_stream(io.BytesIO(storage.args[0]), where) if isinstance(storage, Record) else (storage, read)
+
+
+def _pickled(record: Record, read: Read, where: str) -> Pickled:
+    storage, _, size, *_ = _plain(record).args
+    return Pickled(_unwrapped(storage, read, where)[0].dtype, tuple(size), partial(_tensor, record, read, where))
+
+
+def _tensor(record: Record, read: Read, where: str) -> Tensor:
+    storage, offset, size, stride, *_ = _plain(record).args
+    storage, read = _unwrapped(storage, read, where)
     flat = torch.from_numpy(np.frombuffer(read(storage.key), np.uint8)).view(storage.dtype)
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise InputError(f"{where} has the impossible shape {size}, strides {stride}, offset {offset}")

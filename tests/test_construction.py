@@ -27,6 +27,15 @@ def test_a_linear_layer_with_enough_anchors_is_matched(unit):
     assert found.losses["weight"] < 0.01 < 0.05 < found.trace[0]
 
 
+def test_muon_gets_there_in_fewer_steps(unit):
+    theta_0, theta_t, x = unit
+    slow = optimise_anchors(linear, theta_0, theta_t, x, steps=40, lr=1e-2, distance="mse")
+    fast = optimise_anchors(
+        linear, theta_0, theta_t, x, steps=40, lr=0.3, distance="mse", optimizer="muon", schedule="linear"
+    )
+    assert min(fast.trace) < 0.5 * min(slow.trace)
+
+
 def test_the_best_anchors_are_kept_and_the_last_are_scored(unit):
     theta_0, theta_t, x = unit
     found = optimise_anchors(linear, theta_0, theta_t, x, steps=30, lr=0.5, distance="mse")  # a rate that overshoots
