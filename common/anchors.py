@@ -66,12 +66,13 @@ def load_anchors(file: Path, provenance: Mapping[str, Any]) -> Tensor:
 
 
 def load_published(file: Path, axes: str, width: int) -> Tensor:
-    """Anchors x_ATD from a released .npy file, whose axes are `axes` ("ATD" or "TAD"); nothing in it is executed."""
+    """Anchors x_ATD from a released .npy file, whose axes are `axes`: ATD, TAD or AD. Nothing in it is executed."""
     if not file.is_file():
         raise InputError(f"there is no anchor file {file}")
     x = torch.from_numpy(read_anchors(file)["input"]).float()
-    if x.ndim != 3 or x.shape[2] != width:
-        raise InputError(f"{file} holds anchors of shape {tuple(x.shape)}; three axes with width {width} are expected")
+    if x.ndim != len(axes) or x.shape[-1] != width:
+        wanted = f"{len(axes)} axes with width {width} are expected"
+        raise InputError(f"{file} holds anchors of shape {tuple(x.shape)}; {wanted}")
     if not x.isfinite().all():
         raise InputError(f"{file} holds NaN or Inf")
-    return x.transpose(0, 1).contiguous() if axes == "TAD" else x.contiguous()
+    return {"ATD": x, "TAD": x.transpose(0, 1), "AD": x[:, None]}[axes].contiguous()

@@ -27,7 +27,8 @@ class BlockFamily:
     scope: only tensors whose name begins with this are merged; the rest is the base's.
     null_gradients: tensors, or one of several equal row groups of a fused tensor, whose gradient is exactly zero
         whatever the input: {name: (group, of how many)}. Softmax does not see a shift of all keys, hence the key bias.
-    published_axes: axis order of the paper's released anchor files, "ATD" or "TAD".
+    published_axes: axis order of the paper's released anchor files, "ATD", "TAD" or, of one token, "AD".
+    vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     """
 
     blocks: str
@@ -37,6 +38,7 @@ class BlockFamily:
     scope: str = ""
     null_gradients: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     published_axes: str = "ATD"
+    vocabulary: tuple[str, ...] = ()
 
     def prefix(self, index: int) -> str:
         """Beginning of the names of block `index` in a checkpoint."""

@@ -28,6 +28,7 @@ class Checkpoint:
 
     Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
     is what was read last. Its names are what `names` makes of the stored ones; tensors it gives None for are left out.
+    Matrices can be had with more or fewer rows than are stored, see `resize`.
     """
 
     def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
@@ -41,6 +42,11 @@ class Checkpoint:
                     if name is not None:
                         self.shapes[name] = tuple(handle.get_slice(stored).get_shape())
                         self._stored[name] = (file, stored)
+
+    def resize(self, rows: Mapping[str, int]) -> None:
+        """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
+        for name in rows.keys() & self.shapes.keys():
+            self.shapes[name] = (rows[name], *self.shapes[name][1:])
 
     def names(self, prefix: str = "") -> list[str]:
         """Names that begin with `prefix`, in order."""
@@ -62,7 +68,8 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with opened(file) as handle:
                 for name, stored in wanted:
-                    tensors[name] = handle.get_tensor(stored).to(torch.float32, copy=True)
+                    tensor = handle.get_tensor(stored).to(torch.float32, copy=True)
+                    tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
                     if not tensors[name].isfinite().all():
                         raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
         return tensors
@@ -74,6 +81,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Identifies the contents without reading all of it; see `fingerprint`."""
         return digest([[file.name, fingerprint(file)] for file in sorted({file for file, _ in self._stored.values()})])
+
+
+def with_rows(matrix: Tensor, rows: int) -> Tensor:
+    """A matrix cut to `rows` rows, or filled up to them with the mean of its own."""
+    if rows <= len(matrix):
+        return matrix[:rows]
+    return torch.cat([matrix, matrix.mean(0, keepdim=True).expand(rows - len(matrix), -1)])
 
 
 def fingerprint(file: Path) -> str:

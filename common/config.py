@@ -28,6 +28,8 @@ class Model:
         family: How the architecture is taken apart into blocks; a key of FAMILIES in the domain.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
         head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
+        heads: NLU only: tasks for which the merged encoder gets a folder heads/<task>: a complete classifier with that
+            expert's head and a link to the encoder.
         vocabulary: NLG only: where base and experts have unlike numbers of tokens, pad fills missing rows with the mean
             of those that are there, base cuts to the base's tokens, refuse stops.
         dtype: NLG only: type of the merged weights. Empty: the base's.
@@ -42,6 +44,7 @@ class Model:
     family: str = ""
     text: str = ""
     head: str = ""
+    heads: tuple[str, ...] = ()
     vocabulary: Literal["refuse", "pad", "base"] = "refuse"
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()
@@ -142,14 +145,21 @@ class Eval:
     Args:
         data: Folder with one folder per task, in any layout that `datasets` reads. Tasks without one come from the hub.
         batch_size: Examples per step.
+        backend: NLG only: who generates. transformers: a loop of ours. lm-eval-hf, lm-eval-vllm: lm-eval (extra nlg).
+        tests: Test sets of a task that is not scored on the one of its own name, as in {math: [GSM8K, MATH]}.
         limit: Use only the first examples of each test set. Unset: all.
+        allow_code_execution: NLG only: run the programs that models write, each in a process with little time and
+            memory. That is no sandbox: what they can reach, they can harm.
         workers: Processes that decode examples; 0 decodes in this one.
         paper_table: Table of configs/paper_results.yaml to print beside the results.
     """
 
     data: str = "data"
     batch_size: int = 256
+    backend: Literal["transformers", "lm-eval-hf", "lm-eval-vllm"] = "transformers"
+    tests: dict[str, list[str]] = field(default_factory=dict)
     limit: int | None = None
+    allow_code_execution: bool = False
     workers: int = 0
     paper_table: str = ""
 
@@ -207,6 +217,11 @@ class Config:
     compare: Compare
     run: Run
     dry_run: bool = False
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """Every test set, and the task whose expert it asks."""
+        return {test: task for task in self.tasks for test in self.eval.tests.get(task, [task])}
 
 
 def parse(description: str, argv: list[str] | None = None) -> Config:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.blocks import moved
-from common.matching import Block, matching_loss
+from common.matching import Block, matching_gradient
 from common.task_vectors import Params, subtract
 
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
@@ -47,12 +47,14 @@ def optimise_anchors(
     optimizer: str = "adamw",
     schedule: str = "constant",
     distance: str = "cos",
+    chunk: int | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> OptimisedAnchors:
     """Minimise the sum of the matching losses over the anchors x (paper Eq. 1, Algorithm 1 box 1).
 
-    Gradients are taken with respect to x alone, full batch. `tau` names the tensors to match and their directions
-    (default θ_t − θ₀); tensors that did not move are left out. A task vector that is zero throughout leaves x as it is.
+    Gradients are taken with respect to x alone, full batch, `chunk` anchors in memory at a time. `tau` names the
+    tensors to match and their directions (default θ_t − θ₀); tensors that did not move are left out. A task vector that
+    is zero throughout leaves x as it is.
     `progress` is told the step and the loss now and then.
 
     Deviation: the anchors after the last step are scored too; the released code never looks at them.
@@ -71,8 +73,8 @@ def optimise_anchors(
     with sdpa_kernel(SDPBackend.MATH):
         for step in range(steps + 1):
             x = rows.view_as(x_init)
-            loss_P = matching_loss(block, theta_0, theta_t, tau, x, distance=distance)
-            (rows.grad,) = torch.autograd.grad(loss_P.sum(), rows)
+            loss_P, gradient = matching_gradient(block, theta_0, theta_t, tau, x, distance=distance, chunk=chunk)
+            rows.grad = gradient.flatten(0, 1)
             with torch.no_grad():
                 better = loss_P.sum() < best_P.sum()
                 best_x, best_P = torch.where(better, x, best_x), torch.where(better, loss_P, best_P)

@@ -17,6 +17,7 @@ from common.matching import Block
 from common.merging import METHODS, check_hyper, hyperparameters
 from common.runtime import prepare
 from common.task_vectors import Params, require_same_shapes, subtract
+from common.vocabulary import row_counts
 
 PRETRAINED = "pretrained"
 
@@ -84,6 +85,14 @@ class Experiment:
             raise InputError(f"the expert of {task}, {self.experts[task].path}, equals the base in every block")
         return self.family.without_null_gradients(tau) if self.config.anchors.skip_null_gradients else tau
 
+    def given_start(self) -> Checkpoint:
+        """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
+        start = Checkpoint(Path(self.config.start.checkpoint).expanduser(), self.family.names)
+        start.resize(row_counts(self.family.vocabulary, self.base, [start], self.config.model.vocabulary))
+        scope = self.family.scope
+        require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
+        return start
+
     def hyper(self, method: str) -> dict[str, Any]:
         """All hyperparameters of a merge method: its defaults, and over them the config's."""
         defaults = {name: p.default for name, p in hyperparameters(method).items()}
@@ -103,8 +112,8 @@ class Experiment:
     def anchor_provenance(self, task: str, index: int, theta_0: Params, theta_t: Params) -> dict[str, Any]:
         """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
         settings = as_dict(self.config.anchors) | {"shape": list(self.shape), "scale": self.anchor_scale()}
-        for said_by_shape in ("source", "number", "tokens"):
-            del settings[said_by_shape]
+        for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
+            del settings[said_by_shape_or_no_matter]
         unit = {"task": task, "block": index, "seed": self.config.run.seed}
         return {"anchors": settings, "run": unit, "weights": {"base": digest(theta_0), "expert": digest(theta_t)}}
 
@@ -131,6 +140,9 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
     experts = {task: Checkpoint(config.model.path("expert", task), family.names) for task in config.tasks}
+    rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
+    for checkpoint in (base, *experts.values()):
+        checkpoint.resize(rows)
     for expert in experts.values():
         require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
     tokens, width = domain.token_shape(config.model)
@@ -150,21 +162,38 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     """The family of the config; InputError naming the choices where a task, family or method is none of them."""
     if config.domain != domain.NAME:
         raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}")
-    for task in config.tasks:
-        if task not in domain.TASKS:
-            raise InputError(f"unknown task {task!r}; choose from {', '.join(domain.TASKS)}")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError("tasks must name at least one task, and none twice")
+    for test in config.tests:
+        if test not in domain.TASKS:
+            raise InputError(f"unknown task {test!r}; choose from {', '.join(domain.TASKS)}")
+    named = [test for task in config.tasks for test in config.eval.tests.get(task, [task])]
+    if len(named) > len(config.tests):
+        raise InputError(f"eval.tests names one test set for two tasks: {', '.join(named)}")
+    for task in config.eval.tests:
+        if task not in config.tasks:
+            raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
     family = config.model.family or next(iter(domain.FAMILIES))
     if family not in domain.FAMILIES:
         raise InputError(f"unknown model.family {family!r}; choose from {', '.join(domain.FAMILIES)}")
+    for name in ("vocabulary", "dtype", "tokenizers"):
+        if not domain.FAMILIES[family].vocabulary and getattr(config.model, name) != getattr(Model(), name):
+            raise InputError(f"model.{name} is for language models, not for {config.domain}")
+    if config.start.checkpoint and config.start.method == PRETRAINED:
+        raise InputError("start.checkpoint needs start.method to name it: the method that it was merged by, say")
     for method in sorted(
         {config.start.method, *config.compare.starts, *config.start.hyper, *config.adapt.by_start} - {PRETRAINED}
     ):
+        if method == config.start.method and config.start.checkpoint:
+            continue
         if method not in METHODS:
             raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS))}")
         check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
-    positive = {"anchors": ("number", "tokens", "lr"), "adapt": ("lr", "epochs", "batch_size"), "eval": ("batch_size",)}
+    positive = {
+        "anchors": ("number", "chunk", "tokens", "lr"),
+        "adapt": ("lr", "epochs", "batch_size"),
+        "eval": ("batch_size",),
+    }
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)

@@ -3,7 +3,7 @@
 Shapes: A anchors, T tokens, D width, P parameter tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,10 +43,64 @@ def matching_loss(
 
     Returns: (P,) in the order of `tau`; differentiable in x (twice-differentiable attention is the caller's care).
     """
+    return misalignment(induced_gradient(block, theta_0, theta_t, tau, x_ATD, distance, create_graph=True), tau)
+
+
+def matching_gradient(
+    block: Block,
+    theta_0: Params,
+    theta_t: Params,
+    tau: Params,
+    x_ATD: Tensor,
+    *,
+    distance: str = "cos",
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The matching loss (P,), and the gradient of its sum with respect to x, `chunk` anchors in memory at a time.
+
+    The distance is a sum over the anchors, so what they induce is a sum over chunks, g = Σ g_c(x_c). The chain rule
+    wants v = ∂loss/∂g at the whole g, then in every chunk the gradient of ⟨g_c(x_c), v⟩ with v held fixed: the same
+    result for one first-order pass more.
+    """
+    setting = block, theta_0, theta_t, tau
+    if chunk is None or chunk >= len(x_ATD):
+        x = x_ATD.detach().requires_grad_()
+        loss_P = matching_loss(*setting, x, distance=distance)
+        return loss_P.detach(), torch.autograd.grad(loss_P.sum(), x)[0]
+    chunks = [x_cTD.requires_grad_() for x_cTD in x_ATD.detach().split(chunk)]
+    whole = [torch.zeros_like(t) for t in tau.values()]
+    for x_cTD in chunks:
+        for total, g in zip(whole, induced_gradient(*setting, x_cTD, distance), strict=True):
+            total += g
+    whole = [g.requires_grad_() for g in whole]
+    loss_P = misalignment(whole, tau)
+    v = torch.autograd.grad(loss_P.sum(), whole)
+    del whole
+    gradients = [
+        torch.autograd.grad(induced_gradient(*setting, x_cTD, distance, create_graph=True), x_cTD, v)[0]
+        for x_cTD in chunks
+    ]
+    return loss_P.detach(), torch.cat(gradients)
+
+
+def induced_gradient(
+    block: Block,
+    theta_0: Params,
+    theta_t: Params,
+    tau: Params,
+    x_ATD: Tensor,
+    distance: str,
+    create_graph: bool = False,
+) -> Sequence[Tensor]:
+    """∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀ for every tensor p in `tau`; with its graph it can be derived again."""
     # torch.func.grad says the same in one line and takes 1.5 times as long (measured on CPU, ViT-B/32 block).
     compared = {name: theta_0[name].detach().requires_grad_() for name in tau}
     dissimilarity = DISTANCES[distance](block({**theta_0, **compared}, x_ATD), block(theta_t, x_ATD))
-    gradients = torch.autograd.grad(dissimilarity, list(compared.values()), create_graph=True)
+    return torch.autograd.grad(dissimilarity, list(compared.values()), create_graph=create_graph)
+
+
+def misalignment(gradients: Sequence[Tensor], tau: Params) -> Tensor:
+    """(P,): for every tensor 1 − cos of the descent direction and the task vector."""
     return torch.stack([1 - direction_cosine(-g, t) for g, t in zip(gradients, tau.values(), strict=True)])
 
 

@@ -39,6 +39,8 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     method = experiment.config.start.method
     if method == PRETRAINED:
         return experiment.base
+    if experiment.config.start.checkpoint:
+        return experiment.given_start()
     folder = experiment.config.run.dir / "merged" / method
     provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
     if not is_finished(folder, provenance):
@@ -67,8 +69,13 @@ def assemble(
         print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
         return False
     finish(experiment, domain, adapted_tensors(experiment, start, folder), folder, provenance)
-    shutil.rmtree(folder / "blocks")
+    remove_blocks(folder)
     return True
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove the adapted blocks of a model that is put together; they may be gone already."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def adapted_tensors(experiment: Experiment, start: Checkpoint, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -105,7 +112,9 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
-    return {"base": experiment.base.fingerprint(), "experts": experts}
+    model = experiment.config.model
+    written = {"vocabulary": model.vocabulary, "dtype": model.dtype, "tokenizers": model.tokenizers}
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
 
 
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:

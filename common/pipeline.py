@@ -10,7 +10,7 @@ from common.checkpoints import Checkpoint, check_provenance, read_header, write_
 from common.config import Config
 from common.construction import optimise_anchors
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
-from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, result_dir
+from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
 from common.runtime import UnitBar, recorded
 from common.scoring import score_run
 from common.task_vectors import Params, subtract
@@ -54,6 +54,7 @@ def construct_unit(
         optimizer=config.optimizer,
         schedule=config.schedule,
         distance=config.distance,
+        chunk=config.chunk,
         progress=lambda step, loss: bar.advance(step / config.steps, loss),
     )
     outcome = {"best_step": found.best_step, "losses": found.losses, "trace": found.trace}
@@ -70,7 +71,9 @@ def adapt(config: Config, domain: Domain) -> Path:
     start = merge_start(experiment, domain)
     folder = result_dir(config)
     provenance = fit_provenance(experiment, start)
-    if not is_finished(folder, provenance):
+    if is_finished(folder, provenance):
+        remove_blocks(folder)  # which a kill can have left
+    else:
         with recorded(config, f"adapt {folder.name}"), UnitBar(f"adapt {folder.name}", len(experiment.blocks)) as bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
@@ -105,9 +108,11 @@ def adapt_unit(
     with torch.no_grad():
         targets = [experiment.block(thetas[task], x_ATD) for task, x_ATD in inputs.items()]
     settings = config.adapt.for_start(config.start.method)
+    trained = trainable(experiment, start, index, theta_0, list(thetas.values()))
+    del theta_0, thetas  # a block can fill a machine; fitting holds several of its size
     merged, trace = fit_block(
         experiment.block,
-        trainable(experiment, start, index, theta_0, list(thetas.values())),
+        trained,
         torch.cat(list(inputs.values())),
         torch.cat(targets),
         distance=settings.distance,
@@ -126,10 +131,11 @@ def trainable(
     """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
     each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
     """
-    method = experiment.config.start.method
-    if method == PRETRAINED:
+    config = experiment.config
+    if config.start.method == PRETRAINED:
         return own_weights(theta_0)
-    if method == "ta":
+    per_task = config.adapt.for_start("ta").per_task and not config.start.checkpoint
+    if config.start.method == "ta" and per_task:
         return coefficients(theta_0, [subtract(theta_t, theta_0) for theta_t in thetas], ta_scales(experiment))
     return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])
 

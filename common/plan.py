@@ -13,7 +13,7 @@ from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
 from common.errors import InputError
 from common.experiment import Domain, check_choices
-from common.matching import Block, matching_loss
+from common.matching import Block, induced_gradient, matching_loss
 from common.merged import result_dir
 from common.task_vectors import Params
 
@@ -31,15 +31,17 @@ def inputs(config: Config) -> list[str]:
     """One line for each checkpoint and data set."""
     lines = [checkpoint_line("base", config.model.path("base"))]
     lines += [checkpoint_line(f"expert {task}", config.model.path("expert", task)) for task in config.tasks]
+    if config.start.checkpoint:
+        lines.append(checkpoint_line("start", Path(config.start.checkpoint).expanduser()))
     if config.model.text:
         lines.append(checkpoint_line("text tower", config.model.path("text")))
     for task in config.tasks:
         if config.model.head:
             found = config.model.path("head", task).is_file()
             lines.append(f"  {'found' if found else 'to be made':10} head {task}: {config.model.path('head', task)}")
-    for task in config.tasks:
-        folder = Path(config.eval.data).expanduser() / task
-        lines.append(f"  {'found' if folder.is_dir() else 'from hub':10} data {task}: {folder}")
+    for test in config.tests:
+        folder = Path(config.eval.data).expanduser() / test
+        lines.append(f"  {'found' if folder.is_dir() else 'from hub':10} data {test}: {folder}")
     return lines
 
 
@@ -55,7 +57,7 @@ def checkpoint_line(what: str, path: Path) -> str:
 def outputs(config: Config) -> list[str]:
     """The folders that would be written, and whether something is there already."""
     folders = [config.run.dir / "anchors" / config.anchors.init, result_dir(config)]
-    if config.start.method != "pretrained":
+    if config.start.method != "pretrained" and not config.start.checkpoint:
         folders.append(config.run.dir / "merged" / config.start.method)
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 
@@ -63,19 +65,23 @@ def outputs(config: Config) -> list[str]:
 def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     """Units, disk, memory and arithmetic, counted on one block without weights (the meta device)."""
     try:
-        modules = family.modules(domain.skeleton(config.model))
+        skeleton = domain.skeleton(config.model)
+        modules = family.modules(skeleton)
         tokens, width = domain.token_shape(config.model)
     except InputError as error:
         return [f"Needs: not known yet ({error})"]
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
-    theta = {name: torch.empty_like(p, device="meta") for name, p in modules[0].named_parameters()}
+    theta = {name: torch.empty_like(p, dtype=torch.float32) for name, p in modules[0].named_parameters()}
     weights = sum(p.numel() for p in theta.values()) * 4
     anchors = math.prod(shape) * 4
-    operations, saved = cost_of_step(family.pure(modules[0]), theta, shape)
+    block, chunk = family.pure(modules[0]), min(config.anchors.chunk or shape[0], shape[0])
+    operations, saved = cost_of_step(block, theta, shape, chunk)
     blocks = len(config.run.blocks or modules)
     units = blocks * len(config.tasks)
     settings = config.adapt.for_start(config.start.method)
-    trained = len(config.tasks) if config.start.method == "ta" else 1
+    trained = len(config.tasks) if config.start.method == "ta" and settings.per_task else 1
+    sizes = [p.numel() for p in skeleton.parameters()]
+    dtype = getattr(torch, config.model.dtype or "float32")
     rows = {
         "block": f"{weights / 2**20:.0f} MiB in {len(theta)} tensors, {len(modules)} blocks",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
@@ -86,19 +92,22 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
         "adapt": f"{blocks} units of {settings.epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": f"about {(weights * (2 + 6 * trained) + 3 * anchors * len(config.tasks)) / 2**30:.2f} GiB "
         "on the device, and a batch's activations",
+        "merge, memory": f"about {(2 * len(config.tasks) + 3) * 4 * max(sizes) / 2**30:.2f} GiB for the largest tensor",
+        "merge, disk": f"{sum(sizes) * dtype.itemsize / 2**30:.2f} GiB a model in {dtype}",
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
 
 
-def cost_of_step(block: Block, theta: Params, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Multiply-add operations (2 each) and bytes kept for the second derivative of one construction step."""
+def cost_of_step(block: Block, theta: Params, shape: tuple[int, int, int], chunk: int) -> tuple[int, int]:
+    """Multiply-add operations (2 each) of a construction step, and bytes kept for the second derivative of a chunk."""
     kept: dict[int, int] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
-    x = torch.empty(shape, device="meta", requires_grad=True) * 1  # no leaf: the counter hooks into inputs
+    # no leaf: the counter hooks into inputs
+    x = torch.empty((chunk, *shape[1:]), device="meta", requires_grad=True) * 1
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
@@ -106,4 +115,8 @@ def cost_of_step(block: Block, theta: Params, shape: tuple[int, int, int]) -> tu
     ):
         loss_P = matching_loss(block, theta, theta, theta, x)
         torch.autograd.grad(loss_P.sum(), x)
-    return counter.get_total_flops(), sum(kept.values())
+    with FlopCounterMode(display=False) as once_more:
+        if chunk < shape[0]:
+            induced_gradient(block, theta, theta, theta, x.detach(), "cos")
+    operations = counter.get_total_flops() + once_more.get_total_flops()
+    return operations * shape[0] // chunk, sum(kept.values())

@@ -19,36 +19,41 @@ def score_run(config: Config, domain: Domain) -> None:
 
     The examples of a task are read once for all models that are to be scored on it.
     """
+    if not config.tests:
+        return print("nothing is scored: eval.tests has no test set for any task")
     experiment = open_experiment(config, domain)
     file = config.run.dir / "results.json"
     rows = report.read_results(file)[0] if file.is_file() else []
+    tests = list(config.tests)
     with recorded(config, "score"):
-        for task in config.tasks:
+        for test, task in config.tests.items():
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
-                row = model | {"task": task, "checkpoint": checkpoint.fingerprint(), "limit": config.eval.limit}
+                row = model | {"task": test, "checkpoint": checkpoint.fingerprint(), "limit": config.eval.limit}
                 if not any(row.items() <= known.items() for known in rows):
                     pending[report.row_name(row)] = (row, checkpoint.path)
             if not pending:
                 continue
             paths = {name: path for name, (_, path) in pending.items()}
-            for name, (value, n) in domain.score(config, task, paths, experiment.device).items():
-                result = {"metric": domain.metric(task), "value": value, "n": n}
+            for name, (value, n) in domain.score(config, test, paths, experiment.device).items():
+                result = {"metric": domain.metric(test), "value": value, "n": n}
                 birth = {"config": digest(as_dict(config)), "commit": commit()}
                 rows = report.upsert(rows, pending[name][0] | result | birth)
-            report.write_results(file, rows, config.tasks)
+            report.write_results(file, rows, tests)
     report.write_report(
-        config.run.dir, rows, config.tasks, traces(experiment), percent=domain.PERCENT, published=published(config)
+        config.run.dir, rows, tests, traces(experiment), percent=domain.PERCENT, published=published(config)
     )
-    print(report.table(rows, config.tasks, percent=domain.PERCENT, published=published(config)))
+    print(report.table(rows, tests, percent=domain.PERCENT, published=published(config)))
     print(f"\n{file.parent}: results.json, table.md and the figures")
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
-    """What is scored on a task: (method, start, init, label) of the row, and the checkpoint."""
+    """What is scored on the test sets of a task: (method, start, init, label) of the row, and the checkpoint."""
     row = {"method": PRETRAINED, "start": None, "init": None, "label": ""}
     yield row, experiment.base
     yield row | {"method": "individual"}, experiment.experts[task]
+    if experiment.config.start.checkpoint:
+        yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
         made = json.loads(file.read_text())
         method = made["start"]["method"]

@@ -9,7 +9,8 @@ from common.report import row_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "configs/paper_results.yaml").read_text(encoding="utf-8"))
-VISION = yaml.safe_load((ROOT / "Vision/tasks.yaml").read_text(encoding="utf-8"))
+TASKS = yaml.safe_load((ROOT / "Vision/tasks.yaml").read_text(encoding="utf-8"))
+VISION = {name: task for name, task in TASKS.items() if "hub" in task}  # the others are the toy's
 VITS = ("ViT-B-16", "ViT-B-32", "ViT-L-14")
 COUNTED = {name: task["test_size"] for name, task in VISION.items() if "test_size" in task} | {
     "SST-2": 872,

@@ -1,0 +1,7 @@
+"""Adapt a merged language model on the anchors (box 2), put the checkpoint together, and score it."""
+
+from common.command import run
+from common.pipeline import adapt
+
+if __name__ == "__main__":
+    run(adapt, __doc__)

@@ -1,0 +1,7 @@
+"""Construct functional dual anchors for language models (box 1): one file per task and block."""
+
+from common.command import run
+from common.pipeline import construct
+
+if __name__ == "__main__":
+    run(construct, __doc__)

@@ -1,0 +1,172 @@
+"""Test sets of language models: how an example becomes a prompt, and when the completion is right."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from common.checkpoints import write_text
+from common.config import Config
+from common.errors import InputError
+from common.records import load_records
+from NLG.answers import is_right_expression, is_right_number
+from NLG.generation import complete, open_tokenizer
+from NLG.harness import check_backend, judged_by_harness
+from NLG.programs import program_in, runs
+
+LONG_TESTS = {493: "calculate_polygons(startx, starty, endx, endy, radius)"}  # MBPP: the asserts are pages long
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A test set; see the head of tasks.yaml."""
+
+    rule: str
+    prompt: str
+    max_new_tokens: int
+    stop: list[str] = field(default_factory=list)
+    hub: str = ""
+    hub_configs: list[str | None] = field(default_factory=lambda: [None])
+    split: str = "test"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an example is put to a model, and when the completion is right; `columns` must be there."""
+
+    columns: tuple[str, ...]
+    problem: Callable[[Example], str]
+    is_right: Callable[[str, Example], bool]
+    runs_code: bool = False
+
+
+def with_tabs(text: str) -> str:
+    """Four spaces as a tab, as the code expert was prompted."""
+    return text.replace(" " * 4, "\t")
+
+
+def asserts_problem(example: Example) -> str:
+    """The text of an MBPP problem and the asserts that will test it."""
+    tests = LONG_TESTS.get(example.get("task_id"), "\n".join(example["test_list"]))
+    return with_tabs(f"\n{example['text']}\nTest examples:\n{tests}")
+
+
+def passes_asserts(completion: str, example: Example) -> bool:
+    """MBPP: the program runs, and its asserts behind it."""
+    return runs("\n".join([program_in(completion), *example["test_list"]]))
+
+
+def passes_check(completion: str, example: Example) -> bool:
+    """HumanEval: prompt and completion run, and the check of the function that they define."""
+    program = example["prompt"] + program_in(completion)
+    return runs(f"{program}\n{example['test']}\ncheck({example['entry_point']})\n")
+
+
+RULES = {
+    "number": Rule(
+        ("question", "answer"), lambda e: e["question"], lambda completion, e: is_right_number(completion, e["answer"])
+    ),
+    "expression": Rule(
+        ("problem", "solution"),
+        lambda e: e["problem"],
+        lambda completion, e: is_right_expression(completion, e["solution"]),
+    ),
+    "check": Rule(("prompt", "test", "entry_point"), lambda e: with_tabs(e["prompt"]), passes_check, runs_code=True),
+    "asserts": Rule(("text", "test_list"), asserts_problem, passes_asserts, runs_code=True),
+}
+
+
+def metric(test: str) -> str:
+    """Name of the number that a test set reports."""
+    return "pass@1" if RULES[TASKS[test].rule].runs_code else "accuracy"
+
+
+def score(
+    config: Config, test: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> dict[str, tuple[float, int]]:
+    """Part of right completions in [0, 1] and number of examples for several models, one in memory at a time.
+
+    The completions are kept in completions/<test>/ of the run.
+    """
+    options = config.eval
+    if RULES[TASKS[test].rule].runs_code and not options.allow_code_execution:
+        raise InputError(f"{test} runs what the models write; --eval.allow_code_execution true lets it")
+    if options.backend != "transformers":
+        check_backend(options.backend, test)
+    tokenizer = open_tokenizer(config.model, config.tests[test])
+    examples = list(examples_of(options.data, test, options.limit))
+    scores = {}
+    for name, path in checkpoints.items():
+        if options.backend == "transformers":
+            judged = judge(path, tokenizer, test, examples, options.batch_size, device, name)
+        else:
+            judged = judged_by_harness(
+                path,
+                tokenizer,
+                test,
+                backend=options.backend,
+                data=options.data,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                device=str(device),
+            )
+        lines = [
+            {"prompt": prompt, "completion": completion, "right": right}
+            for prompt, (completion, right) in zip(prompts_of(test, examples), judged, strict=True)
+        ]
+        file = config.run.dir / "completions" / test / f"{path.parent.name}-{path.name}.jsonl"
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        scores[name] = sum(right for _, right in judged) / len(judged), len(judged)
+    return scores
+
+
+def judge(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    test: str,
+    examples: Sequence[Example],
+    batch_size: int,
+    device: torch.device,
+    name: str,
+) -> list[tuple[str, bool]]:
+    """What a model answers to each example, and whether that is right."""
+    row = TASKS[test]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if device.type == "cuda" else torch.float32)
+    completions = complete(
+        model.to(device),
+        tokenizer,
+        prompts_of(test, examples),
+        max_new_tokens=row.max_new_tokens,
+        stop=row.stop,
+        batch_size=batch_size,
+        name=f"{test}: {name}",
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(zip(completions, pool.map(RULES[row.rule].is_right, completions, examples), strict=True))
+
+
+def examples_of(data: str, test: str, limit: int | None = None) -> datasets.Dataset:
+    """The first examples of a test set, from the folder of its name under `data` or from the hub."""
+    row, root = TASKS[test], Path(data)
+    configs = [None] if (root.expanduser() / test).is_dir() else row.hub_configs
+    parts = [load_records(root, test, row.hub, c, row.split, RULES[row.rule].columns) for c in configs]
+    records = datasets.concatenate_datasets(parts)
+    return records.select(range(min(len(records), limit or len(records))))
+
+
+def prompts_of(test: str, examples: Sequence[Example]) -> list[str]:
+    """What a model is given for each example."""
+    row = TASKS[test]
+    return [row.prompt.replace("{problem}", RULES[row.rule].problem(example)) for example in examples]
+
+
+TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}

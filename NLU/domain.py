@@ -1,0 +1,267 @@
+"""What the project knows about text encoders: their blocks, their tasks, how a model is opened, written and scored.
+
+Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.blocks import BlockFamily
+from common.checkpoints import INDEX_FILE, Checkpoint, replacing, write_tensors, write_text
+from common.config import Config, Model
+from common.errors import InputError
+from common.metrics import METRICS, REGRESSION
+from common.records import load_records
+from common.task_vectors import Params, require_same_shapes
+
+NAME = "nlu"
+PERCENT = False  # tables print fractions
+MAX_LENGTH = 128  # tokens of an example; longer ones are cut
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spm.model")
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set of sentences or sentence pairs; see the head of tasks.yaml."""
+
+    text: list[str]
+    labels: int
+    metric: str
+    hub: str = ""
+    hub_config: str | None = None
+    split: str = "validation"
+    train_split: str = "train"
+
+
+def read_tasks(file: Path) -> dict[str, Task]:
+    """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
+    tasks = {}
+    for name, row in yaml.safe_load(file.read_text()).items():
+        try:
+            tasks[name] = Task(**row)
+        except TypeError as error:
+            raise InputError(f"{file}: task {name}: {error}") from error
+        if tasks[name].metric not in METRICS:
+            raise InputError(f"{file}: task {name}: unknown metric {row['metric']!r}; choose from {', '.join(METRICS)}")
+        if (tasks[name].labels == 1) != (tasks[name].metric in REGRESSION):
+            raise InputError(f"{file}: task {name}: {row['metric']} does not fit labels: {row['labels']}")
+    return tasks
+
+
+def family_of(model: Model) -> str:
+    """Name of the config's family, which is what transformers calls the model type."""
+    return model.family or next(iter(FAMILIES))
+
+
+def architecture(model: Model, folder: Path) -> PretrainedConfig:
+    """The config.json of a Hugging Face folder of the family, else InputError; no code beside it is ever run."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; a folder as save_pretrained writes it is needed")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/config.json is of no use: {error}") from error
+    if config.model_type != family_of(model):
+        raise InputError(f"{folder} has model type {config.model_type!r}, model.family is {family_of(model)!r}")
+    return config
+
+
+@cache
+def skeleton(model: Model) -> PreTrainedModel:
+    """The bare encoder of the base without its weights, on the meta device.
+
+    Attention is the plain formula: the fused kernels have no second derivative.
+    """
+    for name in ("arch", "text", "head"):
+        if getattr(model, name):
+            raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
+    config = architecture(model, model.path("base"))
+    with torch.device("meta"):
+        return AutoModel.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+
+
+def token_shape(model: Model) -> tuple[int, int]:
+    """Tokens of an anchor as published, and the width of the encoder."""
+    return 5, skeleton(model).config.hidden_size
+
+
+def metric(task: str) -> str:
+    """Name of the number that a task reports."""
+    return TASKS[task].metric
+
+
+@torch.no_grad()
+def score(
+    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> dict[str, tuple[float, int]]:
+    """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
+    owner = config.tests[task]
+    if TASKS[owner].labels != TASKS[task].labels:
+        labels = f"{TASKS[owner].labels} against {TASKS[task].labels}"
+        raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
+    classifier = open_classifier(config.model, owner).to(device).eval()
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
+    labels = torch.cat([labels for _, labels in batches])
+    scores = {}
+    for name, path in checkpoints.items():
+        encoder = Checkpoint(path, FAMILIES[family_of(config.model)].names)
+        classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
+        bar = tqdm(batches, desc=f"score {task}", leave=False)
+        logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
+        if not logits.isfinite().all():
+            raise InputError(f"{path} answers task {task} with NaN or Inf")
+        predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
+        scores[name] = METRICS[metric(task)](labels.numpy(), predictions.numpy()), len(labels)
+    return scores
+
+
+def open_classifier(model: Model, task: str) -> PreTrainedModel:
+    """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
+    config = architecture(model, model.path("expert", task))
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    classifier.load_state_dict(read_head(model, task), strict=False)
+    return classifier
+
+
+def read_head(model: Model, task: str) -> Params:
+    """All tensors of the task's expert that are never merged: its classifier, and the pooler that a BERT has before it.
+
+    InputError if the expert lacks one of them or has another number of outputs than the task.
+    """
+    folder, wanted = model.path("expert", task), TASKS[task].labels
+    config = architecture(model, folder)
+    if config.num_labels != wanted:
+        kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
+        raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).state_dict()
+    encoder_name = FAMILIES[family_of(model)].names
+    shapes = {name: tensor.shape for name, tensor in classifier.items() if encoder_name(name) is None}
+    stored = Checkpoint(folder)
+    require_same_shapes({n: s for n, s in stored.shapes.items() if n in shapes}, shapes, f"the head in {folder}")
+    return stored.read(shapes)
+
+
+def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
+    folders = [model.path("expert", task), model.path("base")]
+    for folder in folders:
+        if any((folder / name).is_file() for name in VOCABULARIES):
+            break
+    else:
+        raise InputError(f"no tokenizer: neither {folders[0]} nor {folders[1]} holds one of {', '.join(VOCABULARIES)}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
+    return tokenizer
+
+
+def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[BatchEncoding, Tensor]]:
+    """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
+    row = TASKS[task]
+    columns = (*row.text, "label")
+    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, row.split, columns)
+    records = records.select(range(min(len(records), config.eval.limit or len(records))))
+    *texts, labels = (list(records[column]) for column in columns)
+    if row.labels > 1 and not set(labels) <= set(range(row.labels)):
+        raise InputError(
+            f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
+        )
+
+    def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
+        *texts, labels = map(list, zip(*examples, strict=True))
+        length = min(MAX_LENGTH, tokenizer.model_max_length)
+        tokens = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        return tokens, torch.tensor(labels)
+
+    examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
+    return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+
+
+def check_export(model: Model) -> None:
+    """InputError if model.heads asks for the head of a task or expert that has none."""
+    for task in model.heads:
+        if task not in TASKS:
+            raise InputError(f"model.heads: unknown task {task!r}; choose from {', '.join(TASKS)}")
+        read_head(model, task)
+
+
+def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write a merged encoder that stock AutoModel opens, and for each task of model.heads a classifier that has
+
+        AutoModelForSequenceClassification.from_pretrained(folder / "heads" / task)
+
+    A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
+    """
+    base, merged = architecture(model, model.path("base")), dict(tensors)
+    base.architectures = [type(skeleton(model)).__name__]
+    write_tensors(folder / "model.safetensors", merged)
+    write_surroundings(base, model.path("base"), folder)
+    for task in model.heads:
+        own, encoder = read_head(model, task), folder / "heads" / task / "encoder.safetensors"
+        write_tensors(encoder.with_name("head.safetensors"), own)
+        encoder.unlink(missing_ok=True)
+        encoder.symlink_to("../../model.safetensors")
+        files = dict.fromkeys(merged, encoder.name) | dict.fromkeys(own, "head.safetensors")
+        write_text(encoder.with_name(INDEX_FILE), json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
+        expert = model.path("expert", task)
+        write_surroundings(architecture(model, expert), expert, encoder.parent)
+
+
+def write_surroundings(architecture: PretrainedConfig, source: Path, folder: Path) -> None:
+    """The config of a float32 checkpoint, and the tokenizer that lies in `source`."""
+    architecture.dtype = "float32"
+    write_text(folder / "config.json", architecture.to_json_string())
+    for file in (source / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            with replacing(folder / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+
+
+def call_layer(layer: nn.Module, x_ATD: Tensor) -> Tensor:
+    """An encoder layer without a mask; releases of transformers differ in whether they wrap the output in a tuple."""
+    y = layer(x_ATD)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def encoder(prefix: str) -> BlockFamily:
+    """An encoder laid out like BERT, which a masked language model or a classifier keeps under `prefix`.
+
+    Merged are the embeddings and the blocks; pooler and heads are a task's own. The key bias has a tensor to itself.
+    """
+
+    def name_of(stored: str) -> str | None:
+        name = stored.removeprefix(f"{prefix}.")
+        if not name.startswith(("embeddings", "encoder.")) or name.endswith("_ids"):
+            return None
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return BlockFamily(
+        blocks="encoder.layer", call=call_layer, names=name_of, null_gradients={"attention.self.key.bias": (0, 1)}
+    )
+
+
+FAMILIES = {"roberta": encoder("roberta"), "bert": encoder("bert"), "electra": encoder("electra")}
+
+TASKS = read_tasks(Path(__file__).parent / "tasks.yaml")

@@ -1,0 +1,146 @@
+"""Shards: a stream comes back whole, a copy byte by byte, and an unfinished folder never looks finished."""
+
+import hashlib
+import json
+import os
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.checkpoints import INDEX_FILE, Checkpoint, read_header, write_tensors
+from common.errors import InputError
+from common.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored
+
+TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(5)}  # 64 bytes each
+
+
+def write(tensors, folder, limit=128):
+    shapes = stage_shards(tensors.items(), folder, limit)
+    publish_shards(folder)
+    return shapes
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_stream_becomes_as_many_shards_as_the_limit_asks_for(tmp_path):
+    assert write(TENSORS, tmp_path) == dict.fromkeys(TENSORS, (4, 4))
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert names(tmp_path) == [*shards, INDEX_FILE]
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 5 * 64
+    assert index["weight_map"]["layer.1"] == shards[0] and index["weight_map"]["layer.4"] == shards[2]
+    read = Checkpoint(tmp_path).read_under("")
+    assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_no_more_than_one_shard_is_held(tmp_path):
+    made = []
+
+    def stream():
+        for i in range(8):
+            tensor = torch.zeros(16)
+            made.append(weakref.ref(tensor))
+            assert sum(ref() is not None for ref in made) <= 4  # two in the shard, one that did not fit, one in hand
+            yield f"t{i}", tensor
+
+    stage_shards(stream(), tmp_path, 128)
+
+
+def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own(tmp_path):
+    write({"small": torch.ones(1), "large": torch.ones(99), "last": torch.ones(1)}, tmp_path)
+    assert len(names(tmp_path)) == 3 + 1
+
+
+def test_a_stream_that_breaks_off_leaves_the_earlier_checkpoint(tmp_path):
+    write(TENSORS, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    def breaks_off():
+        yield from list(TENSORS.items())[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage_shards(breaks_off(), tmp_path, 128)
+    assert before.items() <= {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}.items()
+    write(dict(list(TENSORS.items())[:3]), tmp_path)  # fewer shards than before: none is left over
+    assert names(tmp_path) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX_FILE]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    write(TENSORS, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    saves = iter(range(9))
+
+    def full(tensors, file, metadata):
+        if next(saves) == 1:
+            file.write_bytes(b"the beginning")
+            raise OSError(28, "No space left on device")
+        file.write_bytes(b"new")
+
+    monkeypatch.setattr("common.checkpoints.save_file", full)
+    with pytest.raises(InputError, match=r"cannot write .*\.model-00001\.staged: .*No space left"):
+        write(TENSORS, tmp_path)
+    after = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) if not name.startswith(".")}
+    assert before == after
+
+
+@pytest.mark.parametrize("died_in", [0, 1, 2])
+def test_without_an_index_a_folder_is_no_checkpoint(tmp_path, monkeypatch, died_in):
+    """Killed while the shards get their names: no reader takes the folder for a checkpoint, and it can be made anew."""
+    write(TENSORS, tmp_path)
+    stage_shards(TENSORS.items(), tmp_path, 128)
+    renames = iter(range(9))
+
+    def dying(source, target, replace=os.replace):
+        if next(renames) == died_in:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.shards.os.replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            publish_shards(tmp_path)
+    with pytest.raises(InputError, match="holds none of"):
+        Checkpoint(tmp_path)
+    write(TENSORS, tmp_path)
+    assert len(Checkpoint(tmp_path).shapes) == 5 and len(names(tmp_path)) == 4
+
+
+def test_a_copy_has_the_bytes_of_every_type(tmp_path):
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float64)
+    tensors = {f"of {t}": torch.tensor([[1, 0, 1]]).to(t) for t in types} | {"scalar": torch.tensor(3.0)}
+    write_tensors(tmp_path / "one.safetensors", tensors)
+    torch.save(tensors, tmp_path / "one.bin")
+    for suffix in ("safetensors", "bin"):
+        with stored_in(tmp_path / f"one.{suffix}") as stored:
+            write_stored(tmp_path / "two.safetensors", stored, {"from": suffix})
+        copied = load_file(tmp_path / "two.safetensors")
+        assert all(torch.equal(copied[n], t) and copied[n].dtype == t.dtype for n, t in tensors.items())
+        assert copied.keys() == tensors.keys() and read_header(tmp_path / "two.safetensors") == {"from": suffix}
+        assert stored_tensors(tmp_path / "two.safetensors").keys() == tensors.keys()
+
+
+def test_a_copy_that_does_not_read_back_is_refused_and_not_kept(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "one.safetensors", TENSORS)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: hashlib.sha256(b"other bytes"))
+    with pytest.raises(InputError, match="two.safetensors does not read back as it was written"):
+        write_stored(tmp_path / "two.safetensors", stored_tensors(tmp_path / "one.safetensors"), {})
+    assert names(tmp_path) == ["one.safetensors"]
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "a/../../b.safetensors"])
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, shard):
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(InputError, match=f"{INDEX_FILE} names the shard {shard}, which lies outside its folder"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / INDEX_FILE).write_text(text)
+    with pytest.raises(InputError, match=f"{INDEX_FILE} is no index of shards"):
+        Checkpoint(tmp_path)
