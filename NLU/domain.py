@@ -30,7 +30,7 @@ from common.checkpoints import INDEX_FILE, Checkpoint, replacing, write_tensors,
 from common.config import Config, Model
 from common.errors import InputError
 from common.metrics import METRICS, REGRESSION
-from common.records import load_records
+from common.records import load_records, validation_cut
 from common.task_vectors import Params, require_same_shapes
 
 NAME = "nlu"
@@ -181,7 +181,10 @@ def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> 
     """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
     row = TASKS[task]
     columns = (*row.text, "label")
-    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, row.split, columns)
+    cut = config.eval.split == "validation_cut"
+    split = row.train_split if cut else row.split
+    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, split, columns)
+    records = validation_cut(records) if cut else records
     records = records.select(range(min(len(records), config.eval.limit or len(records))))
     *texts, labels = (list(records[column]) for column in columns)
     if row.labels > 1 and not set(labels) <= set(range(row.labels)):
@@ -258,7 +261,11 @@ def encoder(prefix: str) -> BlockFamily:
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
     return BlockFamily(
-        blocks="encoder.layer", call=call_layer, names=name_of, null_gradients={"attention.self.key.bias": (0, 1)}
+        blocks="encoder.layer",
+        call=call_layer,
+        names=name_of,
+        null_gradients={"attention.self.key.bias": (0, 1)},
+        positions="embeddings.position_embeddings.weight",
     )
 
 

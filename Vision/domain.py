@@ -21,7 +21,7 @@ from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
-from common.records import load_records
+from common.records import load_records, validation_cut
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -120,7 +120,10 @@ def metric(task: str) -> str:
 def labelled_images(config: Config, task: str) -> datasets.Dataset:
     """The test images of a task with columns image and label, from the local folder or the hub."""
     row = TASKS[task]
-    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, row.split, ("image", "label"))
+    cut = config.eval.split == "validation_cut"
+    split = row.train_split if cut else row.split
+    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, split, ("image", "label"))
+    records = validation_cut(records) if cut else records
     names = getattr(records.features["label"], "names", None)
     if names is not None and len(names) != len(row.classes):
         raise InputError(

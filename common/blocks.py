@@ -28,6 +28,7 @@ class BlockFamily:
     null_gradients: tensors, or one of several equal row groups of a fused tensor, whose gradient is exactly zero
         whatever the input: {name: (group, of how many)}. Softmax does not see a shift of all keys, hence the key bias.
     published_axes: axis order of the paper's released anchor files, "ATD", "TAD" or, of one token, "AD".
+    positions: name of the position embedding, of which anchors.position_embeddings adds the first rows; "" if none.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     """
 
@@ -38,6 +39,7 @@ class BlockFamily:
     scope: str = ""
     null_gradients: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     published_axes: str = "ATD"
+    positions: str = ""
     vocabulary: tuple[str, ...] = ()
 
     def prefix(self, index: int) -> str:

@@ -70,6 +70,7 @@ class Anchors:
         schedule: Of the learning rate over the steps: constant, or linear down to zero.
         steps: Its steps.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
+        position_embeddings: Add the first rows of the expert's position embeddings to what a block sees of an anchor.
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
             or {slug} in it, the folder of one task.
     """
@@ -85,6 +86,7 @@ class Anchors:
     schedule: Literal["constant", "linear"] = "constant"
     steps: int = 1200
     skip_null_gradients: bool = True
+    position_embeddings: bool = False
     source: str = ""
 
     def path(self, task: str) -> Path:
@@ -147,7 +149,9 @@ class Eval:
         batch_size: Examples per step.
         backend: NLG only: who generates. transformers: a loop of ours. lm-eval-hf, lm-eval-vllm: lm-eval (extra nlg).
         tests: Test sets of a task that is not scored on the one of its own name, as in {math: [GSM8K, MATH]}.
-        limit: Use only the first examples of each test set. Unset: all.
+        split: Score on the test sets, or on the last tenth of a fixed permutation of the training sets: for choices,
+            such as the epochs, that the test sets shall not see.
+        limit: Use only the first examples of each set. Unset: all.
         allow_code_execution: NLG only: run the programs that models write, each in a process with little time and
             memory. That is no sandbox: what they can reach, they can harm.
         workers: Processes that decode examples; 0 decodes in this one.
@@ -158,6 +162,7 @@ class Eval:
     batch_size: int = 256
     backend: Literal["transformers", "lm-eval-hf", "lm-eval-vllm"] = "transformers"
     tests: dict[str, list[str]] = field(default_factory=dict)
+    split: Literal["test", "validation_cut"] = "test"
     limit: int | None = None
     allow_code_execution: bool = False
     workers: int = 0

@@ -104,6 +104,16 @@ class Experiment:
             return self.config.anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
         return self.config.run.dir / "anchors" / self.config.anchors.init / task / f"block_{index:02d}.safetensors"
 
+    def positions(self, task: str) -> Tensor:
+        """What is added to the anchors of a task before a block sees them, on the device: 0, or with
+        anchors.position_embeddings rows 0 to T - 1 of the expert's position embeddings, (T, D).
+
+        The anchors are optimised without them and stored with them, as in the released files: adaptation adds nothing.
+        """
+        if not self.config.anchors.position_embeddings:
+            return torch.zeros((), device=self.device)
+        return self.read(self.experts[task], [self.family.positions])[self.family.positions][: self.shape[1]]
+
     def anchor_scale(self) -> float:
         """Factor on the initial anchors."""
         scale = self.config.anchors.scale
@@ -115,7 +125,10 @@ class Experiment:
         for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
             del settings[said_by_shape_or_no_matter]
         unit = {"task": task, "block": index, "seed": self.config.run.seed}
-        return {"anchors": settings, "run": unit, "weights": {"base": digest(theta_0), "expert": digest(theta_t)}}
+        weights = {"base": digest(theta_0), "expert": digest(theta_t)}
+        if self.config.anchors.position_embeddings:
+            weights["positions"] = digest({self.family.positions: self.positions(task)})
+        return {"anchors": settings, "run": unit, "weights": weights}
 
     def anchors_of(self, task: str, index: int, theta_0: Params, theta_t: Params) -> torch.Tensor:
         """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
@@ -146,6 +159,8 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
     for expert in experts.values():
         require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
     tokens, width = domain.token_shape(config.model)
+    if config.anchors.position_embeddings:
+        check_positions(family, base, config.anchors.tokens or tokens, width)
     return Experiment(
         config=config,
         family=family,
@@ -156,6 +171,15 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
         depth=len(modules),
         device=prepare(config.run.device),
     )
+
+
+def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: int) -> None:
+    """InputError if position embeddings cannot be added to anchors of T tokens and width D."""
+    shape = base.shapes.get(family.positions)
+    if shape is None:
+        raise InputError("anchors.position_embeddings is on, but the models have none")
+    if shape[0] < tokens or shape[1] != width:
+        raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")
 
 
 def check_choices(config: Config, domain: Domain) -> BlockFamily:

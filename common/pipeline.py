@@ -43,8 +43,9 @@ def construct_unit(
     x_init = initial_anchors(
         config.init, experiment.shape, theta_t=theta_t, scale=experiment.anchor_scale(), generator=generator
     )
+    positions_TD = experiment.positions(task)
     found = optimise_anchors(
-        experiment.block,
+        lambda theta, x_ATD: experiment.block(theta, x_ATD + positions_TD),
         theta_0,
         theta_t,
         x_init.to(experiment.device),
@@ -58,7 +59,7 @@ def construct_unit(
         progress=lambda step, loss: bar.advance(step / config.steps, loss),
     )
     outcome = {"best_step": found.best_step, "losses": found.losses, "trace": found.trace}
-    save_anchors(file, found.x, provenance | outcome)
+    save_anchors(file, found.x + positions_TD, provenance | outcome)
 
 
 def adapt(config: Config, domain: Domain) -> Path:
@@ -103,17 +104,19 @@ def adapt_unit(
         check_provenance(file, read_header(file), provenance)
         return bar.keep()
     theta_0 = experiment.read_block(experiment.base, index)
-    thetas = {task: experiment.read_block(expert, index) for task, expert in experiment.experts.items()}
-    inputs = {task: experiment.anchors_of(task, index, theta_0, thetas[task]) for task in thetas}
-    with torch.no_grad():
-        targets = [experiment.block(thetas[task], x_ATD) for task, x_ATD in inputs.items()]
+    inputs, targets = [], []
+    for task, expert in experiment.experts.items():
+        theta_t = experiment.read_block(expert, index)
+        inputs.append(experiment.anchors_of(task, index, theta_0, theta_t))
+        with torch.no_grad():
+            targets.append(experiment.block(theta_t, inputs[-1]))
     settings = config.adapt.for_start(config.start.method)
-    trained = trainable(experiment, start, index, theta_0, list(thetas.values()))
-    del theta_0, thetas  # a block can fill a machine; fitting holds several of its size
+    trained = trainable(experiment, start, index, theta_0)
+    del theta_0, theta_t  # a block can fill a machine; fitting holds several of its size
     merged, trace = fit_block(
         experiment.block,
         trained,
-        torch.cat(list(inputs.values())),
+        torch.cat(inputs),
         torch.cat(targets),
         distance=settings.distance,
         lr=settings.lr,
@@ -125,9 +128,7 @@ def adapt_unit(
     write_tensors(file, merged, provenance | {"trace": trace})
 
 
-def trainable(
-    experiment: Experiment, start: Checkpoint, index: int, theta_0: Params, thetas: list[Params]
-) -> Trainable:
+def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:
     """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
     each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
     """
@@ -136,7 +137,9 @@ def trainable(
         return own_weights(theta_0)
     per_task = config.adapt.for_start("ta").per_task and not config.start.checkpoint
     if config.start.method == "ta" and per_task:
-        return coefficients(theta_0, [subtract(theta_t, theta_0) for theta_t in thetas], ta_scales(experiment))
+        experts = experiment.experts.values()
+        deltas = (subtract(experiment.read_block(expert, index), theta_0) for expert in experts)
+        return coefficients(theta_0, deltas, ta_scales(experiment))
     return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])
 
 

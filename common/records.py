@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from common.errors import InputError
 
@@ -18,7 +19,7 @@ def load_records(
     """
     folder = root.expanduser() / task
     try:
-        found = read_folder(folder) if folder.is_dir() else read_hub(hub, hub_config, split)
+        found = read_folder(folder, split) if folder.is_dir() else read_hub(hub, hub_config, split)
     except Exception as error:  # `datasets` raises some thirty kinds, all of which mean the same here
         offered = f"a folder {folder}" + (f", or the hub's {hub}" if hub else "")
         raise InputError(f"no data for task {task}: {offered} would do ({type(error).__name__}: {error})") from error
@@ -34,10 +35,18 @@ def load_records(
     return found
 
 
-def read_folder(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
-    """A folder as save_to_disk wrote it, or as load_dataset understands it."""
-    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    return datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+def validation_cut(train: datasets.Dataset) -> datasets.Dataset:
+    """The last tenth of a fixed permutation of a training set, on which MergeLM chose its experts' epochs."""
+    order = np.random.RandomState(0).permutation(len(train))
+    return train.select(order[int(0.9 * len(train)) :])
+
+
+def read_folder(folder: Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
+    """A folder as save_to_disk wrote it, with files named after the split, or as load_dataset understands it."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return datasets.load_from_disk(str(folder))
+    files = [f.name for f in sorted(folder.glob(f"{split}[-.]*"))]  # `datasets` takes validation_matched for validation
+    return datasets.load_dataset(str(folder), data_files={split: files} if files else None)
 
 
 def read_hub(hub: str, hub_config: str | None, split: str) -> datasets.Dataset:

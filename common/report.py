@@ -2,8 +2,8 @@
 
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
-"metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}, and what else a domain
-records.
+"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}, and what else a
+domain records.
 """
 
 import json
@@ -35,7 +35,7 @@ DISPLAY = {
     "gauss": "Gauss",
     "weight": "Weight",
 }
-KEY = ("method", "start", "init", "label", "task")
+KEY = ("method", "start", "init", "label", "task", "split")
 MISSING = "–"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#4D4D4D")  # Okabe, Ito and two
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one round of colours each
@@ -65,13 +65,13 @@ def rank(row: Row) -> tuple:
 
 
 def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
-    """The rows with `new` in place of the one with the same method, start, init, label and task, or at the end."""
+    """The rows with `new` in place of the one that has the same KEY, or at the end."""
     return [row for row in rows if any(row.get(k) != new.get(k) for k in KEY)] + [new]
 
 
 def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str]) -> None:
     """Write results.json whole or not at all. The same rows in any order give the same bytes."""
-    ordered = sorted(rows, key=lambda row: (rank(row), row["task"]))
+    ordered = sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", "")))
     write_text(Path(path), json.dumps({"tasks": list(tasks), "rows": ordered}, indent=1, sort_keys=True) + "\n")
 
 

@@ -29,7 +29,8 @@ def score_run(config: Config, domain: Domain) -> None:
         for test, task in config.tests.items():
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
-                row = model | {"task": test, "checkpoint": checkpoint.fingerprint(), "limit": config.eval.limit}
+                row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
+                row["checkpoint"] = checkpoint.fingerprint()
                 if not any(row.items() <= known.items() for known in rows):
                     pending[report.row_name(row)] = (row, checkpoint.path)
             if not pending:
@@ -40,6 +41,7 @@ def score_run(config: Config, domain: Domain) -> None:
                 birth = {"config": digest(as_dict(config)), "commit": commit()}
                 rows = report.upsert(rows, pending[name][0] | result | birth)
             report.write_results(file, rows, tests)
+    rows = [row for row in rows if row["split"] == config.eval.split]
     report.write_report(
         config.run.dir, rows, tests, traces(experiment), percent=domain.PERCENT, published=published(config)
     )

@@ -27,11 +27,13 @@ from pico_nlu import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
-from common.checkpoints import Checkpoint, write_tensors
+from common.blocks import moved
+from common.checkpoints import Checkpoint, read_header, write_tensors
 from common.config import Config, parse
 from common.construction import optimise_anchors
 from common.errors import InputError
 from common.experiment import check_choices, open_experiment
+from common.matching import matching_loss
 from common.metrics import METRICS
 from common.pipeline import adapt, construct, merge_alone
 from common.plan import describe
@@ -162,6 +164,35 @@ def test_batches_and_limit(config):
     assert sorted(labels) == pytest.approx(sorted(first))
 
 
+def test_the_validation_cut_is_scored_apart_from_the_test_set(config):
+    """The cut is the last tenth of a permutation by RandomState(0); rows of both splits stay, a table shows one."""
+    cut = change(config, "eval", split="validation_cut")
+    tokenizer = domain.open_tokenizer(config.model, "STS-B", 50)
+    train = datasets.load_from_disk(f"{config.eval.data}/STS-B")["train"]["label"]
+    expected = [train[i] for i in np.random.RandomState(0).permutation(30)[27:]]
+    labels = [x for _, batch in domain.tokenised(cut, "STS-B", tokenizer) for x in batch]
+    assert sorted(labels) == pytest.approx(sorted(expected))
+    tables = []
+    for one in (config, cut, config):
+        score_run(one, domain)
+        rows = json.loads((config.run.dir / "results.json").read_text())["rows"]
+        tables.append((config.run.dir / "table.md").read_text())
+    scores = [table.split("Avg:")[0] for table in tables]
+    assert Counter((r["split"], r["n"]) for r in rows) == {("test", 30): 6, ("validation_cut", 3): 6}
+    assert "STS-B Pearson and Spearman 3," in tables[1] and scores[0] == scores[2] != scores[1]
+
+
+def test_local_files_named_after_the_split_are_that_split(config, tmp_path):
+    """`datasets` alone would put validation_mismatched and validation_matched together as validation."""
+    for split, label in (("validation_matched", 1), ("validation_mismatched", 2), ("train", 0)):
+        (tmp_path / "data" / "MNLI").mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_dict({"premise": ["w1"] * 4, "hypothesis": ["w2"] * 4, "label": [label] * 4})
+        table.to_parquet(tmp_path / "data" / "MNLI" / f"{split}-00000-of-00001.parquet")
+    local = change(config, "eval", data=str(tmp_path / "data"))
+    ((_, labels),) = domain.tokenised(local, "MNLI", domain.open_tokenizer(config.model, "MNLI", 50))
+    assert labels.tolist() == [1] * 4
+
+
 def test_long_examples_are_cut_at_128_tokens(own):
     long = {"sentence": ["w1 " * 300], "label": [1]}
     datasets.DatasetDict({"validation": datasets.Dataset.from_dict(long)}).save_to_disk(f"{own.eval.data}/CoLA")
@@ -175,6 +206,45 @@ def test_anchors_do_not_depend_on_the_order_of_tasks_and_blocks(config):
     for block in (1, 0):
         construct(change(other, "run", blocks=[block]), domain)
     assert files_of(config.run.dir / "anchors") == files_of(other.run.dir / "anchors")
+
+
+def test_position_embeddings_lie_in_what_is_stored(config):
+    """A step of length nothing leaves the anchors at their start: what is stored differs by the expert's rows."""
+    still = change(change(config, "anchors", steps=1, lr=1e-30), "run", score=False)
+    added = change(change(still, "anchors", position_embeddings=True), "run", name="added")
+    for one in (still, added):
+        construct(one, domain)
+    rows_TD = open_experiment(added, domain).positions("MNLI")
+    expert = Checkpoint(config.model.path("expert", "MNLI")).read(["roberta.embeddings.position_embeddings.weight"])
+    assert torch.equal(rows_TD, expert["roberta.embeddings.position_embeddings.weight"][:3])
+    stored, plain = (
+        load_file(c.run.dir / "anchors/weight/MNLI/block_01.safetensors")["anchors"] for c in (added, still)
+    )
+    torch.testing.assert_close(stored, plain + rows_TD)
+    adapt(added, domain)
+    with pytest.raises(InputError, match="anchors.position_embeddings = True, now it is False"):
+        construct(change(still, "run", name="added"), domain)
+
+
+def test_position_embeddings_are_under_the_block_while_anchors_are_optimised(config):
+    """The loss that the file records is the loss of what it holds, at the block itself."""
+    added = change(change(config, "anchors", position_embeddings=True), "run", score=False)
+    construct(added, domain)
+    experiment = open_experiment(added, domain)
+    file = experiment.anchor_file("CoLA", 0)
+    theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["CoLA"]))
+    tau = moved(experiment.task_vector("CoLA", theta_0, theta_t))
+    losses = matching_loss(experiment.block, theta_0, theta_t, tau, load_file(file)["anchors"])
+    assert dict(zip(tau, losses.tolist(), strict=True)) == pytest.approx(read_header(file)["losses"], abs=1e-4)
+
+
+def test_position_embeddings_that_cannot_be_added_are_refused(inputs, tmp_path, config):
+    """ELECTRA's are as narrow as its word embeddings; 141 tokens are more than there are positions."""
+    narrow = change(pico_config(inputs, tmp_path, "electra"), "anchors", position_embeddings=True)
+    with pytest.raises(InputError, match=r"position_embeddings.weight is \(140, 8\), anchors are \(3, 16\)"):
+        construct(narrow, domain)
+    with pytest.raises(InputError, match=r"is \(140, 16\), anchors are \(141, 16\)"):
+        construct(change(config, "anchors", position_embeddings=True, tokens=141), domain)
 
 
 @pytest.mark.parametrize("form", ["bare", "classifier", "legacy"])
@@ -453,6 +523,6 @@ def test_a_block_of_roberta_large_fits_in_memory(tmp_path):
         return int(done.stdout.split()[-1]) / 2**20
 
     assert peak("NLU/construct_fda.py", "pretrained") < 2
-    for start in ("pretrained", "wudi", "tsv"):
+    for start in ("pretrained", "ta", "wudi", "tsv"):
         peak("scripts/merge.py", start)
         assert peak("NLU/adapt.py", start) < 3, start

@@ -347,6 +347,21 @@ def test_a_head_file_is_used_where_there_is_one(own_inputs):
         domain.zero_shot_head(model, "MNIST")
 
 
+def test_position_embeddings_are_refused_where_there_are_none(pico_config):
+    with pytest.raises(InputError, match="anchors.position_embeddings is on, but the models have none"):
+        construct(change(pico_config, "anchors", position_embeddings=True), domain)
+
+
+def test_the_validation_cut_is_a_tenth_of_the_training_images(pico_config, pico_inputs, tmp_path):
+    shutil.copytree(pico_inputs / "data" / "MNIST", tmp_path / "data" / "MNIST")
+    for file in (tmp_path / "data" / "MNIST").iterdir():
+        file.rename(file.with_name(file.name.replace("test", "train")))
+    cut = change(pico_config, "eval", split="validation_cut", data=str(tmp_path / "data"))
+    assert len(domain.labelled_images(cut, "MNIST")) == 2
+    with pytest.raises(InputError, match="no split 'train'"):
+        domain.labelled_images(change(pico_config, "eval", split="validation_cut"), "MNIST")
+
+
 def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
     text = describe(change(pico_config, "model", root="/nowhere", arch="ViT-B-32-quickgelu"), domain)
     for line in (

@@ -55,7 +55,7 @@ def leading_components(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return u, s, v
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     k = min(rank, int(numerically_nonzero(s, x).sum()))
-    return u[:, :k], s[:k], vh[:k].mT
+    return u[:, :k].clone(), s[:k], vh[:k].mT.clone()  # views would keep all components in memory
 
 
 def nearest_isometry(x: Tensor) -> Tensor:
