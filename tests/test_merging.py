@@ -1,128 +1,104 @@
-"""Merging: every method against its formula evaluated another way in float64, and the identities it promises."""
+"""Merging: the identities that methods promise, and the door. Formulas: test_merging_formulas.py."""
 
-import numpy as np
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
 import torch
+import yaml
+from pico_nlg import pico_architecture, pico_tokenizer, save
+from test_merging_formulas import MATRICES, SHAPES, assert_close, task_vectors
+from transformers import AutoModelForCausalLM
 
+from common.checkpoints import Checkpoint
 from common.errors import InputError
 from common.merging import METHODS, SCOPE_BLOCKS, check_hyper, hyperparameters, merge
-from common.merging.tsv import nearest_isometry
+from common.pipeline import merge_alone
+from common.runtime import ROOT
+from Vision import domain
 
-SHAPES = {"fc.weight": (12, 9), "fc.bias": (12,), "proj.weight": (9, 16), "conv.weight": (4, 3, 2, 2), "scale": ()}
-MATRICES = ["fc.weight", "proj.weight"]
+DEFAULTS = {
+    "average": {},
+    "slerp": {"t": 0.5, "linear_above": 0.9995, "of_task_vectors": False},
+    "ta": {"scale": 0.3},
+    "ties": {"density": 0.2, "scale": 1.0},
+    "dare_ta": {"drop": 0.9, "scale": 0.3, "seed": 0},
+    "dare_ties": {"drop": 0.9, "density": 0.2, "scale": 1.0, "seed": 0},
+    "breadcrumbs": {"keep": 0.15, "outliers": 0.006, "scale": 0.2},
+    "pcb": {"ratio": 0.05, "clip": 1e-4, "scale": 1.2},
+    "consensus_ta": {"agree": 2, "threshold": 0.4, "scale": 0.3},
+    "tsv": {"rank_fraction": None, "scale": 1.0, "others": None},
+    "iso_c": {"scale": 1.0, "others": None},
+    "iso_cts": {"common_fraction": 0.8, "scale": 1.0, "others": None},
+    "wudi": {"lr": 1e-5, "steps": 300, "scale": 1.0, "others": 0.0},
+    "wudi_exact": {"rtol": None, "scale": 1.0, "others": 0.0},
+    "doge_ta": {"eta": 0.07, "subspace": 6, "density": 0.3, "steps": 400, "lr": 1e-4, "others": 0.0},
+    "opcm": {"alpha": 0.5},
+    "widen": {"ratio": 1.0, "calibration": 1.0},
+}
 
+# With these hyperparameters one task is merged into its expert, but for what is no matrix in WUDI.
+# SLERP takes two; PCB, Iso and DOGE change even a single task vector.
+KEEPS_ONE_TASK = {
+    "average": {},
+    "ta": {"scale": 1.0},
+    "ties": {"density": 1.0},
+    "dare_ta": {"drop": 0.0, "scale": 1.0},
+    "dare_ties": {"drop": 0.0, "density": 1.0},
+    "breadcrumbs": {"keep": 1.0, "outliers": 0.0, "scale": 1.0},
+    "consensus_ta": {"agree": 1, "scale": 1.0},
+    "tsv": {},
+    "wudi": {},
+    "wudi_exact": {},
+    "opcm": {},
+    "widen": {},
+}
 
-def task_vectors(tasks, shapes=SHAPES, seed=0, size=1e-2, dtype=torch.float32):
-    """Random task vectors of the size that fine-tuning leaves, and a base of ones."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = [
-        {name: size * torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-        for _ in range(tasks)
-    ]
-    return {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}, deltas
+# With these, three copies of an expert (SLERP: two) are merged into it. WIDEN adds up columns that matter to several.
+KEEPS_IDENTICAL = {
+    "average": {},
+    "slerp": {"t": 0.3},
+    "ta": {"scale": 1 / 3},
+    "ties": {"density": 1.0},
+    "dare_ta": {"drop": 0.0, "scale": 1 / 3},
+    "dare_ties": {"drop": 0.0, "density": 1.0},
+    "breadcrumbs": {"keep": 1.0, "outliers": 0.0, "scale": 1 / 3},
+    "consensus_ta": {"scale": 1 / 3},
+    "tsv": {"rank_fraction": 1.0},
+    "wudi_exact": {},
+    "opcm": {},
+}
 
-
-def stack64(deltas, name):
-    return np.stack([delta[name].double().numpy() for delta in deltas])
-
-
-def assert_close(ours, expected, rtol=1e-5, atol=1e-7):
-    np.testing.assert_allclose(ours.double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)
-
-
-# --- formulas --------------------------------------------------------------------------------------------------------
-
-
-def test_average_is_the_mean():
-    base, deltas = task_vectors(3)
-    for name, tensor in merge("average", base, deltas, {}).items():
-        assert_close(tensor, stack64(deltas, name).mean(axis=0))
-
-
-@pytest.mark.parametrize("scale", [0.3, 1, [0.5, -1.0, 2]])
-def test_task_arithmetic_is_the_scaled_sum(scale):
-    base, deltas = task_vectors(3)
-    for name, tensor in merge("ta", base, deltas, {"scale": scale}).items():
-        assert_close(tensor, np.tensordot(np.broadcast_to(scale, 3), stack64(deltas, name), axes=1))
-
-
-def tsv_by_eigenvectors(taus, k):
-    """TSV-M another way: Uᵢ from the eigenvectors of τᵢτᵢᵀ, and X̂ = X (XᵀX)^(-1/2)."""
-    u, s, v = [], [], []
-    for tau in taus:
-        values, vectors = np.linalg.eigh(tau @ tau.T)
-        s.append(np.sqrt(values[::-1][:k]))
-        u.append(vectors[:, ::-1][:, :k])
-        v.append(tau.T @ u[-1] / s[-1])
-    hats = []
-    for x in (np.hstack(u), np.hstack(v)):
-        values, vectors = np.linalg.eigh(x.T @ x)
-        hats.append(x @ vectors @ np.diag(values**-0.5) @ vectors.T)
-    return hats[0] @ np.diag(np.hstack(s)) @ hats[1].T
-
-
-@pytest.mark.parametrize(("fraction", "k"), [(None, 3), (0.1, 1), (0.29, 2)])
-def test_tsv_is_its_formula(fraction, k):
-    base, deltas = task_vectors(3)
-    merged = merge("tsv", base, deltas, {"rank_fraction": fraction, "scale": 2.0})
-    for name, tensor in merged.items():
-        taus = stack64(deltas, name)
-        expected = tsv_by_eigenvectors(taus, k) if name in MATRICES else taus.mean(axis=0)
-        assert_close(tensor, 2 * expected, rtol=1e-4)
+ORDERED = {"opcm", "dare_ta", "dare_ties"}  # OPCM is sequential, and DARE's masks belong to places in the list
 
 
-def wudi_by_autograd(taus, lr, steps):
-    """The literal objective under torch.optim.Adam in float64."""
-    taus = torch.tensor(taus)
-    m = taus.sum(0).requires_grad_()
-    adam = torch.optim.Adam([m], lr=lr)
-    for _ in range(steps):
-        adam.zero_grad()
-        sum((((m - tau) @ tau.T) ** 2).sum() / (tau**2).sum() for tau in taus).backward()
-        adam.step()
-    return m.detach().numpy()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("hyper", [{}, {"lr": 1e-3, "steps": 50}], ids=str)
-def test_wudi_follows_adam_on_the_literal_objective(dtype, hyper):
-    base, deltas = task_vectors(3, dtype=dtype)
-    merged = merge("wudi", base, deltas, hyper)
-    lr, steps = hyper.get("lr", 1e-5), hyper.get("steps", 300)
-    tolerance = lr * (1e-2 if dtype == torch.float32 else 1e-9)
-    for name in MATRICES:
-        expected = wudi_by_autograd(stack64(deltas, name), lr, steps)
-        assert np.abs(expected - stack64(deltas, name).sum(axis=0)).max() > 10 * lr
-        assert_close(merged[name], expected, rtol=0, atol=tolerance)
-
-
-def test_wudi_ends_at_the_minimiser_of_its_objective():
-    """Set the gradient to zero: M = (Σ τᵢGᵢ)(Σ Gᵢ)⁻¹ with Gᵢ = τᵢᵀτᵢ / ‖τᵢ‖²."""
-    base, deltas = task_vectors(3, {"w": (6, 4)}, size=1.0, dtype=torch.float64)
-    taus = stack64(deltas, "w")
-    grams = [tau.T @ tau / np.sum(tau**2) for tau in taus]
-    minimiser = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True)) @ np.linalg.inv(sum(grams))
-    assert_close(merge("wudi", base, deltas, {"lr": 1e-2, "steps": 3000})["w"], minimiser, rtol=0, atol=1e-6)
+def some_tasks(method, tasks, **settings):
+    return task_vectors(2 if method == "slerp" else tasks, **settings)
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KEEPS_ONE_TASK)
 def test_one_task_gives_its_task_vector(method):
     base, deltas = task_vectors(1)
-    merged = merge(method, base, deltas, {"scale": 1.0} if method != "average" else {})
-    for name in MATRICES if method == "wudi" else SHAPES:
-        assert_close(merged[name], deltas[0][name], rtol=0, atol=0 if method != "tsv" else 1e-7)
+    merged = merge(method, base, deltas, KEEPS_ONE_TASK[method])
+    for name in MATRICES if method in ("wudi", "wudi_exact") else SHAPES:
+        exact = method not in ("tsv", "wudi_exact", "opcm")
+        assert_close(merged[name], deltas[0][name], rtol=0, atol=0 if exact else 1e-7)
 
 
-@pytest.mark.parametrize(
-    ("method", "hyper"), [("average", {}), ("ta", {"scale": 1 / 3}), ("tsv", {"rank_fraction": 1.0})]
-)
-def test_identical_experts_give_that_expert(method, hyper):
+@pytest.mark.parametrize("method", KEEPS_IDENTICAL)
+def test_identical_experts_give_that_expert(method):
     base, (tau,) = task_vectors(1)
-    for name, tensor in merge(method, base, [tau] * 3, hyper).items():
-        assert_close(tensor, tau[name], rtol=0, atol=1e-7)
+    merged = merge(method, base, [tau] * (2 if method == "slerp" else 3), KEEPS_IDENTICAL[method])
+    for name in MATRICES if method == "wudi_exact" else SHAPES:
+        assert_close(merged[name], tau[name], rtol=0, atol=1e-7)
 
 
 def test_identical_experts_are_where_wudi_goes():
@@ -132,47 +108,79 @@ def test_identical_experts_are_where_wudi_goes():
     assert_close(merge("wudi", base, [expert] * 3, {"lr": 1e-2, "steps": 2000})["w"], expert["w"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.keys() - ORDERED)
 def test_the_order_of_the_tasks_does_not_matter(method):
-    base, deltas = task_vectors(4)
-    merged, turned = merge(method, base, deltas, {}), merge(method, base, deltas[2:] + deltas[:2], {})
+    base, deltas = some_tasks(method, 4, dtype=torch.float64)
+    merged, turned = merge(method, base, deltas, {}), merge(method, base, deltas[1:] + deltas[:1], {})
     for name in SHAPES:
-        assert_close(merged[name], turned[name], rtol=0, atol=2e-7)
+        assert_close(merged[name], turned[name], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_zero_task_vectors_give_zeros_without_an_svd(method, monkeypatch):
-    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("an SVD of zeros was asked for"))
-    base, deltas = task_vectors(3, size=0.0)
+def test_zero_task_vectors_give_zeros_without_a_decomposition(method, monkeypatch):
+    for decomposition in ("svd", "pinv", "eigh"):
+        monkeypatch.setattr(torch.linalg, decomposition, lambda *_, **__: pytest.fail("of zeros"))
+    base, deltas = some_tasks(method, 3, size=0.0)
     for tensor in merge(method, base, deltas, {}).values():
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
-@pytest.mark.parametrize(("method", "hyper"), [("tsv", {"rank_fraction": 1 / 3}), ("wudi", {})])
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("ta", {}),
+        ("ties", {}),
+        ("dare_ta", {}),
+        ("breadcrumbs", {}),
+        ("consensus_ta", {}),
+        ("tsv", {"rank_fraction": 1 / 3}),
+        ("iso_c", {}),
+        ("wudi", {}),
+        ("wudi_exact", {}),
+        ("doge_ta", {"steps": 20}),
+    ],
+)
 def test_a_task_of_zeros_changes_nothing(method, hyper):
     base, deltas = task_vectors(2)
     zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    merged, with_zero = merge(method, base, deltas, hyper), merge(method, base, [deltas[0], zero, deltas[1]], hyper)
+    merged, with_zero = merge(method, base, deltas, hyper), merge(method, base, [*deltas, zero], hyper)
     for name in MATRICES:
         assert_close(merged[name], with_zero[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_awkward_task_vectors_give_finite_numbers_of_their_type(method, dtype):
+    """Rank 1, equal, opposite, zero, sparse; one row, one column, one weight; a base of zeros."""
+    base, (tau, other) = task_vectors(2, {"w": (6, 5), "row": (1, 5), "column": (6, 1), "one": (1, 1)}, dtype=dtype)
+    low = {name: x[:, :1] @ x[:1] for name, x in tau.items()}
+    zero = {name: torch.zeros_like(x) for name, x in tau.items()}
+    sparse = {name: 0.1 * (x == x.max()).to(dtype) for name, x in tau.items()}
+    opposite = {name: -x for name, x in tau.items()}
+    hyper = {"steps": 20} if "steps" in hyperparameters(method) else {}
+    pairs = [low, low], [tau, opposite], [tau, zero], [sparse, low], [zero, sparse]
+    for deltas in pairs if method == "slerp" else (*pairs, [low, opposite, other, sparse]):
+        for theta in (base, zero):
+            for name, tensor in merge(method, theta, deltas, hyper).items():
+                assert tensor.isfinite().all() and tensor.shape == theta[name].shape and tensor.dtype == dtype
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_any_part_of_a_model_merges_alone_and_leaves_its_input_untouched(method):
-    base, deltas = task_vectors(3)
-    copies = [{name: tensor.clone() for name, tensor in delta.items()} for delta in deltas]
+    base, deltas = some_tasks(method, 3)
+    copies = [{name: tensor.clone() for name, tensor in delta.items()} for delta in (base, *deltas)]
     whole = merge(method, base, deltas, {})
     assert whole.keys() == base.keys()
     for name in SHAPES:
         alone = merge(method, {name: base[name]}, [{name: delta[name]} for delta in deltas], {})
         assert alone.keys() == {name} and torch.equal(alone[name], whole[name])
-        assert all(torch.equal(delta[name], copy[name]) for delta, copy in zip(deltas, copies, strict=True))
+        assert all(torch.equal(x[name], copy[name]) for x, copy in zip((base, *deltas), copies, strict=True))
         assert all(whole[name].data_ptr() != delta[name].data_ptr() for delta in deltas)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_comes_out_as_float32(method):
-    base, deltas = task_vectors(3, dtype=torch.bfloat16)
+    base, deltas = some_tasks(method, 3, dtype=torch.bfloat16)
     merged = merge(method, base, deltas, {})
     wide = merge(method, base, [{name: tensor.float() for name, tensor in delta.items()} for delta in deltas], {})
     for name in SHAPES:
@@ -186,94 +194,100 @@ def test_trainable_parameters_merge_without_a_graph(method):
     assert not any(tensor.requires_grad for tensor in merge(method, base, deltas, {}).values())
 
 
-# --- what single methods promise -------------------------------------------------------------------------------------
+# --- whole checkpoints -----------------------------------------------------------------------------------------------
 
 
-def test_tsv_makes_the_tasks_directions_orthonormal():
-    """δ = Û diag(S) V̂ᵀ with orthonormal Û, V̂ has exactly the kept singular values of all tasks as its own."""
-    base, deltas = task_vectors(3)
-    merged = merge("tsv", base, deltas, {})
-    for name in MATRICES:
-        kept = np.sort(np.linalg.svd(stack64(deltas, name), compute_uv=False)[:, :3].ravel())[::-1]
-        assert_close(torch.linalg.svdvals(merged[name]), kept, rtol=1e-5)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_a_checkpoint(method, pico_config):
+    """Finite, complete, off the base; outside the blocks at the base where the method's paper says so."""
+    hyper = {"steps": 3} if "steps" in hyperparameters(method) else {}
+    start = replace(pico_config.start, method=method, hyper={method: hyper})
+    config = replace(pico_config, start=start, run=replace(pico_config.run, score=False))
+    merged, base = Checkpoint(merge_alone(config, domain)), Checkpoint(config.model.path("base"))
+    assert merged.shapes == base.shapes
+    moved = {name for name in base.names("visual.") if not torch.equal(*(c.read([name])[name] for c in (merged, base)))}
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in moved
+    assert ("visual.conv1.weight" in moved) == (method not in SCOPE_BLOCKS)
 
 
-def test_the_nearest_isometry_is_orthonormal_and_keeps_orthonormal_columns():
-    x = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    hat = nearest_isometry(x)
-    assert_close(hat.T @ hat, np.eye(7), atol=1e-12)
-    assert_close(nearest_isometry(hat), hat, atol=1e-12)
-    assert torch.linalg.eigvalsh(x.T @ hat).min() > 0  # XᵀX̂ = (XᵀX)^(1/2): no other isometry is nearer
+MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024)
+"""
+STREAMED_TASKS = ["GSM8K", "MATH", "HumanEval", "MBPP"]
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (2, 8)])
-def test_tsv_averages_matrices_smaller_than_the_number_of_tasks(shape):
-    base, deltas = task_vectors(3, {"w": shape})
-    assert_close(merge("tsv", base, deltas, {})["w"], stack64(deltas, "w").mean(axis=0))
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """A Llama of 1 GB in float32 (MERGE_MB=250 for another size) and four experts; the largest tensor is a fifth."""
+    root, size = tmp_path_factory.mktemp("streamed"), int(os.environ.get("MERGE_MB", "1000"))
+    width = 64 * round((size / 1000) ** 0.5 * 24)
+    config = pico_architecture(
+        "llama", hidden_size=width, intermediate_size=8 * width // 3 // 64 * 64, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=width // 8, vocab_size=21 * width,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for folder in ("base", *STREAMED_TASKS):
+        save(model, pico_tokenizer(), root / folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+    yield root
+    shutil.rmtree(root)
 
 
-def test_tsv_keeps_one_component_of_a_matrix_as_small_as_the_number_of_tasks():
-    base, deltas = task_vectors(3, {"w": (3, 8)})
-    largest = np.sort(np.linalg.svd(stack64(deltas, "w"), compute_uv=False)[:, 0])[::-1]
-    assert_close(torch.linalg.svdvals(merge("tsv", base, deltas, {})["w"]), largest)
-
-
-def test_tsv_of_identical_experts_is_that_expert_cut_to_the_kept_rank():
-    base, (tau,) = task_vectors(1)
-    merged = merge("tsv", base, [tau] * 3, {})
-    for name in MATRICES:
-        u, s, vh = np.linalg.svd(tau[name].double().numpy())
-        assert_close(merged[name], u[:, :3] * s[:3] @ vh[:3], rtol=0)
-
-
-def test_tsv_rank_is_not_lost_to_rounding():
-    """0.29 · 100 is 28.999999999999996 in floats."""
-    base, deltas = task_vectors(1, {"w": (100, 100)})
-    assert torch.linalg.matrix_rank(merge("tsv", base, deltas, {"rank_fraction": 0.29})["w"]) == 29
-
-
-def test_tsv_of_low_rank_experts_is_their_sum_where_they_do_not_overlap():
-    """Rank-1 experts (LoRA) on different rows and columns: nothing to make orthogonal, nothing lost."""
-    tau_1, tau_2 = torch.zeros(6, 8), torch.zeros(6, 8)
-    tau_1[0, :3], tau_2[4:, 5] = 0.5, -2.0
-    merged = merge("tsv", {"w": torch.ones(6, 8)}, [{"w": tau_1}, {"w": tau_2}], {})["w"]
-    assert_close(merged, tau_1 + tau_2, atol=1e-6)
-
-
-def test_wudi_moves_matrices_only_and_takes_no_step_when_told_none():
-    base, deltas = task_vectors(3)
-    merged = merge("wudi", base, deltas, {"steps": 0, "scale": 0.5})
-    for name in SHAPES:
-        start = stack64(deltas, name).sum(axis=0) if name in MATRICES else np.zeros(SHAPES[name])
-        assert_close(merged[name], 0.5 * start)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
+    """Below 2.5 GB for a base and four experts of 1 GB, whose steps, where it takes any, are cut to two."""
+    config = {
+        "domain": "nlg",
+        "model": {"root": str(streamed), "base": "base", "expert": "{task}"},
+        "tasks": STREAMED_TASKS[:2] if method == "slerp" else STREAMED_TASKS,
+        "start": {"method": method, "hyper": {method: {"steps": 2} if "steps" in hyperparameters(method) else {}}},
+        "run": {"root": str(tmp_path), "score": False, "device": "cpu"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-c", MEASURED, "scripts/merge.py", "--config", str(tmp_path / "config.yaml")]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(tmp_path)
+    peak = int(done.stdout.split()[-1])
+    print(f"\n{method:14} {peak:6} MiB at most, {time.monotonic() - began:6.0f} s")
+    assert peak < 2500
 
 
 # --- the door --------------------------------------------------------------------------------------------------------
 
 
 def test_every_method_takes_its_hyperparameters_by_keyword_with_a_default():
-    assert set(METHODS) == {"average", "ta", "tsv", "wudi"} and METHODS.keys() >= SCOPE_BLOCKS
-    defaults = {method: {name: p.default for name, p in hyperparameters(method).items()} for method in METHODS}
-    assert defaults == {
-        "average": {},
-        "ta": {"scale": 0.3},
-        "tsv": {"rank_fraction": None, "scale": 1.0},
-        "wudi": {"lr": 1e-5, "steps": 300, "scale": 1.0},
-    }
-    for method, hyper in defaults.items():
+    assert METHODS.keys() >= SCOPE_BLOCKS
+    assert {method: {name: p.default for name, p in hyperparameters(method).items()} for method in METHODS} == DEFAULTS
+    for method, hyper in DEFAULTS.items():
         check_hyper(method, hyper, tasks=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_names_its_source(method):
+    text = sys.modules[METHODS[method].__module__].__doc__
+    assert "Source: " in text and re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert "Default" in text or "No hyperparameters" in text
 
 
 @pytest.mark.parametrize(
     ("method", "hyper", "sentence"),
     [
-        ("tis", {}, "unknown merge method 'tis': choose one of average, ta, tsv, wudi"),
-        ("tsv", {"rank": 3}, "tsv: unknown hyperparameter 'rank', accepted: rank_fraction, scale"),
+        ("tis", {}, "unknown merge method 'tis': choose one of average, slerp, ta, ties, "),
+        ("tsv", {"rank": 3}, "tsv: unknown hyperparameter 'rank', accepted: rank_fraction, scale, others"),
         ("average", {"scale": 1.0}, "average: unknown hyperparameter 'scale', accepted: none"),
         ("ta", {"scale": "0.3"}, "ta: scale must be float .* it is '0.3'"),
         ("ta", {"scale": [0.3, None]}, r"ta: scale must be float .* it is \[0.3, None\]"),
         ("wudi", {"steps": 1.5}, "wudi: steps must be int, it is 1.5"),
         ("wudi", {"steps": True}, "wudi: steps must be int, it is True"),
+        ("tsv", {"others": "mean"}, "tsv: others must be float | None, it is 'mean'"),
+        ("slerp", {"of_task_vectors": 1}, "slerp: of_task_vectors must be bool, it is 1"),
     ],
 )
 def test_names_and_types_are_refused_before_anything_is_loaded(method, hyper, sentence):
@@ -289,6 +303,17 @@ def test_names_and_types_are_refused_before_anything_is_loaded(method, hyper, se
         ("tsv", {"rank_fraction": 8}, r"tsv: rank_fraction must lie in \(0, 1\], it is 8"),
         ("wudi", {"lr": 0}, "wudi: lr must be above 0 and steps at least 0, they are 0 and 300"),
         ("wudi", {"steps": -1}, "wudi: lr must be above 0 and steps at least 0, they are 1e-05 and -1"),
+        ("wudi_exact", {"rtol": 1.0}, r"wudi_exact: rtol must lie in \[0, 1\), it is 1.0"),
+        ("slerp", {}, "slerp: it merges two models, there are 3 tasks"),
+        ("ties", {"density": 0}, r"ties: density must lie in \(0, 1\], it is 0"),
+        ("dare_ta", {"drop": 1}, r"dare: drop must lie in \[0, 1\), it is 1"),
+        ("dare_ties", {"density": 2.0}, r"ties: density must lie in \(0, 1\], it is 2.0"),
+        ("breadcrumbs", {"outliers": 1.0}, r"breadcrumbs: outliers must lie in \[0, 1\), it is 1.0"),
+        ("pcb", {"ratio": 0.0}, r"pcb: ratio must lie in \(0, 1\], it is 0.0"),
+        ("consensus_ta", {"agree": 4}, "consensus_ta: agree must lie between 0 and the 3 tasks, it is 4"),
+        ("iso_cts", {"common_fraction": 1.1}, r"iso_cts: common_fraction must lie in \[0, 1\], it is 1.1"),
+        ("doge_ta", {"subspace": 0}, "doge_ta: subspace ≥ 1, steps ≥ 0, lr > 0 are needed; they are 0, 400, 0.0001"),
+        ("opcm", {"alpha": -1}, r"opcm: alpha must lie in \(0, 1\], it is -1"),
     ],
 )
 def test_values_are_refused_once_the_number_of_tasks_is_known(method, hyper, sentence):
@@ -307,3 +332,21 @@ def test_merge_refuses_no_task_other_tensors_and_values_that_are_not_finite():
     deltas[1]["w"][0, 0] = torch.nan
     with pytest.raises(InputError, match="w: the task vector of task 2 of 2 holds NaN or infinite"):
         merge("average", base, deltas, {})
+
+
+# --- CONTRIBUTING.md -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_how_to_add_a_method_is_one(monkeypatch):
+    """Its code block is a module of at most 25 lines of text, and with its line in METHODS a method like the others."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 25
+    module = {}
+    exec(compile(code, "magmax.py", "exec"), module)
+    monkeypatch.setitem(METHODS, "magmax", module["magmax"])
+    base, deltas = task_vectors(3)
+    for name, tensor in merge("magmax", base, deltas, {"scale": 2.0}).items():
+        taus = torch.stack([delta[name] for delta in deltas])
+        assert torch.equal(tensor, 2 * taus.gather(0, taus.abs().argmax(0, keepdim=True))[0])
+    with pytest.raises(InputError, match="magmax: unknown hyperparameter 'lam', accepted: scale"):
+        check_hyper("magmax", {"lam": 0.3})

@@ -4,7 +4,8 @@
 
 `base` is θ₀, `deltas` one τᵢ a task; the result has the names and shapes of `base` and is float32, or float64 where the
 deltas are. Methods are pure and act tensor by tensor, so any part of a model may be passed: a block, or one tensor of a
-model that does not fit in memory. To add one: a file with its formula, source and defaults, and a line in `METHODS`.
+model that does not fit in memory. To add one: a file with its formula, source and defaults, and a line in `METHODS`;
+CONTRIBUTING.md has an example. `fisher` and `regmean` are formulas that need data; nothing gathers it yet.
 """
 
 import inspect
@@ -15,9 +16,20 @@ import torch
 
 from common.errors import InputError
 from common.merging.average import average
+from common.merging.breadcrumbs import breadcrumbs
+from common.merging.consensus import consensus_ta
+from common.merging.dare import dare_ta, dare_ties
+from common.merging.doge import doge_ta
+from common.merging.iso import iso_c, iso_cts
+from common.merging.opcm import opcm
+from common.merging.pcb import pcb
+from common.merging.slerp import slerp
 from common.merging.task_arithmetic import task_arithmetic
+from common.merging.ties import ties
 from common.merging.tsv import tsv
+from common.merging.widen import widen_merging
 from common.merging.wudi import wudi
+from common.merging.wudi_exact import wudi_exact
 from common.task_vectors import Params, require_same_tensors
 
 
@@ -74,10 +86,23 @@ def _is_of(value: object, kind: Any) -> bool:
 
 METHODS: dict[str, Callable[..., Params]] = {
     "average": average,
+    "slerp": slerp,
     "ta": task_arithmetic,
+    "ties": ties,
+    "dare_ta": dare_ta,
+    "dare_ties": dare_ties,
+    "breadcrumbs": breadcrumbs,
+    "pcb": pcb,
+    "consensus_ta": consensus_ta,
     "tsv": tsv,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
     "wudi": wudi,
+    "wudi_exact": wudi_exact,
+    "doge_ta": doge_ta,
+    "opcm": opcm,
+    "widen": widen_merging,
 }
 
 # Methods whose papers merge the Transformer blocks alone: every tensor outside them stays at the base.
-SCOPE_BLOCKS = frozenset({"wudi"})
+SCOPE_BLOCKS = frozenset({"wudi", "wudi_exact", "doge_ta"})

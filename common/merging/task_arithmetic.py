@@ -1,6 +1,6 @@
 """Task arithmetic: δ = Σᵢ λᵢ τᵢ for every tensor.
 
-Source: Ilharco et al. 2023, "Editing models with task arithmetic".
+Source: Ilharco et al. 2023, "Editing models with task arithmetic" (arXiv 2212.04089).
 Default: λ = 0.3 for every task, the FDA paper's coefficient for all ViTs and RoBERTa-base (0.2 for RoBERTa-large).
 """
 

@@ -2,9 +2,9 @@
 
 For every matrix, τᵢ = Uᵢ Sᵢ Vᵢᵀ is cut to its k = ⌊r/N⌋ leading components (r the smaller side, N tasks). Side by side
 these form U, S and V, and with X̂ the matrix of orthonormal columns nearest to X the merged delta is δ = Û diag(S) V̂ᵀ.
-Every other tensor is the arithmetic mean of the τᵢ.
+Every other tensor is the arithmetic mean of the τᵢ, or what `others` says.
 
-Source: Gargiulo et al. 2025, "Task singular vectors". Defaults: rank_fraction 1/N, scale 1.
+Source: Gargiulo et al. 2025, "Task singular vectors" (arXiv 2412.00081). Defaults: rank_fraction 1/N, scale 1.
 Deviation: a matrix with fewer rows or columns than there are tasks (RoBERTa's 1-row token type embedding) would keep
 ⌊r/N⌋ = 0 components and be reset to the base by the released code; here it is averaged like the vectors.
 Deviation: singular vectors of a zero singular value are arbitrary, so they take no part, neither in a τᵢ (a zero or
@@ -16,27 +16,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from common.merging.average import mean
-from common.task_vectors import Params, widen
+from common.merging.tensorwise import each_matrix, require_fraction, weighted
+from common.task_vectors import Params
 
 
-def tsv(base: Params, deltas: Sequence[Params], *, rank_fraction: float | None = None, scale: float = 1.0) -> Params:
+def tsv(
+    base: Params,
+    deltas: Sequence[Params],
+    *,
+    rank_fraction: float | None = None,
+    scale: float = 1.0,
+    others: float | None = None,
+) -> Params:
     """The TSV-M delta. `rank_fraction` is the part of the rank each task keeps, at least one component; None is 1/N.
 
-    Above 1/N the tasks' directions outnumber the dimensions and Û, V̂ are the nearest partial isometries.
+    Above 1/N the tasks' directions outnumber the dimensions and Û, V̂ are the nearest partial isometries. `scale` is a
+    factor on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N).
     """
     fraction = 1 / len(deltas) if rank_fraction is None else rank_fraction
-    if not 0 < fraction <= 1:
-        raise InputError(f"tsv: rank_fraction must lie in (0, 1], it is {rank_fraction}")
+    require_fraction("tsv", "rank_fraction", fraction)
 
     def merged(taus: list[Tensor]) -> Tensor:
-        side = min(taus[0].shape, default=0)
-        if taus[0].ndim != 2 or side < len(taus):
-            return mean(taus)
+        side = min(taus[0].shape)
+        if side < len(taus):
+            return weighted(taus, others)
         return orthogonal_sum(taus, max(1, int(side * fraction + 1e-9)))  # 1e-9: 49 · (1/49) is below 1 in floats
 
-    return {name: scale * merged([widen(delta[name]) for delta in deltas]) for name in base}
+    return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}
 
 
 def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:

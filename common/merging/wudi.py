@@ -1,11 +1,11 @@
 """WUDI: the merged matrix M whose difference to each task vector is orthogonal to that task vector's rows.
 
 For every matrix, Adam from M = Σᵢ τᵢ minimises Σᵢ ‖(M − τᵢ) τᵢᵀ‖²_F / ‖τᵢ‖²_F. The rows of τᵢ stand in for the inputs
-of the layer, so no data are needed. Other tensors have no such inputs: their delta is 0.
+of the layer, so no data are needed. Other tensors have no such inputs: their delta is 0, or what `others` says.
 
-Source: Cheng et al. 2025, "Whoever started the interference should end it" (WUDI-Merging).
+Source: Cheng et al. 2025, "Whoever started the interference should end it" (WUDI-Merging, arXiv 2503.08099).
 Defaults: lr 1e-5, 300 steps, scale 1 (FDA for RoBERTa: lr 2e-5). Which matrices belong to it, the caller decides: the
-paper leaves everything outside the blocks at the base (`SCOPE_BLOCKS`).
+paper leaves everything outside the blocks at the base (`SCOPE_BLOCKS`). `wudi_exact` goes to the minimum itself.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,27 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.task_vectors import Params, widen
+from common.merging.tensorwise import each_matrix
+from common.task_vectors import Params
 
 
-def wudi(base: Params, deltas: Sequence[Params], *, lr: float = 1e-5, steps: int = 300, scale: float = 1.0) -> Params:
-    """The WUDI delta, with `lr` and `steps` of Adam (no weight decay). Nothing is random. InputError if lr ≤ 0."""
+def wudi(
+    base: Params,
+    deltas: Sequence[Params],
+    *,
+    lr: float = 1e-5,
+    steps: int = 300,
+    scale: float = 1.0,
+    others: float | None = 0.0,
+) -> Params:
+    """The WUDI delta, with `lr` and `steps` of Adam (no weight decay). Nothing is random. InputError if lr ≤ 0.
+
+    `scale` is a factor on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N).
+    """
     if lr <= 0 or steps < 0:
         raise InputError(f"wudi: lr must be above 0 and steps at least 0, they are {lr} and {steps}")
-
-    def merged(taus: list[Tensor]) -> Tensor:
-        return minimise_interference(taus, lr, steps) if taus[0].ndim == 2 else torch.zeros_like(taus[0])
-
-    return {name: scale * merged([widen(delta[name]) for delta in deltas]) for name in base}
+    merged = each_matrix(lambda taus: minimise_interference(taus, lr, steps), base, deltas, others)
+    return {name: scale * delta for name, delta in merged.items()}
 
 
 def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tensor:
@@ -40,7 +49,7 @@ def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tens
     for tau in taus:
         energy = tau.square().sum()
         if energy > 0:
-            task_gram_DD = tau.mT @ tau / energy
+            task_gram_DD = (tau.mT @ tau).div_(energy)
             merged += tau
             gram_DD += task_gram_DD
             target += tau @ task_gram_DD

@@ -1,0 +1,53 @@
+"""DARE: drop each change at random with probability p, rescale what is left by 1/(1 − p), then merge.
+
+τ̃ᵢ = mᵢ ⊙ τᵢ / (1 − p) with mᵢ of independent weights that are 1 with probability 1 − p, so that E τ̃ᵢ = τᵢ. The τ̃ᵢ are
+merged by task arithmetic (`dare_ta`) or by TIES (`dare_ties`).
+
+Source: Yu et al. 2024, "Language models are Super Mario" (arXiv 2311.03099). Defaults: p 0.9, one of the rates that the
+paper finds to cost nothing; the rest as `ta` and `ties` have it. With p ≥ 1 − density TIES finds nothing left to trim.
+Every mask comes from the seed, the tensor's name and the task's place in the list, so it is the same on every machine
+and in every order of work.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.anchors import seeded
+from common.errors import InputError
+from common.merging.task_arithmetic import task_arithmetic
+from common.merging.ties import ties
+from common.task_vectors import Params, widen
+
+
+def dare_ta(
+    base: Params, deltas: Sequence[Params], *, drop: float = 0.9, scale: float | Sequence[float] = 0.3, seed: int = 0
+) -> Params:
+    """Task arithmetic on what DARE leaves; `scale` as there. InputError unless `drop`, p, lies in [0, 1)."""
+    return task_arithmetic(base, dropped(deltas, drop, seed), scale=scale)
+
+
+def dare_ties(
+    base: Params,
+    deltas: Sequence[Params],
+    *,
+    drop: float = 0.9,
+    density: float = 0.2,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Params:
+    """TIES on what DARE leaves. InputError unless `drop`, p, lies in [0, 1)."""
+    return ties(base, dropped(deltas, drop, seed), density=density, scale=scale)
+
+
+def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[Params]:
+    """τ̃ᵢ of every task."""
+    if not 0 <= drop < 1:
+        raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
+
+    def kept(tau: Tensor, name: str, task: int) -> Tensor:
+        mask = torch.empty(tau.shape).bernoulli_(1 - drop, generator=seeded(seed, "dare", name, task))
+        return mask.to(tau).mul_(tau).div_(1 - drop)
+
+    return [{name: kept(widen(tau), name, i) for name, tau in delta.items()} for i, delta in enumerate(deltas)]

@@ -1,0 +1,60 @@
+"""WIDEN: weigh every input column of every expert by how much its length and its direction moved.
+
+For a matrix W (outputs, inputs), column d of expert i has moved in length by |‖wᵢ‖ − ‖w₀‖| and in direction by
+1 − cos(wᵢ, w₀). Each is replaced by its rank within the expert, in [0, 1). The scores of column d are the softmax of
+its ranks over the experts, but `calibration` where a rank exceeds `ratio` times the mean rank. δ = Σᵢ τᵢ · (score of
+the length + score of the direction) / 2. Other tensors take |τᵢ| itself, weight by weight, for the rank.
+
+Source: Yu et al. 2024, "Extend model merging from fine-tuned to pre-trained large language models via weight
+disentanglement" (arXiv 2408.03092), with the authors' code. Defaults: ratio 1, calibration 1. Scores do not add up to
+1: where every expert's column matters, δ is their sum.
+Deviation: the code transposes token embeddings, so as to weigh tokens; here an embedding is a matrix like others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.merging.tensorwise import total
+from common.task_vectors import Params, widen
+
+
+def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0, calibration: float = 1.0) -> Params:
+    """The WIDEN delta."""
+
+    def merged(theta: Tensor, *taus: Tensor) -> Tensor:
+        if theta.ndim == 2:
+            moved = [column_ranks(theta, theta + tau) for tau in taus]
+            lengths_ND, directions_ND = (torch.stack(ranks) for ranks in zip(*moved, strict=True))
+            scores = (importance(lengths_ND, ratio, calibration) + importance(directions_ND, ratio, calibration)) / 2
+        else:
+            scores = importance(torch.stack([tau.abs().flatten() for tau in taus]), ratio, calibration)
+            scores = scores.view(len(taus), *theta.shape)
+        return total(score * tau for score, tau in zip(scores, taus, strict=True))
+
+    return {name: merged(*(widen(p[name]) for p in (base, *deltas))) for name in base}
+
+
+def column_ranks(theta_0: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The ranks of the columns, over their number, by change of length and of direction."""
+    (length_0, unit_0), (length, unit) = polar(theta_0), polar(theta)
+    turn = (unit - unit_0).square().sum(0)  # 2 (1 − cos), but not lost in rounding where cos is almost 1
+    return ranks((length - length_0).abs()), ranks(turn)
+
+
+def polar(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths (D,) and unit columns (R, D) of a matrix; a column of zeros stays."""
+    length = torch.linalg.vector_norm(theta, dim=0)
+    return length, theta / length.clamp(min=torch.finfo(theta.dtype).tiny)
+
+
+def ranks(x: Tensor) -> Tensor:
+    """0, 1/n, … (n − 1)/n in the order of x (n,)."""
+    return x.argsort(stable=True).argsort().to(x.dtype) / len(x)
+
+
+def importance(significance: Tensor, ratio: float, calibration: float) -> Tensor:
+    """Scores of (experts, n) from their significance."""
+    matters = significance > ratio * significance.mean(1, keepdim=True)
+    return significance.softmax(0).masked_fill(matters, calibration)

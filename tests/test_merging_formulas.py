@@ -1,0 +1,532 @@
+"""Every merge method against its formula, evaluated another way in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from common.merging import merge
+from common.merging.dare import dropped
+from common.merging.fisher import fisher_mean
+from common.merging.regmean import regression_mean, shrunk
+from common.merging.tsv import nearest_isometry
+from common.merging.wudi import minimise_interference
+
+SHAPES = {"fc.weight": (12, 9), "fc.bias": (12,), "proj.weight": (9, 16), "conv.weight": (4, 3, 2, 2), "scale": ()}
+MATRICES = ["fc.weight", "proj.weight"]
+OTHERS = [name for name in SHAPES if name not in MATRICES]
+
+
+def task_vectors(tasks, shapes=SHAPES, seed=0, size=1e-2, dtype=torch.float32):
+    """Random task vectors of the size that fine-tuning leaves, and a base of ones."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = [
+        {name: size * torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        for _ in range(tasks)
+    ]
+    return {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}, deltas
+
+
+def stack64(deltas, name):
+    return np.stack([delta[name].double().numpy() for delta in deltas])
+
+
+def assert_close(ours, expected, rtol=1e-5, atol=1e-7):
+    np.testing.assert_allclose(ours.double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def norm(x):
+    return np.sqrt(np.sum(np.square(x)))
+
+
+# --- weight by weight ------------------------------------------------------------------------------------------------
+
+
+def test_average_is_the_mean():
+    base, deltas = task_vectors(3)
+    for name, tensor in merge("average", base, deltas, {}).items():
+        assert_close(tensor, stack64(deltas, name).mean(axis=0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, [0.5, -1.0, 2]])
+def test_task_arithmetic_is_the_scaled_sum(scale):
+    base, deltas = task_vectors(3)
+    for name, tensor in merge("ta", base, deltas, {"scale": scale}).items():
+        assert_close(tensor, np.tensordot(np.broadcast_to(scale, 3), stack64(deltas, name), axes=1))
+
+
+def slerp_by_rotation(a, b, t):
+    """Turn a in the plane of a and b by t of the angle between them; lengths go from 1 (of a) to 1 (of b) likewise."""
+    u, v = a / norm(a), b / norm(b)
+    angle = np.arctan2(norm(v - np.sum(u * v) * u), np.sum(u * v))
+    side = (v - np.sum(u * v) * u) / norm(v - np.sum(u * v) * u)
+    return np.cos(t * angle) * u + np.sin(t * angle) * side
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_slerp_of_ends_of_one_length_is_a_rotation(t):
+    base, deltas = task_vectors(2, {"w": (6, 5)}, size=1.0)
+    a, b = (base["w"] + delta["w"] for delta in deltas)
+    b *= a.norm() / b.norm()
+    merged = merge("slerp", base, [{"w": a - base["w"]}, {"w": b - base["w"]}], {"t": t})
+    expected = slerp_by_rotation(a.double().numpy(), b.double().numpy(), t) * float(a.norm())
+    assert_close(base["w"] + merged["w"], expected, rtol=1e-4, atol=1e-5)
+    taus = stack64(deltas, "w") / norm(stack64(deltas, "w")[0])
+    taus[1] /= norm(taus[1])
+    merged = merge("slerp", base, [{"w": torch.tensor(x).float()} for x in taus], {"t": t, "of_task_vectors": True})
+    assert_close(merged["w"], slerp_by_rotation(*taus, t), rtol=1e-4, atol=1e-6)
+
+
+def test_slerp_is_linear_between_near_parallel_experts_and_where_one_is_zero():
+    base, deltas = task_vectors(2)
+    for name, tensor in merge("slerp", base, deltas, {"t": 0.25}).items():
+        assert_close(tensor, np.tensordot([0.75, 0.25], stack64(deltas, name), axes=1))
+    zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    half = merge("slerp", base, [zero, deltas[0]], {"of_task_vectors": True})
+    assert_close(half["fc.weight"], deltas[0]["fc.weight"] / 2)
+
+
+def ties_by_loop(taus, density):
+    flat = taus.reshape(len(taus), -1)
+    kept = np.zeros_like(flat)
+    for i, tau in enumerate(flat):
+        order = np.argsort(-np.abs(tau))[: max(1, int(density * len(tau) + 1e-9))]
+        kept[i, order] = tau[order]
+    merged = np.zeros(flat.shape[1])
+    for j, column in enumerate(kept.T):
+        agree = column[np.sign(column) == np.sign(column.sum())]
+        merged[j] = agree.mean() if column.sum() != 0 else 0.0
+    return merged.reshape(taus.shape[1:])
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_ties_is_its_algorithm(density):
+    base, deltas = task_vectors(4)
+    for name, tensor in merge("ties", base, deltas, {"density": density, "scale": 0.5}).items():
+        assert_close(tensor, 0.5 * ties_by_loop(stack64(deltas, name), density))
+
+
+def test_ties_by_hand():
+    """Of (4, −1, 2), (−2, 3, 1) and (5, 1, −1) two of three are kept: the last column has one voter, −1 and 1 fall."""
+    taus = [[4.0, -1.0, 2.0], [-2.0, 3.0, 1.0], [5.0, 1.0, -0.5]]
+    merged = merge("ties", {"w": torch.zeros(3)}, [{"w": torch.tensor(t)} for t in taus], {"density": 2 / 3})
+    assert merged["w"].tolist() == [4.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 0.9])
+def test_dare_drops_at_its_rate_and_rescales_the_rest(drop):
+    base, deltas = task_vectors(2, {"a": (60, 50), "b": (60, 50)})
+    once, again = dropped(deltas, drop, seed=0), dropped(deltas, drop, seed=0)
+    masks = {}
+    for i, name in itertools.product(range(2), ("a", "b")):
+        tau, left = deltas[i][name], once[i][name]
+        masks[i, name] = left != 0
+        assert torch.equal(left, again[i][name])
+        assert_close(left[left != 0], tau[left != 0].double() / (1 - drop), rtol=1e-5)
+        assert abs(masks[i, name].double().mean() - (1 - drop)) < 5 * (drop * (1 - drop) / tau.numel()) ** 0.5 + 1e-9
+    if drop:
+        assert all(not torch.equal(m, n) for m, n in itertools.combinations(masks.values(), 2))
+        assert not torch.equal(once[0]["a"], dropped(deltas, drop, seed=1)[0]["a"])
+    for method, then in (("dare_ta", "ta"), ("dare_ties", "ties")):
+        merged, expected = merge(method, base, deltas, {"drop": drop}), merge(then, base, once, {})
+        assert torch.equal(merged["a"], expected["a"])
+
+
+def test_dares_expectation_is_the_task_vector():
+    """4000 draws at p = 1/2: the mean is off by |τ|/63 on average, and six times that nowhere."""
+    base, deltas = task_vectors(1, {"w": (4, 5)})
+    draws = [merge("dare_ta", base, deltas, {"drop": 0.5, "scale": 1.0, "seed": seed})["w"] for seed in range(4000)]
+    mean, tau = torch.stack(draws).double().mean(0), deltas[0]["w"].double()
+    assert ((mean - tau).abs() <= 6 / 4000**0.5 * tau.abs()).all()
+
+
+def test_breadcrumbs_keeps_the_middle():
+    base, deltas = task_vectors(3, {"w": (20, 10), "b": (7,)})
+    merged = merge("breadcrumbs", base, deltas, {"keep": 0.3, "outliers": 0.05, "scale": 2.0})
+    for name, (outliers, kept) in {"w": (10, 60), "b": (0, 2)}.items():
+        expected = 0
+        for tau in stack64(deltas, name):
+            order = np.argsort(-np.abs(tau), axis=None)[outliers : outliers + kept]
+            expected = expected + 2 * np.where(np.isin(np.arange(tau.size), order).reshape(tau.shape), tau, 0)
+        assert_close(merged[name], expected)
+
+
+def pcb_by_sorting(taus, ratio, clip):
+    def unit(x):
+        return (x - x.min()) / (x.max() - x.min())
+
+    flat = taus.reshape(len(taus), -1)
+    total, above, below = flat.sum(0), 0, 0
+    for tau in flat:
+        cut = np.sort(np.abs(tau))[::-1][int(clip * tau.size)]
+        clipped = np.sign(tau) * np.minimum(np.abs(tau), cut)
+        balance = np.exp(len(flat) * unit(np.abs(clipped)) ** 2) * np.tanh(tau * total)
+        weight = unit(np.maximum(balance, np.sort(balance)[::-1][int(ratio * tau.size) - 1]))
+        above, below = above + weight * clipped, below + weight
+    return np.where(below > 0, above / np.where(below > 0, below, 1), 0).reshape(taus.shape[1:])
+
+
+@pytest.mark.parametrize(("ratio", "clip"), [(0.2, 0.0), (0.5, 0.1), (1.0, 0.02)])
+def test_pcb_is_its_formula(ratio, clip):
+    base, deltas = task_vectors(3, {"w": (20, 10), "b": (30,)}, size=1.0)
+    merged = merge("pcb", base, deltas, {"ratio": ratio, "clip": clip, "scale": 1.5})
+    for name, tensor in merged.items():
+        assert_close(tensor, 1.5 * pcb_by_sorting(stack64(deltas, name), ratio, clip), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("agree", "threshold"), [(0, 0.4), (1, 0.4), (2, 0.4), (2, 1.0), (3, 0.2)])
+def test_consensus_keeps_what_enough_tasks_use(agree, threshold):
+    base, deltas = task_vectors(3)
+    for name, tensor in merge("consensus_ta", base, deltas, {"agree": agree, "threshold": threshold}).items():
+        taus = stack64(deltas, name)
+        total = taus.sum(0)
+        masks = [np.abs(tau) >= threshold * np.abs(total - tau) for tau in taus]
+        assert_close(tensor, np.where(np.sum(masks, axis=0) >= agree, 0.3 * total, 0))
+
+
+# --- by singular vectors ---------------------------------------------------------------------------------------------
+
+
+def root_of_inverse(x):
+    values, vectors = np.linalg.eigh(x)
+    return vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+def tsv_by_eigenvectors(taus, k):
+    """TSV-M another way: Uᵢ from the eigenvectors of τᵢτᵢᵀ, and X̂ = X (XᵀX)^(-1/2)."""
+    u, s, v = [], [], []
+    for tau in taus:
+        values, vectors = np.linalg.eigh(tau @ tau.T)
+        s.append(np.sqrt(values[::-1][:k]))
+        u.append(vectors[:, ::-1][:, :k])
+        v.append(tau.T @ u[-1] / s[-1])
+    hats = [x @ root_of_inverse(x.T @ x) for x in (np.hstack(u), np.hstack(v))]
+    return hats[0] @ np.diag(np.hstack(s)) @ hats[1].T
+
+
+@pytest.mark.parametrize(("fraction", "k"), [(None, 3), (0.1, 1), (0.29, 2)])
+def test_tsv_is_its_formula(fraction, k):
+    base, deltas = task_vectors(3)
+    merged = merge("tsv", base, deltas, {"rank_fraction": fraction, "scale": 2.0})
+    for name, tensor in merged.items():
+        taus = stack64(deltas, name)
+        expected = tsv_by_eigenvectors(taus, k) if name in MATRICES else taus.mean(axis=0)
+        assert_close(tensor, 2 * expected, rtol=1e-4)
+
+
+def test_iso_c_is_the_polar_factor_of_the_sum_times_its_mean_singular_value():
+    """U Vᵀ = (X Xᵀ)^(-1/2) X, and the singular values add up to the trace of (X Xᵀ)^(1/2)."""
+    base, deltas = task_vectors(3)
+    merged = merge("iso_c", base, deltas, {"scale": 1.5})
+    for name in MATRICES:
+        total = stack64(deltas, name).sum(axis=0)
+        x = total if total.shape[0] < total.shape[1] else total.T
+        polar = root_of_inverse(x @ x.T) @ x * np.sqrt(np.linalg.eigvalsh(x @ x.T)).mean()
+        assert_close(merged[name], 1.5 * (polar if x is total else polar.T), rtol=1e-4)
+    for name in OTHERS:
+        assert_close(merged[name], 1.5 * stack64(deltas, name).mean(axis=0))
+
+
+@pytest.mark.parametrize(("fraction", "k"), [(0.8, 6), (0.5, 3), (1.0, 9), (0.0, 0)])
+def test_iso_cts_is_its_formula(fraction, k):
+    """Nine directions, three tasks: k is what is left of them when every task has its own, rounded."""
+    base, deltas = task_vectors(3)
+    merged = merge("iso_cts", base, deltas, {"common_fraction": fraction})
+    for name in MATRICES:
+        taus = stack64(deltas, name)
+        u, s, vt = (
+            x[..., :k] if i < 2 else x[:k] for i, x in enumerate(np.linalg.svd(taus.sum(0), full_matrices=False))
+        )
+        parts = [(u, s, vt.T)]
+        for tau in taus:
+            left, own = (np.eye(len(tau)) - u @ u.T) @ tau, (9 - k) // 3
+            ui, si, vti = np.linalg.svd(left, full_matrices=False)
+            parts.append((ui[:, :own], si[:own], vti[:own].T))
+        u, s, v = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+        expected = s.mean() * u @ root_of_inverse(u.T @ u) @ (v @ root_of_inverse(v.T @ v)).T
+        assert_close(merged[name], expected, rtol=1e-3, atol=1e-6)
+    for name in OTHERS:
+        assert_close(merged[name], stack64(deltas, name).mean(axis=0))
+
+
+def opcm_by_full_bases(taus, alpha):
+    """In the full bases of U and V, with the paper's λ of every step."""
+    merged, scale = taus[0], 1.0
+    for t, tau in enumerate(taus[1:], start=2):
+        if tau.ndim == 2:
+            u, s, vt = np.linalg.svd(merged)
+            k = int((np.cumsum(s) / s.sum() <= alpha).sum())
+            inner = u.T @ tau @ vt.T
+            inner[np.arange(len(s)), np.arange(len(s))] = 0
+            inner[:k, :k] = 0
+            tau = u @ inner @ vt
+        step = scale * merged + tau
+        scale = norm(step) / np.mean([norm(x) for x in taus[:t]])
+        merged = step / scale
+    return merged
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
+def test_opcm_is_its_recursion(alpha):
+    base, deltas = task_vectors(4)
+    for name, tensor in merge("opcm", base, deltas, {"alpha": alpha}).items():
+        assert_close(tensor, opcm_by_full_bases(stack64(deltas, name), alpha), rtol=1e-4, atol=1e-6)
+
+
+def test_opcm_adds_nothing_that_the_merged_model_has_and_all_of_what_is_orthogonal():
+    base, deltas = task_vectors(1, {"w": (6, 4)})
+    old = torch.zeros(6, 4)
+    old[:3, :2] = deltas[0]["w"][:3, :2]
+    new = torch.zeros(6, 4)
+    new[3:, 2:] = deltas[0]["w"][3:, 2:]
+    merged = merge("opcm", base, [{"w": old}, {"w": new}], {})["w"]
+    expected = (old + new) * (old.norm() + new.norm()) / 2 / (old + new).norm()
+    assert_close(merged, expected)
+
+
+# --- by the inputs that task vectors stand for -----------------------------------------------------------------------
+
+
+def interference(m, taus):
+    """The WUDI objective, literally."""
+    return sum((((m - tau) @ tau.T) ** 2).sum() / (tau**2).sum() for tau in taus)
+
+
+def wudi_by_autograd(taus, lr, steps):
+    """The literal objective under torch.optim.Adam in float64."""
+    taus = torch.tensor(taus)
+    m = taus.sum(0).requires_grad_()
+    adam = torch.optim.Adam([m], lr=lr)
+    for _ in range(steps):
+        adam.zero_grad()
+        interference(m, taus).backward()
+        adam.step()
+    return m.detach().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hyper", [{}, {"lr": 1e-3, "steps": 50}], ids=str)
+def test_wudi_follows_adam_on_the_literal_objective(dtype, hyper):
+    base, deltas = task_vectors(3, dtype=dtype)
+    merged = merge("wudi", base, deltas, hyper)
+    lr, steps = hyper.get("lr", 1e-5), hyper.get("steps", 300)
+    tolerance = lr * (1e-2 if dtype == torch.float32 else 1e-9)
+    for name in MATRICES:
+        expected = wudi_by_autograd(stack64(deltas, name), lr, steps)
+        assert np.abs(expected - stack64(deltas, name).sum(axis=0)).max() > 10 * lr
+        assert_close(merged[name], expected, rtol=0, atol=tolerance)
+
+
+def wudi_by_least_squares(taus):
+    """The objective is ‖M Z − Y‖² with Z the τᵢᵀ/‖τᵢ‖ side by side and Y the τᵢτᵢᵀ/‖τᵢ‖; the smallest such M."""
+    z = np.hstack([tau.T / norm(tau) for tau in taus])
+    y = np.hstack([tau @ tau.T / norm(tau) for tau in taus])
+    return np.linalg.lstsq(z.T, y.T, rcond=1e-10)[0].T
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 12), (3, 30)], ids=str)  # Σ τᵢ of rank 4, 12 and 9 of 30
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wudi_exact_is_the_smallest_least_squares_solution(shape, dtype):
+    base, deltas = task_vectors(3, {"w": shape}, dtype=dtype)
+    expected = wudi_by_least_squares(stack64(deltas, "w"))
+    assert_close(merge("wudi_exact", base, deltas, {})["w"], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_wudi_goes_to_where_wudi_exact_is():
+    base, deltas = task_vectors(3, {"w": (6, 4)}, size=1.0, dtype=torch.float64)
+    exact = merge("wudi_exact", base, deltas, {})["w"]
+    assert_close(merge("wudi", base, deltas, {"lr": 1e-2, "steps": 3000})["w"], exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (5, 12)], ids=str)
+def test_no_number_of_adams_steps_beats_the_exact_minimum(shape):
+    base, deltas = task_vectors(3, {"w": shape}, dtype=torch.float64)
+    taus = [delta["w"] for delta in deltas]
+    exact = interference(merge("wudi_exact", base, deltas, {})["w"], taus)
+    few, many = (interference(minimise_interference(taus, lr, n), taus) for lr, n in ((1e-5, 300), (1e-4, 3000)))
+    assert exact * (1 - 1e-9) < many < few < interference(sum(taus), taus)
+    assert exact < 0.9 * few, "300 steps of 1e-5 end well before the minimum"
+
+
+def test_wudi_exact_cuts_off_directions_below_rtol():
+    """Two orthogonal directions, of shares 1 and 1e-4 of ΣGᵢ: at rtol 1e-3 the smaller one goes to 0."""
+    tau = torch.diag(torch.tensor([1.0, 1e-2]))
+    assert_close(merge("wudi_exact", {"w": tau}, [{"w": tau}], {})["w"], tau)
+    assert_close(merge("wudi_exact", {"w": tau}, [{"w": tau}], {"rtol": 1e-3})["w"], [[1, 0], [0, 0]])
+
+
+def test_regression_mean_is_the_least_squares_fit_to_every_experts_outputs():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, 20, 6)), rng.normal(size=(3, 4, 6))
+    outputs = np.vstack([xi @ wi.T for xi, wi in zip(x, w, strict=True)])
+    expected = np.linalg.lstsq(np.vstack(x), outputs, rcond=None)[0].T
+    grams = [torch.tensor(xi.T @ xi) for xi in x]
+    merged = regression_mean([torch.tensor(wi) for wi in w], grams)
+    assert_close(merged, expected, rtol=1e-10)
+    theta = torch.tensor(rng.normal(size=(4, 6)))
+    assert_close(theta + regression_mean([torch.tensor(wi) - theta for wi in w], grams), expected, rtol=1e-10)
+    half = shrunk(torch.tensor([[2.0, 4.0], [4.0, 6.0]]), alpha=0.5)
+    assert half.tolist() == [[2, 2], [2, 6]]
+
+
+def test_fisher_mean_counts_each_weight_by_its_fisher_information():
+    taus = [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([3.0, 3.0, 3.0])]
+    fishers = [torch.tensor([1.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])]
+    assert_close(fisher_mean(taus, fishers), [2.0, 1.5, 2.0])
+
+
+# --- DOGE and WIDEN --------------------------------------------------------------------------------------------------
+
+
+def doge_by_autograd(taus, eta, subspace, density, steps, lr):
+    """The literal loss, its gradient by autograd, the projection as a full matrix."""
+    taus = torch.tensor(taus)
+    scales = [eta / tau.norm() for tau in taus]
+    side = min(taus[0].shape)
+    lefts = torch.cat([torch.linalg.svd(tau)[0][:, : side // len(taus)] for tau in taus], dim=1)
+    basis = torch.linalg.svd(lefts)[0][:, : side // subspace]
+    change = torch.zeros_like(taus[0], requires_grad=True)
+    adam = torch.optim.Adam([change], lr=lr)
+    for _ in range(steps):
+        adam.zero_grad()
+        merged = sum(scale * (tau + change) for scale, tau in zip(scales, taus, strict=True))
+        sum((tau * (tau - merged)).sum(1).square().sum() for tau in taus).backward()
+        change.grad -= basis @ basis.T @ change.grad
+        adam.step()
+    assert change.abs().max() > 5 * lr
+    floors = [tau.abs().flatten().sort(descending=True).values[int(density * tau.numel()) - 1] for tau in taus]
+    kept = [s * (t + change) * (t.abs() >= f) for s, t, f in zip(scales, taus, floors, strict=True)]
+    return sum(kept).detach().numpy()
+
+
+@pytest.mark.parametrize("hyper", [{}, {"eta": 0.5, "subspace": 2, "density": 0.6, "steps": 20, "lr": 1e-3}], ids=str)
+def test_doge_ta_is_its_formula(hyper):
+    base, deltas = task_vectors(3, dtype=torch.float64, size=0.1)
+    merged = merge("doge_ta", base, deltas, hyper)
+    defaults = {"eta": 0.07, "subspace": 6, "density": 0.3, "steps": 400, "lr": 1e-4}
+    for name in MATRICES:
+        assert_close(merged[name], doge_by_autograd(stack64(deltas, name), **(defaults | hyper)), rtol=1e-6, atol=1e-9)
+    assert not any(merged[name].any() for name in OTHERS)
+
+
+def widen_by_columns(theta, taus, ratio, calibration):
+    def importance(x):
+        scores = np.exp(x) / np.exp(x).sum(0)
+        return np.where(x > ratio * x.mean(axis=1, keepdims=True), calibration, scores)
+
+    if theta.ndim != 2:
+        flat = np.abs(taus).reshape(len(taus), -1)
+        return (importance(flat).reshape(taus.shape) * taus).sum(0)
+    columns = theta.shape[1]
+    lengths, turns = np.zeros((2, len(taus), columns))
+    for i, tau in enumerate(taus):
+        for d in range(columns):
+            w, w0 = (theta + tau)[:, d], theta[:, d]
+            lengths[i, d] = abs(norm(w) - norm(w0))
+            turns[i, d] = 1 - w @ w0 / norm(w) / norm(w0)
+    scores = sum(importance(np.argsort(np.argsort(x, axis=1), axis=1) / columns) for x in (lengths, turns)) / 2
+    return (scores[:, None] * taus).sum(0)
+
+
+@pytest.mark.parametrize("hyper", [{}, {"ratio": 1.5, "calibration": 0.7}], ids=str)
+def test_widen_is_its_formula(hyper):
+    _, (base, *deltas) = task_vectors(4, size=0.5, dtype=torch.float64)
+    for name, tensor in merge("widen", base, deltas, hyper).items():
+        settings = {"ratio": 1.0, "calibration": 1.0} | hyper
+        assert_close(tensor, widen_by_columns(base[name].numpy(), stack64(deltas, name), **settings), rtol=1e-9)
+
+
+# --- what single methods promise -------------------------------------------------------------------------------------
+
+
+def test_tsv_makes_the_tasks_directions_orthonormal():
+    """δ = Û diag(S) V̂ᵀ with orthonormal Û, V̂ has exactly the kept singular values of all tasks as its own."""
+    base, deltas = task_vectors(3)
+    merged = merge("tsv", base, deltas, {})
+    for name in MATRICES:
+        kept = np.sort(np.linalg.svd(stack64(deltas, name), compute_uv=False)[:, :3].ravel())[::-1]
+        assert_close(torch.linalg.svdvals(merged[name]), kept, rtol=1e-5)
+
+
+def test_the_nearest_isometry_is_orthonormal_and_keeps_orthonormal_columns():
+    x = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hat = nearest_isometry(x)
+    assert_close(hat.T @ hat, np.eye(7), atol=1e-12)
+    assert_close(nearest_isometry(hat), hat, atol=1e-12)
+    assert torch.linalg.eigvalsh(x.T @ hat).min() > 0  # XᵀX̂ = (XᵀX)^(1/2): no other isometry is nearer
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (2, 8)])
+def test_tsv_averages_matrices_smaller_than_the_number_of_tasks(shape):
+    base, deltas = task_vectors(3, {"w": shape})
+    assert_close(merge("tsv", base, deltas, {})["w"], stack64(deltas, "w").mean(axis=0))
+
+
+def test_tsv_keeps_one_component_of_a_matrix_as_small_as_the_number_of_tasks():
+    base, deltas = task_vectors(3, {"w": (3, 8)})
+    largest = np.sort(np.linalg.svd(stack64(deltas, "w"), compute_uv=False)[:, 0])[::-1]
+    assert_close(torch.linalg.svdvals(merge("tsv", base, deltas, {})["w"]), largest)
+
+
+def test_tsv_of_identical_experts_is_that_expert_cut_to_the_kept_rank():
+    base, (tau,) = task_vectors(1)
+    merged = merge("tsv", base, [tau] * 3, {})
+    for name in MATRICES:
+        u, s, vh = np.linalg.svd(tau[name].double().numpy())
+        assert_close(merged[name], u[:, :3] * s[:3] @ vh[:3], rtol=0)
+
+
+def test_tsv_rank_is_not_lost_to_rounding():
+    """0.29 · 100 is 28.999999999999996 in floats."""
+    base, deltas = task_vectors(1, {"w": (100, 100)})
+    assert torch.linalg.matrix_rank(merge("tsv", base, deltas, {"rank_fraction": 0.29})["w"]) == 29
+
+
+def test_tsv_of_low_rank_experts_is_their_sum_where_they_do_not_overlap():
+    """Rank-1 experts (LoRA) on different rows and columns: nothing to make orthogonal, nothing lost."""
+    tau_1, tau_2 = torch.zeros(6, 8), torch.zeros(6, 8)
+    tau_1[0, :3], tau_2[4:, 5] = 0.5, -2.0
+    merged = merge("tsv", {"w": torch.ones(6, 8)}, [{"w": tau_1}, {"w": tau_2}], {})["w"]
+    assert_close(merged, tau_1 + tau_2, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_iso_leaves_an_isotropic_expert_as_it_is_and_makes_every_delta_isotropic(method):
+    base, deltas = task_vectors(3, {"w": (6, 4)})
+    isometry = 0.1 * nearest_isometry(deltas[0]["w"])
+    assert_close(merge(method, base, [{"w": isometry}], {})["w"], isometry)
+    values = torch.linalg.svdvals(merge(method, base, deltas, {})["w"])
+    assert_close(values, np.full(4, values.mean()), rtol=1e-5)
+
+
+def test_iso_c_of_low_rank_experts_stays_in_their_directions_with_their_nuclear_norm():
+    tau = torch.zeros(6, 8)
+    tau[0, :3], tau[1, 4] = 0.5, -2.0
+    merged = merge("iso_c", {"w": tau}, [{"w": tau}], {})["w"]
+    assert torch.linalg.matrix_rank(merged) == 2 and merged[2:].abs().max() < 1e-6
+    assert_close(torch.linalg.svdvals(merged).sum(), torch.linalg.svdvals(tau).sum())
+
+
+def test_iso_cts_of_one_task_is_iso_c():
+    base, deltas = task_vectors(1)
+    common, isotropic = merge("iso_cts", base, deltas, {}), merge("iso_c", base, deltas, {})
+    for name in SHAPES:
+        assert_close(common[name], isotropic[name], atol=1e-6)
+
+
+def test_wudi_moves_matrices_only_and_takes_no_step_when_told_none():
+    base, deltas = task_vectors(3)
+    merged = merge("wudi", base, deltas, {"steps": 0, "scale": 0.5})
+    for name in SHAPES:
+        start = stack64(deltas, name).sum(axis=0) if name in MATRICES else np.zeros(SHAPES[name])
+        assert_close(merged[name], 0.5 * start)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi", "wudi_exact", "doge_ta"])
+@pytest.mark.parametrize(("others", "factor"), [(None, 1 / 3), (0.0, 0.0), (1, 1.0), (0.3, 0.3)])
+def test_what_is_no_matrix_is_scaled_as_asked(method, others, factor):
+    base, deltas = task_vectors(3)
+    merged = merge(method, base, deltas, {"others": others})
+    for name in OTHERS:
+        assert_close(merged[name], factor * stack64(deltas, name).sum(axis=0))
