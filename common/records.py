@@ -29,9 +29,8 @@ def load_records(
         found = found[split]
     missing = [c for c in columns if c not in found.column_names]
     if missing:
-        raise InputError(
-            f"the data of task {task} lacks the column {missing[0]!r}; it has {', '.join(found.column_names)}"
-        )
+        lacking = f"the column{'s'[: len(missing) > 1]} {', '.join(missing)}"
+        raise InputError(f"the data of task {task} lacks {lacking}; it has {', '.join(found.column_names)}")
     return found
 
 

@@ -4,7 +4,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-TOYS = ["vision"]
+TOYS = ["vision", "nlu", "nlg", "minilm"]
 
 
 def main() -> None:

@@ -420,8 +420,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused_and_the_bases_own_stands_in(ow
 def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own):
     tokenizer = domain.open_tokenizer(own.model, "CoLA", 50)
     for columns, message in (
-        ({"sentence": ["w1"], "target": [0]}, "task CoLA lacks the column 'label'; it has sentence, target"),
-        ({"text": ["w1"], "label": [0]}, "task CoLA lacks the column 'sentence'; it has text, label"),
+        ({"sentence": ["w1"], "target": [0]}, "task CoLA lacks the column label; it has sentence, target"),
+        ({"text": ["w1"]}, "task CoLA lacks the columns sentence, label; it has text"),
         ({"sentence": ["w1", "w2"], "label": [-1, 2]}, "task CoLA has labels -1 to 2; the task has 0 to 1"),
     ):
         shutil.rmtree(f"{own.eval.data}/CoLA")

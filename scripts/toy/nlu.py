@@ -1,0 +1,332 @@
+"""The NLU toy: a small RoBERTa trained by masked language modelling, and one expert a task fine-tuned from it.
+
+Made once by `--train` and kept beside this file with its tokenizer and the manual's prose; without `--train` the kept
+file is unpacked. What is kept was accepted by three rows: pretrained, individual, and task arithmetic.
+"""
+
+import hashlib
+import json
+import lzma
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaTokenizer,
+)
+
+from common.metrics import METRICS
+
+from . import nlu_data
+from .nlu_data import TASKS
+
+HERE = Path(__file__).parent
+KEPT = HERE / "nlu.safetensors"
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+START, PAD, END, _, MASK = range(len(SPECIAL))
+VOCABULARY, LENGTH = 2000, 64
+MODEL = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "intermediate_size": 512, "max_position_embeddings": 130, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    "initializer_range": 0.05,  # RoBERTa's 0.02 is for a width of 768; here attention would not get going
+}  # fmt: skip
+BASE = "roberta-toy"  # its folder
+STEPS, TOKENS, LR = 4000, 2048, 1e-3  # pretraining; tokens of a batch
+STEPS_TASK, BATCH_TASK, LR_TASK = 1000, 32, 5e-4  # fine-tuning, a task
+COEFFICIENTS = np.arange(1, 21) / 20  # task arithmetic's, for the acceptance rows
+
+Weights = dict[str, Tensor]
+Examples = tuple[list[tuple[str, ...]], list]  # texts, one or two for each example, and labels
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def learn_words(lines: list[str]) -> dict:
+    """Byte-level BPE of the lines: vocabulary and merges."""
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    bpe.train_from_iterator(lines, VOCABULARY, special_tokens=SPECIAL, show_progress=False)
+    model = json.loads(bpe._tokenizer.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": model["merges"]}
+
+
+def new_tokenizer(words: Mapping) -> RobertaTokenizer:
+    """RoBERTa's tokenizer; the space in front makes a word the same token at the start of a text as elsewhere."""
+    merges = [tuple(pair) for pair in words["merges"]]
+    return RobertaTokenizer(dict(words["vocab"]), merges, add_prefix_space=True, model_max_length=LENGTH)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]]) -> list[dict[str, list[int]]]:
+    """Tokens of each example, at most LENGTH."""
+    tokens = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=LENGTH)
+    return [{key: tokens[key][i] for key in tokens} for i in range(len(texts))]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def optimiser(model: torch.nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, object]:
+    """AdamW, weight decay 0.01 on matrices, with 6 % warm-up and then a straight line to zero."""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim > 1 and "embeddings" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "embeddings" in name]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr)
+    warm = round(0.06 * steps)
+    rise = lambda step: min((step + 1) / warm, (steps - step) / (steps - warm))  # noqa: E731
+    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, rise)
+
+
+def descend(model: torch.nn.Module, loss: Tensor, adamw: torch.optim.Optimizer, schedule: object) -> None:
+    adamw.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adamw.step()
+    schedule.step()
+
+
+def pretrain(lines: list[str], tokenizer: RobertaTokenizer) -> Weights:
+    """Masked language modelling without dropout, of the lines in a row and of texts with their paraphrase in turn.
+
+    Rows are short in the first three quarters, as BERT's were: what attention has to find is nearer then.
+    """
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(RobertaConfig(**MODEL)).eval()
+    tokens = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([token for line in tokens for token in (*line, END)])
+    adamw, schedule = optimiser(model, LR, STEPS)
+    bar = tqdm(range(STEPS), "pretraining", mininterval=5)
+    for step in bar:
+        length = LENGTH // 2 if step < 0.75 * STEPS else LENGTH
+        rows = paraphrased(stream, length - 2) if step % 2 else pieces(stream, length - 2, TOKENS // length)
+        shown, guess = masked(F.pad(F.pad(rows, (1, 0), value=START), (0, 1), value=END))
+        loss = F.cross_entropy(model.lm_head(model.roberta(shown).last_hidden_state[guess >= 0]), guess[guess >= 0])
+        descend(model, loss, adamw, schedule)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return own(model)
+
+
+def pieces(stream: Tensor, length: int, number: int) -> Tensor:
+    """Pieces of the stream, (number, length)."""
+    return stream[torch.randint(len(stream) - length, (number, 1)) + torch.arange(length)]
+
+
+def paraphrased(stream: Tensor, length: int) -> Tensor:
+    """Two texts in each row: the second is the first with a fifth left out and a seventh of other words.
+
+    The pairs teach attention to look for the same word in the other text, as two languages do in translation language
+    modelling (Lample and Conneau 2019, arXiv 1901.07291).
+    """
+    n, number = length // 2, TOKENS // (length + 2)
+    m = (length - 2 - n) * 4 // 5
+    first, other = pieces(stream, n, number), pieces(stream, m, number)
+    kept = torch.rand(first.shape).topk(m, 1).indices.sort(1).values
+    second = torch.where(torch.rand(other.shape) < 0.15, other, first.gather(1, kept))
+    return torch.cat([first, torch.full((number, 2), END), second], 1)
+
+
+def masked(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A fifth of the places is to be guessed: of these 80 % show <mask>, 10 % any token, 10 % their own.
+
+    Returns: what is shown, and the token to be guessed or -1.
+    """
+    guess = (torch.rand(ids.shape) < 0.2) & (ids >= len(SPECIAL))
+    luck = torch.rand(ids.shape)
+    shown = ids.masked_fill(guess & (luck < 0.8), MASK)
+    shown = torch.where(guess & (luck > 0.9), torch.randint(len(SPECIAL), VOCABULARY, ids.shape), shown)
+    return shown, ids.masked_fill(~guess, -1)
+
+
+def fine_tune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, lr: float, steps: int, name: str
+) -> Weights:
+    """The whole encoder and its new head trained on the examples."""
+    texts, labels = examples
+    rows, y_N = encode(tokenizer, texts), torch.tensor(labels)
+    adamw, schedule = optimiser(model.train(), lr, steps)
+    bar = tqdm(range(steps), name, mininterval=5)
+    for step in bar:
+        if step % (len(y_N) // BATCH_TASK) == 0:
+            order = torch.randperm(len(y_N)).split(BATCH_TASK)
+        batch = order[step % (len(y_N) // BATCH_TASK)]
+        logits = model(**tokenizer.pad([rows[i] for i in batch], return_tensors="pt")).logits
+        descend(model, loss_of(logits, y_N[batch]), adamw, schedule)
+    return own(model)
+
+
+def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(logits[:, 0], y) if y.is_floating_point() else F.cross_entropy(logits, y)
+
+
+def own(model: torch.nn.Module) -> Weights:
+    """A model's weights without the second names of tied ones."""
+    return {n: t.detach().clone() for n, t in model.state_dict().items() if not n.startswith("lm_head.decoder.")}
+
+
+def kind_of(task: str) -> dict:
+    """What a config says of the head of a task."""
+    labels = TASKS[task]["labels"]
+    return {
+        "num_labels": labels,
+        "problem_type": "single_label_classification" if labels > 1 else "regression",
+    }
+
+
+def load_base(weights: Weights) -> RobertaForMaskedLM:
+    model = RobertaForMaskedLM(RobertaConfig(**MODEL))
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def load_expert(task: str, *parts: Weights) -> RobertaForSequenceClassification:
+    """A classifier with the weights of `parts`, of which the last that has a tensor counts."""
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**MODEL, **kind_of(task)))
+    for part in parts:
+        model.load_state_dict(part, strict=False)
+    return model.eval()
+
+
+def encoder(weights: Weights) -> Weights:
+    return {name: tensor for name, tensor in weights.items() if name.startswith("roberta.")}
+
+
+# ---- the kept file ---------------------------------------------------------------------------------------------------
+
+
+def pack(base: Weights, experts: Mapping[str, Weights], texts: object) -> Weights:
+    """Base and heads in half precision; the experts' difference from the base in 8 bits, one scale for each row."""
+    rounded = {name: tensor.half() for name, tensor in base.items()}
+    packed = {f"base/{name}": tensor for name, tensor in rounded.items()}
+    for task, expert in experts.items():
+        for name, tensor in expert.items():
+            if name in base:
+                delta = tensor - rounded[name].float()
+                scale = delta.abs().amax(-1, keepdim=True) / 127
+                packed[f"{task}/{name}"] = (delta / scale.clamp(min=1e-30)).round().to(torch.int8)
+                packed[f"{task}/{name}/scale"] = scale
+            else:
+                packed[f"{task}/{name}"] = tensor.half()
+    squeezed = lzma.compress(json.dumps(texts).encode(), preset=9)
+    return packed | {"texts": torch.frombuffer(bytearray(squeezed), dtype=torch.uint8)}
+
+
+def unpack(packed: Weights) -> tuple[Weights, dict[str, Weights], dict]:
+    """Single precision again: base, experts by task, and the texts: words of the tokenizer, prose of the manual."""
+    base = {name.removeprefix("base/"): t.float() for name, t in packed.items() if name.startswith("base/")}
+    experts: dict[str, Weights] = {task: {} for task in TASKS}
+    for key, tensor in packed.items():
+        part, *name = key.split("/")
+        if part in experts and len(name) == 1:
+            scale = packed.get(f"{key}/scale")
+            experts[part][name[0]] = tensor.float() if scale is None else base[name[0]] + scale * tensor
+    return base, experts, json.loads(lzma.decompress(packed["texts"].numpy().tobytes()))
+
+
+def save(weights: Weights, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file({name: weights[name].contiguous() for name in sorted(weights)}, part, metadata={"format": "pt"})
+    os.replace(part, path)
+
+
+# ---- acceptance ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, examples: Examples) -> float:
+    """The task's metric on the examples, as a fraction."""
+    texts, labels = examples
+    rows = encode(tokenizer, texts)
+    cuts: list[BatchEncoding] = [
+        tokenizer.pad(rows[i : i + 100], return_tensors="pt") for i in range(0, len(rows), 100)
+    ]
+    logits = torch.cat([model(**cut).logits for cut in cuts])
+    return METRICS[TASKS[task]["metric"]](labels, logits.argmax(-1) if logits.shape[1] > 1 else logits[:, 0])
+
+
+def acceptance(base: Weights, experts: Mapping[str, Weights], texts: Mapping) -> dict[str, list[float]]:
+    """Rows over the tasks: Pretrained, Individual, and task arithmetic with the coefficient of the best mean."""
+    tokenizer = new_tokenizer(texts["words"])
+    tests = {task: nlu_data.task_split(texts["prose"], task, "validation") for task in TASKS}
+
+    def row(merged: Weights) -> list[float]:
+        return [score(load_expert(task, experts[task], merged), tokenizer, task, tests[task]) for task in TASKS]
+
+    start = encoder(base)
+    rows = {"Pretrained": row(start), "Individual": row({})}
+    total = {name: sum(expert[name] - tensor for expert in experts.values()) for name, tensor in start.items()}
+    merged = {f"TA ({c:.2f})": row({n: t + float(c) * total[n] for n, t in start.items()}) for c in COEFFICIENTS}
+    best = max(merged, key=lambda name: np.mean(merged[name]))
+    return rows | {best: merged[best]}
+
+
+def print_rows(rows: Mapping[str, list[float]]) -> None:
+    print(f"{'':12}" + "".join(f"{task:>14}" for task in [*TASKS, "mean"]))
+    for name, values in rows.items():
+        print(f"{name:12}" + "".join(f"{v:14.4f}" for v in [*values, float(np.mean(values))]))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def train() -> Weights:
+    """Tokenizer, base and experts from the prose of this Python; packed."""
+    start = time.time()
+    prose = nlu_data.manual()
+    lines = [line for _, line in nlu_data.split_manual(prose, "train")] + nlu_data.docstrings()
+    texts = {"words": learn_words(lines), "prose": prose}
+    tokenizer = new_tokenizer(texts["words"])
+    base = {name: tensor.half().float() for name, tensor in pretrain(lines, tokenizer).items()}
+    experts = {}
+    for task in TASKS:
+        examples = nlu_data.task_split(prose, task, "train")
+        experts[task] = fine_tune(load_expert(task, base), tokenizer, examples, LR_TASK, STEPS_TASK, task)
+    packed = pack(base, experts, texts)
+    print(f"trained in {time.time() - start:.0f} s")
+    print_rows(acceptance(*unpack(packed)))
+    return packed
+
+
+def write(packed: Weights, out: Path) -> None:
+    """The checkpoints and data of a finished toy, as stock transformers and datasets read them."""
+    base, experts, texts = unpack(packed)
+    tokenizer = new_tokenizer(texts["words"])
+    models = {BASE: load_base(base)} | {task: load_expert(task, expert) for task, expert in experts.items()}
+    for name, model in models.items():
+        model.save_pretrained(out / "checkpoints" / name)
+        tokenizer.save_pretrained(out / "checkpoints" / name)
+    for task in TASKS:
+        nlu_data.write_splits(out / "data" / task, texts["prose"], task)
+
+
+def fingerprint() -> str:
+    """Digest of everything a finished toy follows from."""
+    sources = [KEPT, HERE / "nlu_data.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((MODEL, TASKS)).encode()).hexdigest()
+
+
+def make(out: Path, retrain: bool) -> None:
+    """The toy in `out`; with `retrain` the file beside this one is made anew first."""
+    if retrain:
+        save(train(), KEPT)
+    seal = out / "toy.json"
+    made_from = json.dumps({"made_from": fingerprint()})
+    if seal.exists() and seal.read_text() == made_from:
+        print(f"kept    {out} (a finished NLU toy)")
+        return
+    write(load_file(KEPT), out)
+    seal.write_text(made_from)
+    print(f"made    {out}: a small RoBERTa, {len(TASKS)} experts, {len(TASKS)} data sets")
