@@ -23,7 +23,8 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def open_tokenizer(model: Model, task: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the task's expert, or beside the base, padding on the left with the end of text.
 
-    A padding token of its own may be one that not every scored model knows.
+    A padding token of its own may be one that not every scored model knows. InputError if there is no tokenizer, or if
+    it knows no end of text.
     """
     folders = [model.path("expert", task), model.path("base")]
     for folder in folders:
@@ -34,6 +35,8 @@ def open_tokenizer(model: Model, task: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, padding_side="left"
     )
+    if tokenizer.eos_token is None:
+        raise InputError(f"the tokenizer in {folder} has no eos_token, with which answers end")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

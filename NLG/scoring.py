@@ -11,11 +11,12 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.checkpoints import write_text
 from common.config import Config
 from common.errors import InputError
+from common.lora import LoraCheckpoint, is_adapter
 from common.records import load_records
 from NLG.answers import is_right_expression, is_right_number
 from NLG.generation import complete, open_tokenizer
@@ -102,12 +103,16 @@ def score(
         raise InputError(f"{test} runs what the models write; --eval.allow_code_execution true lets it")
     if options.backend != "transformers":
         check_backend(options.backend, test)
+        for path in filter(is_adapter, checkpoints.values()):
+            raise InputError(
+                f"eval.backend {options.backend} needs whole models, {path} is an adapter; use transformers"
+            )
     tokenizer = open_tokenizer(config.model, config.tests[test])
     examples = list(examples_of(options.data, test, options.limit))
-    scores = {}
+    scores, base = {}, config.model.path("base")
     for name, path in checkpoints.items():
         if options.backend == "transformers":
-            judged = judge(path, tokenizer, test, examples, options.batch_size, device, name)
+            judged = judge(path, tokenizer, test, examples, options.batch_size, device, name, base)
         else:
             judged = judged_by_harness(
                 path,
@@ -137,12 +142,12 @@ def judge(
     batch_size: int,
     device: torch.device,
     name: str,
+    base: Path | None = None,
 ) -> list[tuple[str, bool]]:
-    """What a model answers to each example, and whether that is right."""
+    """What a model answers to each example, and whether that is right; `base` is whose adapter `path` may be."""
     row = TASKS[test]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if device.type == "cuda" else torch.float32)
     completions = complete(
-        model.to(device),
+        open_model(path, base or path, "auto" if device.type == "cuda" else torch.float32).to(device),
         tokenizer,
         prompts_of(test, examples),
         max_new_tokens=row.max_new_tokens,
@@ -152,6 +157,22 @@ def judge(
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(zip(completions, pool.map(RULES[row.rule].is_right, completions, examples), strict=True))
+
+
+def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model in a folder, or the base with the tensors that the LoRA adapter in the folder changes."""
+    if not is_adapter(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model, expert = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraCheckpoint(path, base)
+    for name in expert.changed:
+        if expert.shapes[name] != model.state_dict()[name].shape:  # an embedding that got more rows
+            model.resize_token_embeddings(expert.shapes[name][0], mean_resizing=False)
+    weights = model.state_dict()
+    resized = {name: len(weights[name]) for name, s in expert.shapes.items() if s != weights[name].shape}
+    expert.resize(resized)
+    for name in {*expert.changed, *resized}:
+        weights[name].copy_(expert.read([name])[name])
+    return model
 
 
 def examples_of(data: str, test: str, limit: int | None = None) -> datasets.Dataset:

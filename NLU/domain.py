@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from common.blocks import BlockFamily
-from common.checkpoints import INDEX_FILE, Checkpoint, replacing, write_tensors, write_text
+from common.checkpoints import INDEX_FILE, replacing, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
+from common.lora import is_adapter, open_checkpoint
 from common.metrics import METRICS, REGRESSION
 from common.records import load_records, validation_cut
 from common.task_vectors import Params, require_same_shapes
@@ -125,7 +126,7 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     scores = {}
     for name, path in checkpoints.items():
-        encoder = Checkpoint(path, FAMILIES[family_of(config.model)].names)
+        encoder = open_checkpoint(path, config.model.path("base"), FAMILIES[family_of(config.model)].names)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False)
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
@@ -138,10 +139,20 @@ def score(
 
 def open_classifier(model: Model, task: str) -> PreTrainedModel:
     """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
-    config = architecture(model, model.path("expert", task))
+    config = expert_architecture(model, task)
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
     classifier.load_state_dict(read_head(model, task), strict=False)
     return classifier
+
+
+def expert_architecture(model: Model, task: str) -> PretrainedConfig:
+    """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
+    folder = model.path("expert", task)
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return architecture(model, folder)
+    config = architecture(model, model.path("base"))
+    config.num_labels = TASKS[task].labels
+    return config
 
 
 def read_head(model: Model, task: str) -> Params:
@@ -150,17 +161,18 @@ def read_head(model: Model, task: str) -> Params:
     InputError if the expert lacks one of them or has another number of outputs than the task.
     """
     folder, wanted = model.path("expert", task), TASKS[task].labels
-    config = architecture(model, folder)
+    config = expert_architecture(model, task)
     if config.num_labels != wanted:
         kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
         raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
     with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).state_dict()
-    encoder_name = FAMILIES[family_of(model)].names
-    shapes = {name: tensor.shape for name, tensor in classifier.items() if encoder_name(name) is None}
-    stored = Checkpoint(folder)
-    require_same_shapes({n: s for n, s in stored.shapes.items() if n in shapes}, shapes, f"the head in {folder}")
-    return stored.read(shapes)
+        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    encoder_name, prefix = FAMILIES[family_of(model)].names, f"{classifier.base_model_prefix}."
+    shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if encoder_name(name) is None}
+    full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
+    head = open_checkpoint(folder, model.path("base"), lambda stored: full.get(stored.removeprefix(prefix)))
+    require_same_shapes(head.shapes, shapes, f"the head in {folder}")
+    return head.read(shapes)
 
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
@@ -229,7 +241,7 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
         files = dict.fromkeys(merged, encoder.name) | dict.fromkeys(own, "head.safetensors")
         write_text(encoder.with_name(INDEX_FILE), json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
         expert = model.path("expert", task)
-        write_surroundings(architecture(model, expert), expert, encoder.parent)
+        write_surroundings(expert_architecture(model, task), expert, encoder.parent)
 
 
 def write_surroundings(architecture: PretrainedConfig, source: Path, folder: Path) -> None:

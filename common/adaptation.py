@@ -1,45 +1,138 @@
 """Box 2 of the paper, one unit of it: fit one merged block to what every expert answers on its own anchors."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from common.errors import InputError
 from common.matching import DISTANCES, Block
+from common.merging.regmean import regression_mean
 from common.task_vectors import Params
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
+RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A block's parameters as a function of what is trained: build(free) -> Params."""
+    """A block's parameters as a function of what is trained, and how that is trained.
+
+    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p, lr) gives the
+    function that moves the tensor p = free[name] by its gradient.
+    """
 
     free: Params
     build: Callable[[Params], Params]
+    stepper: Callable[[str, Tensor, float], Callable[[], Any]]
 
 
 def own_weights(theta: Params) -> Trainable:
-    """The weights themselves are trained, from `theta` on (paper Eq. 5)."""
-    return Trainable({name: p.clone() for name, p in theta.items()}, dict)
+    """The weights themselves are trained, from `theta` on (paper Eq. 5), with Adam."""
+    free = {name: p.clone() for name, p in theta.items()}
+    return Trainable(free, dict, lambda name, p, lr: torch.optim.Adam([p], lr=lr, fused=True).step)
 
 
 def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[float]) -> Trainable:
-    """θ = θ₀ + Σ_i α_i ⊙ δ_i with one trained coefficient for every weight of every delta (paper Eq. 6).
+    """θ = θ₀ + Σ_i α_i ⊙ δ_i with one coefficient for every weight of every delta, trained with Adam (paper Eq. 6).
 
     α_i starts at scales[i]. Weights that no delta touches stay at θ₀. One delta at a time has to be in memory.
+    The α_i are not kept: what is trained is how far their sum is from where it started, see `coefficient_adam`.
     """
-    stacked = {name: p.new_empty(len(scales), *p.shape) for name, p in theta_0.items()}
-    free = {name: torch.empty_like(deltas) for name, deltas in stacked.items()}
+    start = {name: p.clone() for name, p in theta_0.items()}
+    sizes = {name: p.new_empty(len(scales), *p.shape) for name, p in theta_0.items()}
     for i, (delta, scale) in enumerate(zip(deltas, scales, strict=True)):
         for name in theta_0:
-            stacked[name][i], free[name][i] = delta[name], scale
+            start[name] += scale * delta[name]
+            sizes[name][i] = delta[name].abs()
 
-    def build(alpha: Params) -> Params:
-        return {name: theta_0[name] + (alpha[name] * stacked[name]).sum(0) for name in theta_0}
+    def build(shift: Params) -> Params:
+        return {name: start[name] + shift[name] for name in start}
 
-    return Trainable(free, build)
+    free = {name: torch.zeros_like(p) for name, p in theta_0.items()}
+    return Trainable(free, build, lambda name, p, lr: coefficient_adam(p, sizes[name], lr))
+
+
+def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], None]:
+    """A step of Adam on every α_i of Σ_i α_i ⊙ δ_i, told as what it does to the sum; sizes_S (S, ...): the |δ_i|.
+
+    With G the gradient of the sum, that of α_i is δ_i ⊙ G, so its moments are δ_i ⊙ m and δ_i² ⊙ v with m and v those
+    of G. Adam moves α_i by −lr δ_i m̂ / (|δ_i| √v̂ + ε), hence the sum by −lr m̂ Σ_i δ_i² / (|δ_i| √v̂ + ε): one pair of
+    moments serves all tasks.
+    """
+    m, v, reach = (torch.zeros_like(shift) for _ in range(3))
+    steps = 0
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        gradient = cast(Tensor, shift.grad)
+        m.lerp_(gradient, 1 - BETA_1)
+        v.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        root = (v / (1 - BETA_2**steps)).sqrt_()
+        reach.zero_()
+        for size in sizes_S:
+            reach.addcdiv_(size.square(), (size * root).add_(EPSILON))
+        shift.addcmul_(m, reach, value=-lr / (1 - BETA_1**steps))
+
+    return step
+
+
+def warmed(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tensor]]) -> Trainable:
+    """`start` with every linear map moved to the least-squares mean of the experts' on their anchors, in closed form.
+
+    experts: θ_t and x_ATD of each task. Each linear map W of the block becomes the one whose outputs are nearest to
+    those of every W_t on the inputs that the task's anchors bring to it in the expert (RegMean, Jin et al. 2023, with
+    anchors for data). Directions that no input has, and all other parameters, stay where they are.
+    Raises: InputError if the block has no linear map.
+    """
+    with torch.no_grad():
+        theta = start.build(start.free)
+    taus: dict[str, list[Tensor]] = {}
+    grams: dict[str, list[Tensor]] = {}
+    for theta_t, x_ATD in experts:
+        for name, gram_DD in input_grams(block, theta_t, x_ATD).items():
+            taus.setdefault(name, []).append(theta_t[name] - theta[name])
+            grams.setdefault(name, []).append(gram_DD)
+    if not taus:
+        raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
+    moves = {name: regression_mean(taus[name], grams[name], RANK_TOLERANCE) for name in taus}
+    return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
+
+
+def input_grams(block: Block, theta: Params, x_ATD: Tensor) -> dict[str, Tensor]:
+    """XᵀX (D, D) of the inputs X, one row a token, of every linear map x Wᵀ of the block, by the name of W."""
+    # A matrix that needs no gradient is not always multiplied as one.
+    leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+    with _LinearInputs(leaves) as seen:
+        block(leaves, x_ATD)
+    return seen.grams
+
+
+class _LinearInputs(TorchDispatchMode):
+    """Sums XᵀX over all products X Wᵀ that are taken while it is on, W being one of the given matrices.
+
+    Below all modules and functional forms, so that the fused projections of nn.MultiheadAttention are seen as well.
+    """
+
+    def __init__(self, theta: Params):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in theta.items() if p.ndim == 2}
+        self.shapes = {name: p.shape for name, p in theta.items()}
+        self.grams: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            x, transposed = args[-2:]
+            name = self.names.get(transposed.data_ptr())
+            if name and transposed.T.shape == self.shapes[name] and transposed.T.is_contiguous():
+                self.grams[name] = self.grams.get(name, 0) + x.T @ x
+        return func(*args, **(kwargs or {}))
 
 
 def fit_block(
@@ -65,7 +158,7 @@ def fit_block(
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
     free = {name: p.detach().requires_grad_() for name, p in start.free.items()}
-    hooks = [step_when_ready(p, torch.optim.Adam([p], lr=lr, fused=True)) for p in free.values()]
+    hooks = [step_when_ready(p, start.stepper(name, p, lr)) for name, p in free.items()]
     trace = []
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
@@ -83,14 +176,11 @@ def fit_block(
         return {name: p.detach().clone() for name, p in start.build(free).items()}, trace
 
 
-def step_when_ready(p: Tensor, stepper: torch.optim.Optimizer) -> RemovableHandle:
-    """Let the backward pass step a parameter as soon as its gradient is there, and drop that.
+def step_when_ready(p: Tensor, step: Callable[[], Any]) -> RemovableHandle:
+    """Let the backward pass step a parameter as soon as its gradient is there, and drop that: one is held at a time."""
 
-    The gradients of all coefficients at once would take as much memory as the coefficients.
-    """
-
-    def step(p: Tensor) -> None:
-        stepper.step()
+    def take(p: Tensor) -> None:
+        step()
         p.grad = None
 
-    return p.register_post_accumulate_grad_hook(step)
+    return p.register_post_accumulate_grad_hook(take)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,8 @@ def weight_files(path: Path) -> list[Path]:
             hint = "; scripts/convert_checkpoint.py makes safetensors of pytorch_model.bin"
         if (path / PICKLED_INDEX).is_file():
             hint = f"; NLG/split_model.py makes safetensors of the files in {PICKLED_INDEX}"
+        if (path / "adapter_config.json").is_file():
+            hint = "; it holds an adapter, which can be an expert only"
         raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}{hint}")
     if not path.exists():
         raise InputError(f"there is no checkpoint at {path}")
@@ -125,7 +128,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names, in order. InputError if it is none, or names one that is not beside it."""
+    """The shards that an index names, in order.
+
+    InputError if it is none, names one outside its folder, or fewer than the shards' own names count (x-1-of-3).
+    """
     try:
         shards = sorted({Path(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -133,6 +139,9 @@ def indexed_files(index: Path) -> list[Path]:
     for shard in shards:
         if shard.is_absolute() or ".." in shard.parts:
             raise InputError(f"{index} names the shard {shard}, which lies outside its folder")
+        numbered = re.fullmatch(r".+-\d+-of-(\d+)\.\w+", shard.name)
+        if numbered and int(numbered[1]) > len(shards):
+            raise InputError(f"{index} names only {len(shards)} of {int(numbered[1])} shards, {shard} among them")
     return [index.parent / shard for shard in shards]
 
 

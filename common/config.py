@@ -1,5 +1,6 @@
 """What an experiment can choose. One YAML serves both stages; the command line overrides it field by field."""
 
+import argparse
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from common.errors import InputError
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
 
 
 def for_task(template: str, task: str) -> str:
@@ -69,6 +72,8 @@ class Anchors:
         lr: Its learning rate.
         schedule: Of the learning rate over the steps: constant, or linear down to zero.
         steps: Its steps.
+        stop_loss: End a unit when its mean matching loss is this or less; looked at every 20 steps. Unset: never.
+        patience: End a unit after so many steps without getting 1 % better. Unset: never.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
         position_embeddings: Add the first rows of the expert's position embeddings to what a block sees of an anchor.
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
@@ -85,6 +90,8 @@ class Anchors:
     lr: float = 1e-2
     schedule: Literal["constant", "linear"] = "constant"
     steps: int = 1200
+    stop_loss: float | None = None
+    patience: int | None = None
     skip_null_gradients: bool = True
     position_embeddings: bool = False
     source: str = ""
@@ -122,6 +129,8 @@ class Adapt:
         lr: Learning rate of Adam: on the weights (start pretrained) or on one coefficient a weight (others).
         epochs: Passes over the anchors of all tasks.
         batch_size: Anchors per step.
+        warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
+            that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.
         label: Put behind the name of the result, to keep several side by side.
         by_start: What differs for one start, as in {wudi: {epochs: 25}}. The command line comes before it.
     """
@@ -132,6 +141,7 @@ class Adapt:
     lr: float = 1e-2
     epochs: int = 100
     batch_size: int = 128
+    warm_start: Literal["none", "regmean"] = "none"
     label: str = ""
     by_start: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -184,12 +194,14 @@ class Compare:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how the work is done; nothing here changes a result but the seed.
+    """Where and how the work is done; nothing here changes a result but seed and precision.
 
     Args:
         name: Folder of the results, under `root`.
         root: Folder of all runs.
         device: auto, cpu, cuda or cuda:N.
+        precision: Of the matrix products while anchors are optimised; tf32 is for CUDA, bf16 fast on new CPUs too. The
+            loss that chooses the best anchors, and adaptation, are always float32.
         seed: Every draw derives from it, the task and the block.
         blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
         score: Score the merged model at the end of adapt.
@@ -198,6 +210,7 @@ class Run:
     name: str = "demo"
     root: str = "runs"
     device: str = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
     seed: int = 0
     blocks: list[int] | None = None
     score: bool = True
@@ -232,7 +245,10 @@ class Config:
 def parse(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
     parser = ArgumentParser(
-        prog=Path(sys.argv[0]).name, usage="%(prog)s --config FILE [--section.field VALUE ...]", description=description
+        prog=Path(sys.argv[0]).name,
+        usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
+        description=description,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the experiment; see configs/")
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
@@ -243,11 +259,25 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
     )
-    argv = sys.argv[1:] if argv is None else argv
+    argv = files_first(sys.argv[1:] if argv is None else argv)
     parsed = parser.instantiate(parser.parse_args(argv))
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
     typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
     return replace(config, adapt=prefer_typed(config.adapt, typed))
+
+
+def files_first(argv: list[str]) -> list[str]:
+    """The command line with its YAML files in front, so that what is typed overrides them; the last is the file of
+    configs/presets/ that --preset names."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--preset")
+    named, others = files.parse_known_args(argv)
+    presets = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
+    if named.preset is not None and named.preset not in presets:
+        raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
+    chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
+    return [f"--config={file}" for file in chosen] + others
 
 
 def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:

@@ -1,6 +1,7 @@
 """An experiment with its inputs open and checked: what every stage needs before it begins."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from common.blocks import BlockFamily, moved
 from common.checkpoints import Checkpoint, digest
 from common.config import Config, Model, as_dict
 from common.errors import InputError
+from common.lora import open_checkpoint
 from common.matching import Block
 from common.merging import METHODS, check_hyper, hyperparameters
 from common.runtime import prepare
@@ -70,6 +72,13 @@ class Experiment:
         prefix = self.family.prefix(index)
         return {n.removeprefix(prefix): p for n, p in self.read(checkpoint, checkpoint.names(prefix)).items()}
 
+    def units(self) -> Iterator[tuple[int, str, Params, Params]]:
+        """For every block, for every task: both, θ₀ and θ_t of the block, on the device. Each weight is read once."""
+        for index in self.blocks:
+            theta_0 = self.read_block(self.base, index)
+            for task, expert in self.experts.items():
+                yield index, task, theta_0, self.read_block(expert, index)
+
     def rest_names(self) -> list[str]:
         """Names of the merged tensors that lie outside the anchored blocks."""
         prefixes = tuple(self.family.prefix(index) for index in range(self.depth))
@@ -124,7 +133,8 @@ class Experiment:
         settings = as_dict(self.config.anchors) | {"shape": list(self.shape), "scale": self.anchor_scale()}
         for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
             del settings[said_by_shape_or_no_matter]
-        unit = {"task": task, "block": index, "seed": self.config.run.seed}
+        run = self.config.run
+        unit = {"task": task, "block": index, "seed": run.seed, "precision": run.precision}
         weights = {"base": digest(theta_0), "expert": digest(theta_t)}
         if self.config.anchors.position_embeddings:
             weights["positions"] = digest({self.family.positions: self.positions(task)})
@@ -152,11 +162,14 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
         prefix = family.prefix(index)
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
-    experts = {task: Checkpoint(config.model.path("expert", task), family.names) for task in config.tasks}
+    experts = {
+        task: open_checkpoint(config.model.path("expert", task), base.path, family.names) for task in config.tasks
+    }
     rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
     for checkpoint in (base, *experts.values()):
         checkpoint.resize(rows)
     for expert in experts.values():
+        require_same_type(base.path, expert.path)
         require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
     tokens, width = domain.token_shape(config.model)
     if config.anchors.position_embeddings:
@@ -171,6 +184,22 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
         depth=len(modules),
         device=prepare(config.run.device),
     )
+
+
+def require_same_type(base: Path, expert: Path) -> None:
+    """InputError if the config files beside the weights name two architectures: Llama and Mistral have equal shapes."""
+    types = [model_type(base), model_type(expert)]
+    if None not in types and types[0] != types[1]:
+        raise InputError(f"{expert}/config.json has model type {types[1]!r}, that of {base} has {types[0]!r}")
+
+
+def model_type(path: Path) -> str | None:
+    """The architecture that the config.json beside a checkpoint's weights names, if there is one that does."""
+    file = path / "config.json"
+    try:
+        return json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} is no config file, JSON with a model_type ({error})") from error
 
 
 def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: int) -> None:
@@ -214,13 +243,13 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
             raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS))}")
         check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
     positive = {
-        "anchors": ("number", "chunk", "tokens", "lr"),
+        "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
         "adapt": ("lr", "epochs", "batch_size"),
         "eval": ("batch_size",),
     }
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)
-            if value is not None and value <= 0:
+            if value is not None and value <= 0 and not (name == "epochs" and config.adapt.warm_start != "none"):
                 raise InputError(f"{section}.{name} is {value}; it must be above zero")
     return domain.FAMILIES[family]

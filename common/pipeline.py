@@ -1,17 +1,18 @@
 """Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from common.adaptation import Trainable, coefficients, fit_block, own_weights
+from common.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
 from common.anchors import initial_anchors, save_anchors, seeded
 from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.config import Config
 from common.construction import optimise_anchors
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
 from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
-from common.runtime import UnitBar, recorded
+from common.runtime import UnitBar, read_ahead, recorded, written_behind
 from common.scoring import score_run
 from common.task_vectors import Params, subtract
 
@@ -20,17 +21,21 @@ def construct(config: Config, domain: Domain) -> None:
     """Box 1: for every block, for every task, make anchors whose induced gradient points along the task vector."""
     experiment = open_experiment(config, domain)
     units = len(experiment.blocks) * len(config.tasks)
-    with recorded(config, f"construct {config.anchors.init}"), UnitBar("construct", units) as bar:
-        for index in experiment.blocks:
-            theta_0 = experiment.read_block(experiment.base, index)
-            for task in config.tasks:
-                with bar.unit(f"{task}, block {index}"):
-                    theta_t = experiment.read_block(experiment.experts[task], index)
-                    construct_unit(experiment, task, index, theta_0, theta_t, bar)
+    stage = recorded(config, f"construct {config.anchors.init}")
+    with stage, UnitBar("construct", units) as bar, written_behind() as write:
+        for index, task, theta_0, theta_t in read_ahead(experiment.units()):
+            with bar.unit(f"{task}, block {index}"):
+                construct_unit(experiment, task, index, theta_0, theta_t, bar, write)
 
 
 def construct_unit(
-    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params, bar: UnitBar
+    experiment: Experiment,
+    task: str,
+    index: int,
+    theta_0: Params,
+    theta_t: Params,
+    bar: UnitBar,
+    write: Callable[..., None],
 ) -> None:
     """Make the anchors of one block and one task, unless their file is there already."""
     config, file = experiment.config.anchors, experiment.anchor_file(task, index)
@@ -56,10 +61,14 @@ def construct_unit(
         schedule=config.schedule,
         distance=config.distance,
         chunk=config.chunk,
+        precision=experiment.config.run.precision,
+        stop_loss=config.stop_loss,
+        patience=config.patience,
         progress=lambda step, loss: bar.advance(step / config.steps, loss),
     )
-    outcome = {"best_step": found.best_step, "losses": found.losses, "trace": found.trace}
-    save_anchors(file, found.x + positions_TD, provenance | outcome)
+    outcome = {"steps_done": max(0, len(found.trace) - 1), "best_step": found.best_step}
+    outcome |= {"losses": found.losses, "trace": found.trace}
+    write(save_anchors, file, found.x + positions_TD, provenance | outcome)
 
 
 def adapt(config: Config, domain: Domain) -> Path:
@@ -113,6 +122,9 @@ def adapt_unit(
     settings = config.adapt.for_start(config.start.method)
     trained = trainable(experiment, start, index, theta_0)
     del theta_0, theta_t  # a block can fill a machine; fitting holds several of its size
+    if settings.warm_start == "regmean":
+        thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
+        trained = warmed(experiment.block, trained, zip(thetas, inputs, strict=True))
     merged, trace = fit_block(
         experiment.block,
         trained,

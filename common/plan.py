@@ -1,21 +1,34 @@
 """The dry run: what a config would read, make and need, from headers alone."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
+from common.adaptation import coefficients, own_weights
 from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
 from common.errors import InputError
-from common.experiment import Domain, check_choices
-from common.matching import Block, induced_gradient, matching_loss
+from common.experiment import PRETRAINED, Domain, check_choices
+from common.lora import is_adapter, open_adapter
+from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
+from common.shards import SHARD_BYTES
 from common.task_vectors import Params
+
+GIB = 2**30
+HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
+HOLES = 0.5  # of the heap in use lie between buffers; measured with blocks of a ViT, a RoBERTa and a Llama
 
 
 def describe(config: Config, domain: Domain) -> str:
@@ -48,8 +61,9 @@ def inputs(config: Config) -> list[str]:
 def checkpoint_line(what: str, path: Path) -> str:
     """Whether a checkpoint is there and whole."""
     try:
-        shapes = Checkpoint(path).shapes
-        return f"  {'found':10} {what}: {path} ({len(shapes)} tensors)"
+        adapter = what.startswith("expert") and is_adapter(path)
+        shapes = open_adapter(path)[1].shapes if adapter else Checkpoint(path).shapes
+        return f"  {'found':10} {what}: {path} ({'LoRA adapter, ' if adapter else ''}{len(shapes)} tensors)"
     except InputError as error:
         return f"  {'MISSING':10} {what}: {error}"
 
@@ -71,52 +85,139 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     except InputError as error:
         return [f"Needs: not known yet ({error})"]
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
-    theta = {name: torch.empty_like(p, dtype=torch.float32) for name, p in modules[0].named_parameters()}
-    weights = sum(p.numel() for p in theta.values()) * 4
-    anchors = math.prod(shape) * 4
-    block, chunk = family.pure(modules[0]), min(config.anchors.chunk or shape[0], shape[0])
-    operations, saved = cost_of_step(block, theta, shape, chunk)
-    blocks = len(config.run.blocks or modules)
+    anchors, blocks = math.prod(shape) * 4, len(config.run.blocks or modules)
     units = blocks * len(config.tasks)
-    settings = config.adapt.for_start(config.start.method)
-    trained = len(config.tasks) if config.start.method == "ta" and settings.per_task else 1
-    sizes = [p.numel() for p in skeleton.parameters()]
+    operations, construction = cost_of_step(family.pure(modules[0]), modules[0], shape, config)
+    adaptation = cost_of_fit(family.pure(modules[0]), modules[0], shape, config)
     dtype = getattr(torch, config.model.dtype or "float32")
+    merged = [p.numel() for name, p in sorted(skeleton.named_parameters()) if name.startswith(family.scope)]
+    models = len(config.tasks) + 4  # as many tensors of one name at once: θ₀, every τ, an expert, the sum and its terms
+    settings = config.adapt.for_start(config.start.method)
     rows = {
-        "block": f"{weights / 2**20:.0f} MiB in {len(theta)} tensors, {len(modules)} blocks",
+        "block": f"{size_of(modules[0]) / 2**20:.0f} MiB in {len(list(modules[0].parameters()))} tensors, "
+        f"{len(modules)} blocks",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
-        "construct, memory": f"about {(3 * weights + saved) / 2**30:.2f} GiB on the device",
-        "construct, disk": f"{anchors * units / 2**30:.2f} GiB",
+        "construct, memory": in_words(
+            construction.peak, host_of_construction(modules[0], width, anchors), construction.resident
+        ),
+        "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {settings.epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
-        "adapt, memory": f"about {(weights * (2 + 6 * trained) + 3 * anchors * len(config.tasks)) / 2**30:.2f} GiB "
-        "on the device, and a batch's activations",
-        "merge, memory": f"about {(2 * len(config.tasks) + 3) * 4 * max(sizes) / 2**30:.2f} GiB for the largest tensor",
-        "merge, disk": f"{sum(sizes) * dtype.itemsize / 2**30:.2f} GiB a model in {dtype}",
+        "adapt, memory": in_words(
+            adaptation.peak,
+            max(2 * size_of(modules[0]) + 2 * anchors, memory_of_merge(merged, 1, dtype)),
+            adaptation.resident,
+        ),
+        "merge, memory": in_words(
+            models * 4 * max(merged), memory_of_merge(merged, 2, dtype), memory_of_merge(merged, models + 1, dtype)
+        ),
+        "merge, disk": f"{sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize / GIB:.2f} GiB "
+        f"a model in {dtype}",
+        "libraries": "about 0.9 GiB of host memory besides",
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
 
 
-def cost_of_step(block: Block, theta: Params, shape: tuple[int, int, int], chunk: int) -> tuple[int, int]:
-    """Multiply-add operations (2 each) of a construction step, and bytes kept for the second derivative of a chunk."""
-    kept: dict[int, int] = {}
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
-    def note(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
 
-    # no leaf: the counter hooks into inputs
-    x = torch.empty((chunk, *shape[1:]), device="meta", requires_grad=True) * 1
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        loss_P = matching_loss(block, theta, theta, theta, x)
-        torch.autograd.grad(loss_P.sum(), x)
-    with FlopCounterMode(display=False) as once_more:
-        if chunk < shape[0]:
-            induced_gradient(block, theta, theta, theta, x.detach(), "cos")
-    operations = counter.get_total_flops() + once_more.get_total_flops()
-    return operations * shape[0] // chunk, sum(kept.values())
+class Ledger(TorchDispatchMode):
+    """What is done while it is on: operations (2 for multiply and add), and bytes of tensors alive at once.
+
+    peak: the most there were. large, small: the most of those tensors that malloc maps, and of those on its heap.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: Any = WeakIdKeyDictionary()
+        self.operations = self.peak = self.large = self.small = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.operations += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()  # views share it
+                self.alive[storage] = storage.nbytes()
+        sizes = list(self.alive.values())
+        large = sum(size for size in sizes if size >= HEAP_BYTES)
+        self.peak = max(self.peak, sum(sizes))
+        self.large, self.small = max(self.large, large), max(self.small, sum(sizes) - large)
+        return result
+
+    @property
+    def resident(self) -> float:
+        """What a process on a CPU occupies for these tensors: pages of freed small ones stay with it."""
+        return self.large + (1 + HOLES) * self.small
+
+
+def in_words(gpu: float, host: float, alone: float) -> str:
+    """Bytes on a GPU and in the memory of its host, or on a CPU alone."""
+    a, b, c = (f"{size / GIB:.2f} GiB" for size in (gpu, host, alone))
+    return f"about {a} on a GPU and {b} of its host; {c} on a CPU alone"
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of its parameters in float32."""
+    return sum(p.numel() for p in module.parameters()) * 4
+
+
+def blank(like: Params) -> Params:
+    """Float32 tensors of the same shapes, without memory."""
+    return {name: torch.empty(p.shape, device="meta") for name, p in like.items()}
+
+
+def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> tuple[float, Ledger]:
+    """Operations and memory of a construction step; two chunks stand for all."""
+    number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
+    like = dict(module.named_parameters())
+    with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH):
+        x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
+        theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile
+        settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk}
+        matching_gradient(block, theta_0, theta_t, tau, x[:number], **settings)
+    return ledger.operations * shape[0] / number, ledger
+
+
+def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> Ledger:
+    """Memory of an adaptation step."""
+    settings = config.adapt.for_start(config.start.method)
+    like, tasks = dict(module.named_parameters()), len(config.tasks)
+    per_task = config.start.method == "ta" and settings.per_task and not config.start.checkpoint
+    vectors = tasks if per_task else 1
+    with Ledger() as ledger:
+        held = [torch.empty((tasks * shape[0], *shape[1:]), device="meta") for _ in range(4)]  # in lists, and joined
+        theta_0 = blank(like)
+        if config.start.method == PRETRAINED:
+            start = own_weights(theta_0)
+        else:
+            start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
+        del theta_0
+        held += [moment for _ in range(2) for moment in blank(start.free).values()]
+        for p in start.free.values():
+            p.requires_grad_().register_post_accumulate_grad_hook(forget)
+        x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
+        DISTANCES[settings.distance](block(start.build(start.free), x_ATD), y_ATD).backward()
+    return ledger
+
+
+def forget(p: Tensor) -> None:
+    """Drop a gradient as soon as it is there, which is when the optimiser takes it."""
+    p.grad = None
+
+
+def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
+    """Host memory beside a GPU: a block and its mapped file, or the rows that anchors are drawn from, thrice."""
+    rows = sum(p.numel() * 4 for p in module.parameters() if p.ndim == 2 and p.shape[1] == width)
+    return max(2 * size_of(module), 3 * rows) + 2 * anchors
+
+
+def memory_of_merge(sizes: Sequence[int], models: int, dtype: torch.dtype) -> int:
+    """Host memory while tensors of these numbers of weights pass: float32 of some models, and the shard in waiting."""
+    shard = most = 0
+    for size in sizes:
+        most = max(most, models * 4 * size + shard)
+        shard = shard % SHARD_BYTES + size * dtype.itemsize
+    return most

@@ -1,24 +1,29 @@
-"""The machine: device, determinism, and the birth certificate of a run."""
+"""The machine: device, precision, determinism, work in the background, and the birth certificate of a run."""
 
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoints import write_text
 from common.config import Config, as_dict
 from common.errors import InputError
+from common.matching import Block
+from common.task_vectors import Params
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -33,6 +38,59 @@ def prepare(device: str) -> torch.device:
     torch.set_float32_matmul_precision("highest")
     torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
     return torch.device(device)
+
+
+@contextmanager
+def in_precision(block: Block, precision: str, device: torch.device) -> Iterator[Block]:
+    """The block with its matrix products in float32, tf32 (on CUDA; elsewhere float32) or bf16.
+
+    Derivatives are to be taken inside the context as well. Parameters, their gradients and outputs stay float32.
+    """
+
+    def autocast(params: Params, x_ATD: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return block(params, x_ATD).to(x_ATD.dtype)
+
+    if precision == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield autocast if precision == "bf16" else block
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items in order, each made in a background thread while the caller works on the one before it.
+
+    What goes wrong in making one is raised when its turn comes.
+    """
+    source = iter(items)
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, source, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, source, end)
+            yield item
+
+
+@contextmanager
+def written_behind() -> Iterator[Callable[..., None]]:
+    """write(function, *arguments) calls the function in a background thread while the caller works on.
+
+    What goes wrong is raised by the next write, which waits for the one before, or at the end.
+    """
+    last: Future | None = None
+
+    def write(function: Callable[..., None], *arguments: Any) -> None:
+        nonlocal last
+        if last:
+            last.result()
+        last = thread.submit(function, *arguments)
+
+    with ThreadPoolExecutor(1) as thread:
+        yield write
+        if last:
+            last.result()
 
 
 def commit() -> str:

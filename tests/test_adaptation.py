@@ -1,11 +1,16 @@
 """Fitting a block: identities of the parameterisations, recovery of a known solution, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from common.adaptation import coefficients, fit_block, own_weights
+from common.adaptation import coefficient_adam, coefficients, fit_block, input_grams, own_weights, warmed
 from common.anchors import seeded
+from common.checkpoints import read_header
 from common.errors import InputError
+from common.pipeline import adapt, construct
+from Vision import domain
 
 
 def linear(params, x_ATD):
@@ -69,3 +74,78 @@ def test_a_loss_that_is_not_finite_names_its_epoch():
     x = torch.randn(4, 1, 3)
     with pytest.raises(FloatingPointError, match="epoch 0"):
         fit(own_weights(random_params(0)), x, torch.full((4, 1, 4), torch.inf))
+
+
+def test_adam_on_the_sum_is_adam_on_every_coefficient():
+    """Against torch's own Adam on α of θ = Σ α_i ⊙ δ_i, whose gradients are G as δ_i ⊙ G; some δ are zero."""
+    deltas = torch.randn(3, 4, 5, generator=seeded(0), dtype=torch.float64) * 1e-4
+    deltas[:, 0], deltas[1, 1] = 0, 0
+    alpha = torch.full((3, 4, 5), 0.3, dtype=torch.float64, requires_grad=True)
+    plain = torch.optim.Adam([alpha], lr=1e-2)
+    shift = torch.zeros(4, 5, dtype=torch.float64)
+    step = coefficient_adam(shift, deltas.abs(), 1e-2)
+    for i in range(20):
+        shift.grad = 1e-3 * torch.randn(4, 5, generator=seeded(i), dtype=torch.float64)
+        alpha.grad = deltas * shift.grad
+        step()
+        plain.step()
+        expected = ((alpha - 0.3) * deltas).sum(0).detach()
+        torch.testing.assert_close(shift, expected, atol=1e-12 * expected.abs().max().item(), rtol=1e-9)
+
+
+def test_the_warm_start_of_one_expert_is_the_expert():
+    theta_0, theta_t = random_params(0), random_params(1)
+    x = torch.randn(8, 2, 3, generator=seeded(2))
+    tau = {"weight": theta_t["weight"] - theta_0["weight"]}
+    for start in (own_weights(theta_0), coefficients(theta_0, [tau], [0.3])):
+        warm = warmed(linear, start, [(theta_t, x)])
+        torch.testing.assert_close(warm.build(warm.free)["weight"], theta_t["weight"], atol=1e-5, rtol=0)
+
+
+def test_the_warm_start_answers_every_expert_on_its_own_directions_and_leaves_the_others():
+    """Expert 1 has anchors along axis 0, expert 2 along axis 1, nobody along axis 2."""
+    theta_0, *thetas = (random_params(i) for i in range(3))
+    axes = torch.eye(3)
+    warm = warmed(linear, own_weights(theta_0), [(t, axes[i].view(1, 1, 3)) for i, t in enumerate(thetas)])
+    expected = torch.stack([thetas[0]["weight"][:, 0], thetas[1]["weight"][:, 1], theta_0["weight"][:, 2]], dim=1)
+    torch.testing.assert_close(warm.build(warm.free)["weight"], expected)
+
+
+def test_the_inputs_of_a_fused_projection_are_seen():
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+
+    module = ResidualAttentionBlock(8, 2, act_layer=QuickGELU)
+    block = domain.FAMILIES["open_clip"].pure(module)
+    theta = {n: p.detach() + 0.1 for n, p in module.named_parameters()}
+    x = torch.randn(3, 4, 8, generator=seeded(0))
+    grams = input_grams(block, theta, x)
+    assert {n: len(g) for n, g in grams.items()} == {
+        "attn.in_proj_weight": 8, "attn.out_proj.weight": 8, "mlp.c_fc.weight": 8, "mlp.c_proj.weight": 32,
+    }  # fmt: skip
+    seen = torch.nn.functional.layer_norm(x, (8,), theta["ln_1.weight"], theta["ln_1.bias"]).flatten(0, 1)
+    torch.testing.assert_close(grams["attn.in_proj_weight"], seen.T @ seen)
+
+
+def test_a_block_without_linear_maps_has_no_warm_start():
+    with pytest.raises(InputError, match="adapt.warm_start is regmean, but"):
+        warmed(
+            lambda p, x: x * p["scale"],
+            own_weights({"scale": torch.ones(3)}),
+            [({"scale": torch.ones(3)}, torch.ones(1, 1, 3))],
+        )
+
+
+@pytest.mark.parametrize("method", ["pretrained", "ta"])
+def test_the_closed_form_alone_is_a_model_nearer_to_the_experts_than_the_start(pico_config, method):
+    quiet = replace(
+        pico_config, run=replace(pico_config.run, score=False), start=replace(pico_config.start, method=method)
+    )
+    construct(quiet, domain)
+    losses = {}
+    for warm_start in ("none", "regmean"):  # steps too small to matter; the block waits for the other one
+        settings = replace(quiet.adapt, warm_start=warm_start, label=warm_start, lr=1e-9, epochs=1, by_start={})
+        folder = adapt(replace(quiet, adapt=settings, run=replace(quiet.run, blocks=[0])), domain)
+        losses[warm_start] = read_header(folder / "blocks" / "block_00.safetensors")["trace"][0]
+    assert losses["regmean"] < 0.5 * losses["none"]
+    closed = replace(quiet, adapt=replace(quiet.adapt, warm_start="regmean", epochs=0, label="closed"))
+    assert (adapt(closed, domain) / "open_clip_model.safetensors").is_file()

@@ -11,7 +11,7 @@ from common.runtime import ROOT
 ORDER = [
     ["errors", "task_vectors"],
     ["matching", "checkpoints", "config", "unpickling", "records", "metrics"],
-    ["blocks", "anchors", "merging", "runtime", "report", "shards", "vocabulary"],
+    ["blocks", "anchors", "merging", "runtime", "report", "shards", "vocabulary", "lora"],
     ["construction", "adaptation"],
     ["experiment"],
     ["merged", "plan"],

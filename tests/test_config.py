@@ -73,7 +73,7 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
     [
         (["--tasks", "[MNIST,MNITS]"], "unknown task 'MNITS'; choose from SUN397, Cars"),
         (["--tasks", "[MNIST,MNIST]"], "none twice"),
-        (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, ta"),
+        (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, "),
         (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),
         (["--model.family", "vgg"], "unknown model.family 'vgg'; choose from open_clip"),
         (["--anchors.number", "0"], "anchors.number is 0"),
@@ -93,3 +93,27 @@ def test_an_unknown_field_of_one_start_is_named():
 def test_paths_are_relative_to_the_root():
     model = vision("--model.root", "/data").model
     assert model.path("expert", "DTD") == Path("/data/DTD/finetuned.safetensors")
+
+
+def test_a_preset_stands_between_the_config_and_what_is_typed():
+    paper, fast = vision(), vision("--preset", "fast")
+    assert (paper.anchors.optimizer, paper.run.precision) == ("adamw", "float32")
+    assert (fast.anchors.optimizer, fast.anchors.schedule, fast.run.precision) == ("muon", "linear", "bf16")
+    assert fast.anchors.number == paper.anchors.number and fast.anchors.steps < paper.anchors.steps
+    for arguments in (["--preset=fast", "--anchors.steps", "7"], ["--anchors.steps", "7", "--preset", "fast"]):
+        assert vision(*arguments).anchors.steps == 7
+    file = str(ROOT / "configs" / "vision" / "vit_b32.yaml")
+    assert parse("", ["--anchors.steps=7", "--preset=fast", "--config", file]) == vision(
+        "--preset=fast", "--anchors.steps=7"
+    )
+
+
+def test_an_unknown_preset_is_named_with_the_choices():
+    with pytest.raises(InputError, match="unknown preset 'quick'; choose from fast"):
+        vision("--preset", "quick")
+
+
+def test_no_epochs_are_a_merge_of_their_own_after_a_warm_start_alone():
+    check_choices(vision("--adapt.epochs", "0", "--adapt.warm_start", "regmean"), domain)
+    with pytest.raises(InputError, match="adapt.epochs is 0"):
+        check_choices(vision("--adapt.epochs", "0"), domain)

@@ -71,3 +71,42 @@ def test_a_loss_that_is_not_finite_names_its_step(unit):
 
     with pytest.raises(FloatingPointError, match="nan at step 7"):
         optimise_anchors(breaks, theta_0, theta_t, x, steps=50, lr=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_in_bf16_the_kept_loss_is_the_float32_one_of_the_kept_anchors(unit, optimizer):
+    theta_0, theta_t, x = unit
+    settings = {"steps": 50, "lr": 0.1, "distance": "mse", "schedule": "linear", "optimizer": optimizer}
+    exact = optimise_anchors(linear, theta_0, theta_t, x, **settings)
+    found = optimise_anchors(linear, theta_0, theta_t, x, **settings, precision="bf16")
+    again = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), found.x, distance="mse")
+    assert found.losses["weight"] == again.item()
+    assert found.best_step in (0, 20, 40, 50)
+    assert found.losses["weight"] < 0.5 * found.trace[0]
+    assert found.trace != exact.trace and found.trace == pytest.approx(exact.trace, abs=0.02)
+
+
+def test_tf32_is_float32_where_there_is_no_cuda(unit):
+    theta_0, theta_t, x = unit
+    full, tf32 = (
+        optimise_anchors(linear, theta_0, theta_t, x, steps=20, lr=0.1, precision=p) for p in ("float32", "tf32")
+    )
+    assert full.trace == tf32.trace
+
+
+def test_a_unit_ends_at_the_first_look_that_is_good_enough(unit):
+    theta_0, theta_t, x = unit
+    settings = {"steps": 800, "lr": 1e-2, "distance": "mse"}
+    whole = optimise_anchors(linear, theta_0, theta_t, x, **settings)
+    wanted = whole.trace[100]
+    assert wanted < min(whole.trace[:90])
+    found = optimise_anchors(linear, theta_0, theta_t, x, **settings, stop_loss=wanted)
+    assert found.trace == whole.trace[:101]
+
+
+def test_a_unit_ends_where_it_gets_no_better(unit):
+    theta_0, theta_t, x = unit
+    found = optimise_anchors(linear, theta_0, theta_t, x, steps=800, lr=1e-9, patience=60)
+    assert len(found.trace) == 61
+    better = optimise_anchors(linear, theta_0, theta_t, x, steps=100, lr=1e-2, distance="mse", patience=60)
+    assert len(better.trace) == 101

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.matching import DISTANCES, direction_cosine, matching_loss
+from common.matching import DISTANCES, direction_cosine, matching_gradient, matching_loss, matching_value
 from common.task_vectors import subtract
 from Vision.domain import FAMILIES
 
@@ -101,3 +101,17 @@ def test_tensors_left_out_of_tau_do_not_count(pico_block):
     names = list(tau)
     expected = torch.stack([whole[names.index(n)] for n in some])
     torch.testing.assert_close(matching_loss(block, theta_0, theta_t, some, x), expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_loss_and_gradient_are_the_same_however_many_anchors_are_in_memory(pico_block, chunk):
+    block, theta_0, theta_t, x = pico_block
+    tau = subtract(theta_t, theta_0)
+    x.requires_grad_()
+    expected = matching_loss(block, theta_0, theta_t, tau, x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    loss_P, found = matching_gradient(block, theta_0, theta_t, tau, x, chunk=chunk)
+    torch.testing.assert_close(loss_P, expected.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
+    value = matching_value(block, theta_0, theta_t, tau, x, chunk=chunk)
+    torch.testing.assert_close(value, expected.detach(), atol=1e-12, rtol=0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from dataclasses import replace
 
@@ -18,8 +17,9 @@ from NLG import scoring
 from NLG.answers import boxed, is_right_expression, is_right_number, normalised, stated_answer, stated_number
 from NLG.generation import before, complete, open_tokenizer
 from NLG.harness import TASKS_FOLDER
+from NLG.lm_eval_tasks import rules
 from NLG.programs import program_in, runs
-from NLG.scoring import RULES, TASKS, score
+from NLG.scoring import RULES, TASKS, examples_of, prompts_of, score
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -322,25 +322,56 @@ def test_the_tasks_for_lm_eval_say_what_the_task_table_says(test):
     assert task.get("unsafe_code", False) is RULES[row.rule].runs_code
 
 
-def test_without_lm_eval_the_error_says_how_to_get_it(pico, monkeypatch):
+def test_without_the_harness_the_error_says_how_to_get_it(pico, monkeypatch):
     *_, config = pico
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
     harness = replace(config, eval=replace(config.eval, backend="lm-eval-vllm"))
-    with pytest.raises(InputError, match=r"eval.backend lm-eval-vllm needs lm-eval: pip install '\.\[nlg\]'"):
+    installed = set()
+    monkeypatch.setattr("NLG.harness.find_spec", lambda part: part in installed)
+    with pytest.raises(InputError, match=r"eval.backend lm-eval-vllm needs lm_eval: pip install '\.\[nlg\]'"):
+        score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+    installed.add("lm_eval")
+    with pytest.raises(InputError, match=r"eval.backend lm-eval-vllm needs vllm: pip install 'lm-eval\[vllm\]'"):
+        score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+    installed.add("vllm")
+    with pytest.raises(InputError, match=r"has no task for arithmetic, only for gsm8k, humaneval, math, mbpp; transf"):
         score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
 
 
-def test_lm_eval_answers_and_judges_as_our_loop_does(pico, tmp_path):
-    pytest.importorskip("lm_eval")
+ROWS = {
+    "GSM8K": {"question": ["one", "two", "three"], "answer": ["#### 3", "#### 4", "#### 5"]},
+    "MBPP": {"task_id": [1, 2, 3], "text": ["one", "two", "three"], "test_list": [["assert f(1) == 2"]] * 3},
+}
+
+
+@pytest.fixture
+def test_set(pico, tmp_path, request):
+    """One of ROWS as a data set on disk, and a config that scores the math expert on two of its examples."""
     *_, config = pico
-    save(pico_model("llama", max_position_embeddings=2048), pico_tokenizer(), tmp_path / "llama" / "base")
-    rows = {"question": ["one", "two", "three"], "answer": ["#### 3", "#### 4", "#### 5"]}
-    datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows)}).save_to_disk(str(tmp_path / "data" / "GSM8K"))
-    config = replace(config, tasks=["math"], eval=replace(config.eval, tests={"math": ["GSM8K"]}, limit=2))
+    rows = datasets.Dataset.from_dict(ROWS[request.param])
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "data" / request.param))
+    options = replace(config.eval, tests={"math": [request.param]}, limit=2)
+    return request.param, replace(config, tasks=["math"], eval=options)
+
+
+@pytest.mark.parametrize("test_set", ROWS, indirect=True)
+def test_what_lm_eval_is_given_is_what_our_loop_asks(test_set):
+    test, config = test_set
+    found = rules.examples(test=test, root=config.eval.data)["test"]
+    assert found["prompt"] == prompts_of(test, examples_of(config.eval.data, test))
+    completions = {"GSM8K": "The answer is: 4", "MBPP": "def f(x):\n    return x + 1"}
+    assert rules.judge(found[1], [completions[test]]) == {"right": 1}
+    assert rules.judge(found[1], ["The answer is: 5"]) == {"right": 0}
+
+
+@pytest.mark.parametrize("test_set", ["GSM8K", pytest.param("MBPP", marks=pytest.mark.slow)], indirect=True)
+def test_lm_eval_answers_and_judges_as_our_loop_does(test_set, tmp_path):
+    pytest.importorskip("lm_eval")
+    test, config = test_set
+    save(pico_model("llama", max_position_embeddings=4096), pico_tokenizer(), tmp_path / "llama" / "base")
     found = {}
     for backend in ("transformers", "lm-eval-hf"):
         chosen = replace(config, eval=replace(config.eval, backend=backend))
-        value = score(chosen, "GSM8K", {"Base": config.model.path("base")}, torch.device("cpu"))
-        found[backend] = value, (config.run.dir / "completions" / "GSM8K" / "llama-base.jsonl").read_text()
+        value = score(chosen, test, {"Base": config.model.path("base")}, torch.device("cpu"))
+        found[backend] = value, (config.run.dir / "completions" / test / "llama-base.jsonl").read_text()
     assert found["lm-eval-hf"] == found["transformers"]
     assert found["transformers"][0]["Base"][1] == 2

@@ -520,7 +520,9 @@ def test_a_block_of_roberta_large_fits_in_memory(tmp_path):
     def peak(command: str, start: str) -> float:
         run = [sys.executable, "-c", MEASURED, command, *config, "--start.method", start]
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-        return int(done.stdout.split()[-1]) / 2**20
+        gibibytes = int(done.stdout.split()[-1]) / 2**20
+        print(f"{command} from {start}: {gibibytes:.2f} GiB")
+        return gibibytes
 
     assert peak("NLU/construct_fda.py", "pretrained") < 2
     for start in ("pretrained", "ta", "wudi", "tsv"):

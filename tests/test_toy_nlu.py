@@ -12,7 +12,7 @@ from NLU.domain import TASKS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-from toy import nlu, nlu_data  # noqa: E402
+from toy import nlu, nlu_base, nlu_data  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_stock_transformers_opens_the_base_which_guesses_words(toy: Path) -> Non
     folder = toy / "checkpoints" / nlu.BASE
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True)
-    assert [tokenizer.convert_tokens_to_ids(token) for token in nlu.SPECIAL] == [0, 1, 2, 3, 4]
+    assert [tokenizer.convert_tokens_to_ids(token) for token in nlu_base.SPECIAL] == [0, 1, 2, 3, 4]
     tokens = tokenizer("If the object is not iterable, a TypeError exception <mask> raised.", return_tensors="pt")
     guess = model(**tokens).logits[0, tokens.input_ids[0].tolist().index(4)].argmax()
     assert tokenizer.decode(guess).strip() == "is"
@@ -72,7 +72,7 @@ def test_a_pair_is_separated_as_roberta_does(toy: Path) -> None:
     the = tokenizer.convert_tokens_to_ids("Ġthe")
     assert ids[:4] == [0, the, 2, 2]
     assert ids[-2:] == [the, 2]
-    assert len(tokenizer("word " * 200, truncation=True)["input_ids"]) == nlu.LENGTH
+    assert len(tokenizer("word " * 200, truncation=True)["input_ids"]) == nlu_base.LENGTH
 
 
 @pytest.mark.parametrize("task", nlu.TASKS)
@@ -141,8 +141,9 @@ def test_paraphrases_repeat_the_first_text_in_order() -> None:
     """A row of the pretraining pairs: the second text follows from the first but for some other words."""
     torch.manual_seed(0)
     stream = torch.arange(100, 5000)
-    rows = nlu.paraphrased(stream, 30)
-    assert rows.shape == (64, 30) and (rows == nlu.END).sum(1).tolist() == [2] * 64
+    rows = nlu_base.paraphrased(stream, 30)
+    assert rows.shape == (64, 15 + 2 + 10)  # of fifteen words and as many places for the second text, a fifth left out
+    assert (rows == nlu_base.END).sum(1).tolist() == [2] * 64
     first, second = rows[:, :15], rows[:, 17:]
     repeated = (second[:, :, None] == first[:, None]).any(-1)
     assert 0.75 < repeated.float().mean() < 0.95
@@ -152,9 +153,9 @@ def test_paraphrases_repeat_the_first_text_in_order() -> None:
 def test_a_fifth_of_the_places_is_guessed() -> None:
     torch.manual_seed(0)
     ids = torch.full((400, 50), 7)
-    ids[:, 0] = nlu.START
-    shown, guess = nlu.masked(ids)
+    ids[:, 0] = nlu_base.START
+    shown, guess = nlu_base.masked(ids)
     asked = guess >= 0
     assert asked[:, 1:].float().mean() == pytest.approx(0.2, abs=0.01) and not asked[:, 0].any()
     assert (guess[asked] == 7).all() and torch.equal(shown[~asked], ids[~asked])
-    assert (shown[asked] == nlu.MASK).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (shown[asked] == nlu_base.MASK).float().mean() == pytest.approx(0.8, abs=0.02)

@@ -1,0 +1,293 @@
+"""Time the engine against plain reference code, side by side in one process, on a block of a real size.
+
+python scripts/benchmark.py construct --arch ViT-B-32 --reference-steps 1200
+python scripts/benchmark.py construct --toy vision   (trained weights; scripts/make_toy.py vision --out toy/vision)
+python scripts/benchmark.py adapt --arch roberta-base --device cuda --out adapt.json
+
+Weights are random otherwise: an expert is the base and low-rank and Gaussian noise of 1 % of its norm. Ratios are
+reference / engine, of seconds of the clock and of the processor: the latter say more where programs share a CPU.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from benchmark_blocks import ARCHS, TOY_BLOCK, Case, random_block, random_expert, toy, write_whole
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.adaptation import coefficients, fit_block, own_weights
+from common.anchors import initial_anchors, seeded
+from common.checkpoints import Checkpoint
+from common.config import PRESETS
+from common.construction import optimise_anchors
+from common.matching import DISTANCES, Block, matching_gradient, matching_value
+from common.plan import Ledger
+from common.runtime import certificate, in_precision, prepare
+from common.task_vectors import Params, subtract
+
+PAPER_STEPS = 1200
+
+
+@dataclass
+class Clock:
+    """Adds up the seconds, of the clock and of the processor, that what it calls takes."""
+
+    device: torch.device
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        self.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function(*arguments, **named)
+        self.synchronize()
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        return result
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def ratios(reference: Clock, engine: Clock) -> dict[str, float]:
+    """reference / engine, to three digits, of both kinds of seconds."""
+    wall, cpu = reference.seconds / engine.seconds, reference.cpu_seconds / engine.cpu_seconds
+    return {"clock": float(f"{wall:.3g}"), "cpu": float(f"{cpu:.3g}")}
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> float:
+    """GiB that a call needs at most: of the device, or on a CPU of the whole process while it runs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def matmul_ceiling(precision: str, device: torch.device) -> float:
+    """FLOP/s of a large product of matrices in this precision, the best of six."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def product(params: Params, x: Tensor) -> Tensor:
+        return x @ x
+
+    best = 0.0
+    with in_precision(product, precision if precision == "tf32" else "float32", device) as multiply:
+        for _ in range(6):
+            clock = Clock(device)
+            clock(multiply, {}, a)
+            best = max(best, 2 * n**3 / clock.seconds)
+    return best
+
+
+class Reference:
+    """The plain code: everything requires a gradient and gets it; AdamW, float32, a full backward pass."""
+
+    def __init__(self, block: Block, theta_0: Params, theta_t: Params, x_init: Tensor):
+        self.block = block
+        self.theta_0 = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
+        self.theta_t = {n: p.clone().requires_grad_() for n, p in theta_t.items()}
+        self.x = x_init.clone().requires_grad_()
+        self.stepper = torch.optim.AdamW([self.x], lr=1e-2)
+
+    def step(self) -> None:
+        y, target = self.block(self.theta_0, self.x), self.block(self.theta_t, self.x)
+        distance = (1 - torch.cosine_similarity(y.flatten(1), target.flatten(1))).sum()
+        gradients = torch.autograd.grad(distance, list(self.theta_0.values()), create_graph=True)
+        loss = torch.zeros((), device=self.x.device)
+        for g, p, q in zip(gradients, self.theta_0.values(), self.theta_t.values(), strict=True):
+            loss = loss + 1 - torch.cosine_similarity(-g.flatten(), (q - p).detach().flatten(), dim=0)
+        self.stepper.zero_grad()
+        loss.backward()
+        self.stepper.step()
+
+
+def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compare one unit of construction; `base` and `expert` are whole checkpoints."""
+    preset = yaml.safe_load((PRESETS / "fast.yaml").read_text())
+    settings, precision = preset["anchors"], preset["run"]["precision"]
+    settings["steps"] = args.steps or max(20, round(settings["steps"] * args.reference_steps / PAPER_STEPS))
+    prefix = of.prefixes[min(TOY_BLOCK, len(of.prefixes) - 1)]
+    clocks = {who: {what: Clock(device) for what in ("load", "step", "run")} for who in ("reference", "engine")}
+
+    def load_whole() -> list[Params]:
+        files = [file if file.is_file() else next(file.glob("*.safetensors")) for file in (base, expert)]
+        return [{n: p.to(device) for n, p in load_file(file).items()} for file in files]
+
+    def load_block() -> list[Params]:
+        blocks = (Checkpoint(file).read_under(prefix) for file in (base, expert))
+        return [{n: p.to(device) for n, p in block.items()} for block in blocks]
+
+    clocks["reference"]["load"](load_whole)
+    theta_0, theta_t = clocks["engine"]["load"](load_block)
+    tau = subtract(theta_t, theta_0)
+    x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
+    unit = of.block, theta_0, theta_t
+    plain, warm_up = Reference(*unit, x_init), Reference(*unit, x_init)
+
+    def engine_step() -> None:
+        with in_precision(of.block, precision, device) as lowered:
+            matching_gradient(lowered, theta_0, theta_t, tau, x_init)
+
+    def run_engine(**changes: Any) -> Any:
+        return optimise_anchors(*unit, x_init, **settings | changes, precision=precision)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        memory = {"reference": peak_memory(warm_up.step, device)}
+        del warm_up
+        memory["engine"] = peak_memory(engine_step, device)
+        with Ledger() as ledger:
+            engine_step()
+        for _ in range(args.repeats):
+            clocks["reference"]["step"](plain.step)
+            clocks["engine"]["step"](engine_step)
+        plain = Reference(*unit, x_init)
+        for _ in range(args.reference_steps):
+            clocks["reference"]["run"](plain.step)
+        target = matching_value(*unit, tau, plain.x).mean().item()
+    found = clocks["engine"]["run"](run_engine, stop_loss=target)
+    reached = sum(found.losses.values()) / len(found.losses)
+    for who in clocks:
+        total = clocks[who]["total"] = Clock(device)
+        for what in ("load", "run"):
+            total.seconds += clocks[who][what].seconds
+            total.cpu_seconds += clocks[who][what].cpu_seconds
+    speed = ledger.operations * args.repeats / clocks["engine"]["step"].seconds
+    return {
+        "step_time_ratio": ratios(*(by["step"] for by in clocks.values())),
+        # null: the engine did not get there in its steps
+        "time_to_equal_loss_ratio": ratios(*(by["run"] for by in clocks.values())) if reached <= target else None,
+        "end_to_end_ratio": ratios(*(by["total"] for by in clocks.values())) if reached <= target else None,
+        "loss": {"reference": target, "engine": reached},
+        "steps": {
+            "reference": args.reference_steps,
+            "engine": len(found.trace) - 1,
+            "engine_planned": settings["steps"],
+        },
+        "target_is_the_papers": args.reference_steps == PAPER_STEPS,
+        "peak_memory_gib": memory,
+        "engine_tflops": speed / 1e12,
+        "matmul_tflops": matmul_ceiling(precision, device) / 1e12,
+        "seconds": {w: {k: c.seconds for k, c in by.items()} for w, by in clocks.items()},
+        "engine_settings": settings | {"precision": precision},
+    }
+
+
+def adapt(of: Case, thetas: list[Params], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compare the fit of one block to experts thetas[1:] with a plain loop, from the pretrained weights and from TA."""
+    theta_0, experts = thetas[0], thetas[1:]
+    deltas = [subtract(theta_t, theta_0) for theta_t in experts]
+    inputs, targets = [], []
+    with torch.no_grad():
+        for i, theta_t in enumerate(experts):
+            x = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0, i)).to(device)
+            inputs.append(x)
+            targets.append(of.block(theta_t, x))
+    x, y = torch.cat(inputs), torch.cat(targets)
+    epochs, batch = args.epochs, min(128, len(x))
+    report = {}
+    for start, lr in (("pretrained", 1e-5), ("ta", 1e-2)):
+        plain, engine = Clock(device), Clock(device)
+        expected = plain(plain_fit, of.block, theta_0, deltas if start == "ta" else [], x, y, lr, epochs, batch)
+
+        def fit(start: str = start, lr: float = lr) -> Params:
+            trained = (
+                own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [0.3] * len(deltas))
+            )
+            settings = {"distance": "cos", "lr": lr, "epochs": epochs, "batch_size": batch, "generator": seeded(0)}
+            return fit_block(of.block, trained, x, y, **settings)[0]
+
+        found = engine(fit)
+        apart = sum((found[n] - expected[n]).square().sum() for n in found).sqrt()
+        moved = sum((expected[n] - theta_0[n]).square().sum() for n in found).sqrt()
+        report[start] = {"ratio": ratios(plain, engine), "difference_of_result": (apart / moved).item()}
+        report[start] |= {"seconds": {"reference": plain.seconds, "engine": engine.seconds}}
+    return report | {"steps": epochs * -(-len(x) // batch), "tasks": len(experts), "batch": batch}
+
+
+def plain_fit(
+    block: Block, theta_0: Params, deltas: list[Params], x: Tensor, y: Tensor, lr: float, epochs: int, batch: int
+) -> Params:
+    """The plain loop: dictionaries rebuilt and all gradients zeroed in every step, Adam tensor by tensor."""
+    if deltas:
+        free = {(n, i): torch.full_like(p, 0.3) for i in range(len(deltas)) for n, p in theta_0.items()}
+    else:
+        free = {(n, 0): p.clone() for n, p in theta_0.items()}
+
+    def build() -> Params:
+        if not deltas:
+            return {n: free[n, 0] for n in theta_0}
+        return {n: p + sum(free[n, i] * delta[n] for i, delta in enumerate(deltas)) for n, p in theta_0.items()}
+
+    stepper = torch.optim.Adam([p.requires_grad_() for p in free.values()], lr=lr, foreach=False, fused=False)
+    generator = seeded(0)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+            stepper.zero_grad()
+            DISTANCES["cos"](block(build(), x[chosen]), y[chosen]).backward()
+            stepper.step()
+    with torch.no_grad():
+        return {n: p.clone() for n, p in build().items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["construct", "adapt"])
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--arch", choices=list(ARCHS))
+    size.add_argument("--toy", choices=["vision", "nlu"], help="trained weights of toy/<domain>; construct only")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--anchors", type=int, help="unset: the paper's")
+    parser.add_argument("--steps", type=int, help="of the engine; unset: the preset's, in proportion")
+    parser.add_argument("--reference-steps", type=int, default=PAPER_STEPS, help="fewer set an easier loss to reach")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="steps of each side by side, for the ratio of step times"
+    )
+    parser.add_argument("--tasks", type=int, default=8, help="adapt: experts")
+    parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    args = parser.parse_args()
+    if args.toy and args.what == "adapt":
+        parser.error("adapt takes --arch")
+    device = prepare(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, device, Path(folder))
+    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    text = json.dumps({"command": told, **certificate(), "result": result}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Make or open the weights, and compare."""
+    if args.toy:
+        return construct(*toy(args.toy, Path("toy"), args.anchors or 64), args, device)
+    make, anchors = ARCHS[args.arch]
+    of, generator = make(args.anchors or anchors), seeded(0)
+    theta_0 = random_block(of.module, generator)
+    if args.what == "adapt":
+        thetas = [theta_0, *(random_expert(theta_0, generator) for _ in range(args.tasks))]
+        return adapt(of, [{n: p.to(device) for n, p in theta.items()} for theta in thetas], args, device)
+    files = folder / "base.safetensors", folder / "expert.safetensors"
+    for file, theta in zip(files, (theta_0, random_expert(theta_0, generator)), strict=True):
+        write_whole(file, of, theta)
+    return construct(of, *files, args, device)
+
+
+if __name__ == "__main__":
+    main()
