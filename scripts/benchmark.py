@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_blocks import ARCHS, TOY_BLOCK, Case, random_block, random_expert, toy, write_whole
+from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("what", choices=["construct", "adapt"])
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--arch", choices=list(ARCHS))
-    size.add_argument("--toy", choices=["vision", "nlu"], help="trained weights of toy/<domain>; construct only")
+    size.add_argument("--toy", choices=list(TOYS), help="trained weights in toy/; construct only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--anchors", type=int, help="unset: the paper's")
     parser.add_argument("--steps", type=int, help="of the engine; unset: the preset's, in proportion")

@@ -106,13 +106,14 @@ def write_whole(file: Path, of: Case, theta: Params) -> None:
     write_tensors(file, {prefix + name: p.clone() for prefix in of.prefixes for name, p in theta.items()})
 
 
-def toy(domain: str, root: Path, anchors: int) -> tuple[Case, Path, Path]:
+TOYS = {"vision": "vision/toy", "nlu": "nlu/toy", "minilm": "nlu/minilm"}  # and their configs
+
+
+def toy(name: str, root: Path, anchors: int) -> tuple[Case, Path, Path]:
     """A block of a toy, and the checkpoints of its base and first expert: trained weights."""
-    folder = root / domain / "checkpoints"
-    settings = yaml.safe_load(Path(f"configs/{domain}/toy.yaml").read_text())
-    model = settings["model"] | {"root": str(folder)}
-    paths = Model(**model)
-    if domain == "vision":
+    settings = yaml.safe_load(Path(f"configs/{TOYS[name]}.yaml").read_text())
+    paths = Model(**settings["model"] | {"root": str(root / name / "checkpoints")})
+    if name == "vision":
         of = vit(paths, anchors)
     else:
         from transformers import AutoConfig
