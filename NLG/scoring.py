@@ -12,6 +12,7 @@ import datasets
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from common.checkpoints import write_text
 from common.config import Config
@@ -161,6 +162,7 @@ def judge(
 
 def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """The model in a folder, or the base with the tensors that the LoRA adapter in the folder changes."""
+    disable_progress_bar()  # of the loading of weights, a line for each model
     if not is_adapter(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model, expert = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraCheckpoint(path, base)

@@ -129,7 +129,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
         return [{n: p.to(device) for n, p in load_file(file).items()} for file in files]
 
     def load_block() -> list[Params]:
-        blocks = (Checkpoint(file).read_under(prefix) for file in (base, expert))
+        blocks = (Checkpoint(file, of.names).read_under(prefix) for file in (base, expert))
         return [{n: p.to(device) for n, p in block.items()} for block in blocks]
 
     clocks["reference"]["load"](load_whole)

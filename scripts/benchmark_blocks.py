@@ -26,6 +26,7 @@ class Case:
     module: nn.Module
     shape: tuple[int, int, int]
     prefixes: list[str]
+    names: Callable[[str], str | None]
 
 
 def vit(model: Model, anchors: int) -> Case:
@@ -68,7 +69,8 @@ def roberta_base(anchors: int) -> Case:
 
 
 def case(family: BlockFamily, modules: list[nn.Module], shape: tuple[int, int, int]) -> Case:
-    return Case(family.pure(modules[0]), modules[0], shape, [family.prefix(i) for i in range(len(modules))])
+    prefixes = [family.prefix(i) for i in range(len(modules))]
+    return Case(family.pure(modules[0]), modules[0], shape, prefixes, family.names)
 
 
 ARCHS: dict[str, tuple[Callable[[int], Case], int]] = {  # and the paper's number of anchors
