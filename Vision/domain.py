@@ -21,6 +21,7 @@ from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
+from common.lora import open_checkpoint
 from common.records import load_records, validation_cut
 
 NAME = "vision"
@@ -162,7 +163,8 @@ def score(
 def image_tower(model: Model, path: Path) -> nn.Module:
     """The image tower with the weights of one checkpoint."""
     tower = deepcopy(skeleton(model).visual)
-    tower.load_state_dict(Checkpoint(path).read_under(IMAGE_TOWER), assign=True)
+    weights = open_checkpoint(path, model.path("base")).read_under(IMAGE_TOWER)
+    tower.load_state_dict(weights, assign=True)
     return tower
 
 

@@ -250,7 +250,7 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
         description=description,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of the experiment; see configs/")
+    parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
     parser.add_class_arguments(Model, "model")
     parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")

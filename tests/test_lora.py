@@ -29,6 +29,7 @@ from NLG import domain as nlg
 from NLG.scoring import open_model
 from NLU import domain as nlu
 from tests import pico_nlg, pico_nlu
+from Vision import domain as vision
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -478,3 +479,18 @@ def test_the_harness_is_told_to_use_transformers(tmp_path, monkeypatch):
     config = replace(config, eval=replace(config.eval, backend="lm-eval-hf"))
     with pytest.raises(InputError, match=r"lm-eval-hf needs whole models, .*/code is an adapter; use transformers"):
         nlg.score(config, "functions", {"individual": tmp_path / "lora" / "code"}, torch.device("cpu"))
+
+
+def test_an_adapter_of_a_clip_is_merged_and_scored(pico_config, tmp_path):
+    module = "visual.transformer.resblocks.0.mlp.c_fc"
+    for seed, task in enumerate(pico_config.tasks):
+        write_adapter(tmp_path / "experts" / task, pair(module, (64, 16), seed=seed))
+    config = replace(pico_config, model=replace(pico_config.model, expert=str(tmp_path / "experts" / "{task}")))
+    base = Checkpoint(config.model.path("base")).read([f"{module}.weight"])[f"{module}.weight"]
+    tower = vision.image_tower(config.model, config.model.path("expert", "SVHN"))
+    formed = base.numpy() + 3 * product(pair(module, (64, 16), seed=1))
+    np.testing.assert_allclose(tower.transformer.resblocks[0].mlp.c_fc.weight.detach(), formed, rtol=1e-5, atol=1e-6)
+    construct(config, vision)
+    adapt(config, vision)
+    rows, _ = read_results(config.run.dir / "results.json")
+    assert {r["task"] for r in rows if r["method"] == "individual"} == set(config.tasks)
