@@ -64,7 +64,7 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], 
     of G. Adam moves α_i by −lr δ_i m̂ / (|δ_i| √v̂ + ε), hence the sum by −lr m̂ Σ_i δ_i² / (|δ_i| √v̂ + ε): one pair of
     moments serves all tasks.
     """
-    m, v, reach = (torch.zeros_like(shift) for _ in range(3))
+    m, v = torch.zeros_like(shift), torch.zeros_like(shift)
     steps = 0
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], 
         m.lerp_(gradient, 1 - BETA_1)
         v.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
         root = (v / (1 - BETA_2**steps)).sqrt_()
-        reach.zero_()
+        reach = torch.zeros_like(shift)  # not kept: a block can fill a machine, one tensor of it does not
         for size in sizes_S:
             reach.addcdiv_(size.square(), (size * root).add_(EPSILON))
         shift.addcmul_(m, reach, value=-lr / (1 - BETA_1**steps))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from common.adaptation import coefficients, own_weights
+from common.adaptation import coefficients, own_weights, step_when_ready
 from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
@@ -192,20 +192,16 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         theta_0 = blank(like)
         if config.start.method == PRETRAINED:
             start = own_weights(theta_0)
+            held += [moment for _ in range(2) for moment in blank(start.free).values()]  # of torch's Adam
         else:
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
-        held += [moment for _ in range(2) for moment in blank(start.free).values()]
-        for p in start.free.values():
-            p.requires_grad_().register_post_accumulate_grad_hook(forget)
+        for name, p in start.free.items():
+            step = (lambda: None) if config.start.method == PRETRAINED else start.stepper(name, p, settings.lr)
+            step_when_ready(p.requires_grad_(), step)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
         DISTANCES[settings.distance](block(start.build(start.free), x_ATD), y_ATD).backward()
     return ledger
-
-
-def forget(p: Tensor) -> None:
-    """Drop a gradient as soon as it is there, which is when the optimiser takes it."""
-    p.grad = None
 
 
 def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
