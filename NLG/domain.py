@@ -4,7 +4,6 @@ What is anchored is the MLP of each decoder layer, which sees one token at a tim
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from common.blocks import BlockFamily
-from common.checkpoints import opened, replacing, weight_files, write_text
+from common.checkpoints import copy_files, opened, weight_files, write_text
 from common.config import Model
 from common.errors import InputError
 from common.shards import publish_shards, stage_shards
@@ -131,14 +130,6 @@ def stored_dtype(path: Path) -> torch.dtype:
     """The type in which a checkpoint keeps its weights: that of its first tensor."""
     with opened(weight_files(path)[0]) as handle:
         return handle.get_tensor(next(iter(handle.keys()))).dtype
-
-
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the named files that exist."""
-    for name in names:
-        if (source / name).is_file():
-            with replacing(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
 
 
 def link_weights(folder: Path, place: Path) -> None:

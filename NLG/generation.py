@@ -16,6 +16,7 @@ from transformers import (
 
 from common.config import Model
 from common.errors import InputError
+from common.vocabulary import tokenizer_folder
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,12 +27,7 @@ def open_tokenizer(model: Model, task: str) -> PreTrainedTokenizerBase:
     A padding token of its own may be one that not every scored model knows. InputError if there is no tokenizer, or if
     it knows no end of text.
     """
-    folders = [model.path("expert", task), model.path("base")]
-    for folder in folders:
-        if any((folder / name).is_file() for name in VOCABULARIES):
-            break
-    else:
-        raise InputError(f"no tokenizer: neither {folders[0]} nor {folders[1]} holds one of {', '.join(VOCABULARIES)}")
+    folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, padding_side="left"
     )

@@ -18,7 +18,7 @@ from common.checkpoints import write_text
 from common.config import Config
 from common.errors import InputError
 from common.lora import LoraCheckpoint, is_adapter
-from common.records import load_records
+from common.records import first, load_records
 from NLG.answers import is_right_expression, is_right_number
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
@@ -183,7 +183,7 @@ def examples_of(data: str, test: str, limit: int | None = None) -> datasets.Data
     configs = [None] if (root.expanduser() / test).is_dir() else row.hub_configs
     parts = [load_records(root, test, row.hub, c, row.split, RULES[row.rule].columns) for c in configs]
     records = datasets.concatenate_datasets(parts)
-    return records.select(range(min(len(records), limit or len(records))))
+    return first(records, limit)
 
 
 def prompts_of(test: str, examples: Sequence[Example]) -> list[str]:

@@ -10,7 +10,6 @@ checkpoint lazily as it is. It helps to share the layers out among machines, and
 
 import argparse
 import re
-import shutil
 import sys
 from collections import defaultdict
 from contextlib import ExitStack
@@ -22,10 +21,10 @@ from common.checkpoints import (
     INDEX_FILE,
     PICKLED_INDEX,
     WEIGHT_FILES,
+    copy_files,
     fingerprint,
     indexed_files,
     read_header,
-    replacing,
     weight_files,
 )
 from common.errors import InputError
@@ -86,10 +85,8 @@ def copy_part(file: Path, tensors: dict[str, Stored], origin: dict) -> None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy configs and tokenizer; the indices of the source describe other files."""
-    for file in sorted(file for pattern in COMPANIONS for file in source.glob(pattern)):
-        if not file.name.endswith(".index.json"):
-            with replacing(out / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+    found = {file.name for pattern in COMPANIONS for file in source.glob(pattern)}
+    copy_files(source, out, sorted(name for name in found if not name.endswith(".index.json")))
 
 
 def main(arguments: list[str] | None = None) -> int:

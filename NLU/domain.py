@@ -4,7 +4,6 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,13 +25,14 @@ from transformers import (
 )
 
 from common.blocks import BlockFamily
-from common.checkpoints import INDEX_FILE, replacing, write_tensors, write_text
+from common.checkpoints import INDEX_FILE, copy_files, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
 from common.lora import is_adapter, open_checkpoint
 from common.metrics import METRICS, REGRESSION
-from common.records import load_records, validation_cut
+from common.records import load_scored
 from common.task_vectors import Params, require_same_shapes
+from common.vocabulary import tokenizer_folder
 
 NAME = "nlu"
 PERCENT = False  # tables print fractions
@@ -177,12 +177,7 @@ def read_head(model: Model, task: str) -> Params:
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
     """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
-    folders = [model.path("expert", task), model.path("base")]
-    for folder in folders:
-        if any((folder / name).is_file() for name in VOCABULARIES):
-            break
-    else:
-        raise InputError(f"no tokenizer: neither {folders[0]} nor {folders[1]} holds one of {', '.join(VOCABULARIES)}")
+    folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if len(tokenizer) > vocabulary:
         raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
@@ -193,11 +188,7 @@ def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> 
     """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
     row = TASKS[task]
     columns = (*row.text, "label")
-    cut = config.eval.split == "validation_cut"
-    split = row.train_split if cut else row.split
-    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, split, columns)
-    records = validation_cut(records) if cut else records
-    records = records.select(range(min(len(records), config.eval.limit or len(records))))
+    records = load_scored(config.eval, task, row, columns)
     *texts, labels = (list(records[column]) for column in columns)
     if row.labels > 1 and not set(labels) <= set(range(row.labels)):
         raise InputError(
@@ -248,10 +239,7 @@ def write_surroundings(architecture: PretrainedConfig, source: Path, folder: Pat
     """The config of a float32 checkpoint, and the tokenizer that lies in `source`."""
     architecture.dtype = "float32"
     write_text(folder / "config.json", architecture.to_json_string())
-    for file in (source / name for name in TOKENIZER_FILES):
-        if file.is_file():
-            with replacing(folder / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+    copy_files(source, folder, TOKENIZER_FILES)
 
 
 def call_layer(layer: nn.Module, x_ATD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from common.checkpoints import Checkpoint, write_tensors, write_text
 from common.config import Config, Model
 from common.errors import InputError
 from common.lora import open_checkpoint
-from common.records import load_records, validation_cut
+from common.records import load_scored
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -121,16 +121,13 @@ def metric(task: str) -> str:
 def labelled_images(config: Config, task: str) -> datasets.Dataset:
     """The test images of a task with columns image and label, from the local folder or the hub."""
     row = TASKS[task]
-    cut = config.eval.split == "validation_cut"
-    split = row.train_split if cut else row.split
-    records = load_records(Path(config.eval.data), task, row.hub, row.hub_config, split, ("image", "label"))
-    records = validation_cut(records) if cut else records
+    records = load_scored(config.eval, task, row, ("image", "label"))
     names = getattr(records.features["label"], "names", None)
     if names is not None and len(names) != len(row.classes):
         raise InputError(
             f"the data of task {task} has {len(names)} classes; TASKS in Vision/domain.py has {len(row.classes)}"
         )
-    return records.select(range(min(len(records), config.eval.limit or len(records))))
+    return records
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,14 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file that is either whole or not there."""
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that exist."""
+    for name in names:
+        if (source / name).is_file():
+            with replacing(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
 
 
 @contextmanager

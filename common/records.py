@@ -2,11 +2,35 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import numpy as np
 
+from common.config import Eval
 from common.errors import InputError
+
+
+class Sets(Protocol):
+    """Where the examples of a task are: what load_dataset takes, and the names of the splits."""
+
+    hub: str
+    hub_config: str | None
+    split: str
+    train_split: str
+
+
+def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> datasets.Dataset:
+    """What models are scored on: the test set of a task or the validation cut, as eval.split and eval.limit say."""
+    cut = options.split == "validation_cut"
+    split = row.train_split if cut else row.split
+    records = load_records(Path(options.data), task, row.hub, row.hub_config, split, columns)
+    return first(validation_cut(records) if cut else records, options.limit)
+
+
+def first(records: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """The first `limit` records; all if it is unset or larger."""
+    return records.select(range(min(len(records), limit or len(records))))
 
 
 def load_records(

@@ -1,6 +1,7 @@
 """Vocabularies that differ by some tokens: one policy for all tensors that have a row for every token."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from common.checkpoints import Checkpoint
 from common.errors import InputError
@@ -29,3 +30,11 @@ def row_counts(names: Sequence[str], base: Checkpoint, others: Iterable[Checkpoi
             "the mean of the others) or base (tokens that the base lacks are cut off)"
         )
     return {name: max(sizes.values()) if policy == "pad" else rows for name in names if name in base.shapes}
+
+
+def tokenizer_folder(expert: Path, base: Path, files: Sequence[str]) -> Path:
+    """The expert's folder, or else the base's, where one of a tokenizer's files is; InputError if in neither."""
+    for folder in (expert, base):
+        if any((folder / name).is_file() for name in files):
+            return folder
+    raise InputError(f"no tokenizer: neither {expert} nor {base} holds one of {', '.join(files)}")

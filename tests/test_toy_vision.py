@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.checkpoints import write_tensors
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 from toy import vision, vision_data  # noqa: E402
@@ -36,8 +38,8 @@ def test_a_finished_toy_is_kept(toy: Path, capsys: pytest.CaptureFixture) -> Non
 
 def test_unpacking_gives_the_same_bytes_each_time(toy: Path, tmp_path: Path) -> None:
     base, experts = vision.unpack(load_file(vision.WEIGHTS))
-    vision.save(base, tmp_path / "base")
-    vision.save(experts["shapes"], tmp_path / "expert")
+    write_tensors(tmp_path / "base", base)
+    write_tensors(tmp_path / "expert", experts["shapes"])
     assert (tmp_path / "base").read_bytes() == (toy / "checkpoints/zeroshot/open_clip_model.safetensors").read_bytes()
     assert (tmp_path / "expert").read_bytes() == (toy / "checkpoints/shapes/finetuned.safetensors").read_bytes()
 

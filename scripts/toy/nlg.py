@@ -4,9 +4,6 @@ Made once by `--train` and kept in half precision beside this file; without `--t
 It was chosen by three rows alone, as `--train` prints them: Base, Individual, and task arithmetic with 0.5.
 """
 
-import hashlib
-import json
-import os
 import string
 import tempfile
 import time
@@ -16,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from NLG.scoring import examples_of, judge
 
-from . import nlg_data
+from . import kept, nlg_data
+from .kept import Weights
 from .nlg_data import TESTS
 
 HERE = Path(__file__).parent
@@ -43,8 +40,6 @@ MODEL = {
 BATCH = 64
 SIZES = {"base": 192_000, "math": 56_000, "code": 25_600}  # texts, each read once
 LR = {"base": 2e-3, "math": 1e-3, "code": 1e-3}
-
-Weights = dict[str, Tensor]
 
 
 def load(weights: Weights) -> LlamaForCausalLM:
@@ -194,30 +189,15 @@ def write_data(out: Path) -> None:
         nlg_data.write_test(out / "data" / test, test)
 
 
-def save(weights: Weights, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({name: weights[name].contiguous() for name in sorted(weights)}, part, metadata={"format": "pt"})
-    os.replace(part, path)
-
-
-def fingerprint() -> str:
-    """Digest of everything a finished toy follows from."""
-    sources = [WEIGHTS, HERE / "nlg_data.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((MODEL, LETTERS)).encode()).hexdigest()
+def write(packed: Weights, out: Path) -> None:
+    """The checkpoints and test sets of a finished toy."""
+    base, experts = unpack(packed)
+    for name, weights in {"base": base, **experts}.items():
+        write_model(weights, out / "checkpoints" / name)
+    write_data(out)
 
 
 def make(out: Path, retrain: bool) -> None:
     """The toy in `out`; with `retrain` the weights beside this file are made anew first."""
-    if retrain:
-        save(train(), WEIGHTS)
-    seal = out / "toy.json"
-    made_from = json.dumps({"made_from": fingerprint()})
-    if seal.exists() and seal.read_text() == made_from:
-        print(f"kept    {out} (a finished NLG toy)")
-        return
-    base, experts = unpack(load_file(WEIGHTS))
-    for name, weights in {"base": base, **experts}.items():
-        write_model(weights, out / "checkpoints" / name)
-    write_data(out)
-    seal.write_text(made_from)
-    print(f"made    {out}: a small Llama, {len(experts)} experts, {len(TESTS)} test sets")
+    contents = f"a small Llama, {len(LR) - 1} experts, {len(TESTS)} test sets"
+    kept.make(out, WEIGHTS, train if retrain else None, write, settings=(MODEL, LETTERS), name="NLG", contents=contents)

@@ -4,10 +4,8 @@ Made once by `--train` and kept beside this file with its tokenizer and the manu
 file is unpacked. What is kept was accepted by three rows: pretrained, individual, and task arithmetic.
 """
 
-import hashlib
 import json
 import lzma
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -29,8 +26,9 @@ from transformers import (
 
 from common.metrics import METRICS
 
-from . import nlu_data
-from .nlu_base import MODEL, Weights, descend, encode, learn_words, new_tokenizer, optimiser, own, pretrain
+from . import kept, nlu_data
+from .kept import Weights
+from .nlu_base import MODEL, descend, encode, learn_words, new_tokenizer, optimiser, own, pretrain
 from .nlu_data import TASKS
 
 HERE = Path(__file__).parent
@@ -126,12 +124,6 @@ def unpack(packed: Weights) -> tuple[Weights, dict[str, Weights], dict]:
     return base, experts, json.loads(lzma.decompress(packed["texts"].numpy().tobytes()))
 
 
-def save(weights: Weights, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({name: weights[name].contiguous() for name in sorted(weights)}, part, metadata={"format": "pt"})
-    os.replace(part, path)
-
-
 # ---- acceptance ------------------------------------------------------------------------------------------------------
 
 
@@ -202,21 +194,7 @@ def write(packed: Weights, out: Path) -> None:
         nlu_data.write_splits(out / "data" / task, texts["prose"], task)
 
 
-def fingerprint() -> str:
-    """Digest of everything a finished toy follows from."""
-    sources = [KEPT, HERE / "nlu_data.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((MODEL, TASKS)).encode()).hexdigest()
-
-
 def make(out: Path, retrain: bool) -> None:
-    """The toy in `out`; with `retrain` the file beside this one is made anew first."""
-    if retrain:
-        save(train(), KEPT)
-    seal = out / "toy.json"
-    made_from = json.dumps({"made_from": fingerprint()})
-    if seal.exists() and seal.read_text() == made_from:
-        print(f"kept    {out} (a finished NLU toy)")
-        return
-    write(load_file(KEPT), out)
-    seal.write_text(made_from)
-    print(f"made    {out}: a small RoBERTa, {len(TASKS)} experts, {len(TASKS)} data sets")
+    """The toy in `out`; with `retrain` the file beside this file is made anew first."""
+    contents = f"a small RoBERTa, {len(TASKS)} experts, {len(TASKS)} data sets"
+    kept.make(out, KEPT, train if retrain else None, write, settings=(MODEL, TASKS), name="NLU", contents=contents)

@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
+from .kept import Weights
+
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 START, PAD, END, _, MASK = range(len(SPECIAL))
 VOCABULARY, LENGTH = 2000, 64
@@ -19,8 +21,6 @@ MODEL = {
     "initializer_range": 0.05,  # RoBERTa's 0.02 is for a width of 768; here attention would not get going
 }  # fmt: skip
 STEPS, TOKENS, LR = 4000, 2048, 1e-3  # pretraining; tokens of a batch
-
-Weights = dict[str, Tensor]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 Made once by `--train` and kept in half precision beside this file; without `--train` the kept weights are unpacked.
 """
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN as MEAN
 from open_clip.constants import OPENAI_DATASET_STD as STD
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import vision_data
+from common.checkpoints import write_tensors
+
+from . import kept, vision_data
+from .kept import Weights
 from .vision_data import SIZE, SPLITS, TASKS
 
 HERE = Path(__file__).parent
@@ -36,8 +36,6 @@ EMBEDDING = "token_embedding.weight"
 WORLD, EPOCHS, BATCH, PRETRAIN_LR = 72_000, 5, 256, 1e-3
 STEPS, LR = 1000, 3e-4  # fine-tuning, a task
 COEFFICIENTS = np.arange(1, 21) / 20  # task arithmetic's, for the acceptance rows
-
-Weights = dict[str, Tensor]
 
 
 def new_model() -> open_clip.CLIP:
@@ -168,13 +166,6 @@ def unpack(packed: Weights) -> tuple[Weights, dict[str, Weights]]:
     return base, {task: {name: base[name] + d for name, d in deltas.items()} for task, deltas in parts.items()}
 
 
-def save(weights: Weights, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: weights[name].contiguous() for name in sorted(weights)}, part, metadata={"format": "pt"})
-    os.replace(part, path)
-
-
 # ---- acceptance ------------------------------------------------------------------------------------------------------
 
 
@@ -227,30 +218,17 @@ def write(packed: Weights, out: Path) -> None:
     """The checkpoints and data of a finished toy."""
     base, experts = unpack(packed)
     folder = out / "checkpoints"
-    save(base, folder / "zeroshot" / "open_clip_model.safetensors")
+    write_tensors(folder / "zeroshot" / "open_clip_model.safetensors", base)
     config = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
     (folder / "zeroshot" / "open_clip_config.json").write_text(config + "\n")
     for task, expert in experts.items():
-        save(expert, folder / task / "finetuned.safetensors")
+        write_tensors(folder / task / "finetuned.safetensors", expert)
         for split in SPLITS:
             vision_data.write_split(out / "data" / task, task, split)
 
 
-def fingerprint() -> str:
-    """Digest of everything a finished toy follows from."""
-    sources = [WEIGHTS, HERE / "vision_data.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((MODEL, TASKS)).encode()).hexdigest()
-
-
 def make(out: Path, retrain: bool) -> None:
     """The toy in `out`; with `retrain` the weights beside this file are made anew first."""
-    if retrain:
-        save(train(), WEIGHTS)
-    seal = out / "toy.json"
-    made_from = json.dumps({"made_from": fingerprint()})
-    if seal.exists() and seal.read_text() == made_from:
-        print(f"kept    {out} (a finished vision toy)")
-        return
-    write(load_file(WEIGHTS), out)
-    seal.write_text(made_from)
-    print(f"made    {out}: a tiny CLIP, {len(TASKS)} experts, {len(TASKS)} data sets")
+    contents = f"a tiny CLIP, {len(TASKS)} experts, {len(TASKS)} data sets"
+    settings = MODEL, TASKS
+    kept.make(out, WEIGHTS, train if retrain else None, write, settings=settings, name="vision", contents=contents)
