@@ -123,7 +123,9 @@ def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[
             raise InputError(
                 f"{name}: the merged weights reach {tensor.abs().max():.3g}, too much for model.dtype {dtype}"
             )
+        del tensor
         yield name, stored
+        del stored  # before the next is made
 
 
 def stored_dtype(path: Path) -> torch.dtype:

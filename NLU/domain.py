@@ -4,7 +4,7 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,9 @@ from common.config import Config, Model
 from common.errors import InputError
 from common.lora import is_adapter, open_checkpoint
 from common.metrics import METRICS, REGRESSION
-from common.records import load_scored
+from common.probes import Probe, probe_of
+from common.records import Sample, load_sample, load_scored
+from common.shards import write_stream
 from common.task_vectors import Params, require_same_shapes
 from common.vocabulary import tokenizer_folder
 
@@ -196,13 +198,33 @@ def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> 
         )
 
     def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
-        *texts, labels = map(list, zip(*examples, strict=True))
-        length = min(MAX_LENGTH, tokenizer.model_max_length)
-        tokens = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        return tokens, torch.tensor(labels)
+        *texts, labels = zip(*examples, strict=True)
+        return encoded(tokenizer, texts), torch.tensor(labels)
 
     examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
     return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> BatchEncoding:
+    """The tokens of a batch, padded to its longest: texts has all first sentences, and all second ones of pairs."""
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    return tokenizer(*map(list, texts), truncation=True, max_length=length, padding=True, return_tensors="pt")
+
+
+def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Probe:
+    """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
+    classifier = open_classifier(config.model, config.tests[task]).to(device)
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    tokenizer = open_tokenizer(config.model, config.tests[task], vocabulary)
+    records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
+    examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
+    if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
+        examples.sort(key=lambda texts: sum(map(len, texts)))
+    batches = torch.utils.data.DataLoader(
+        examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
+    )
+    family, prefix = FAMILIES[family_of(config.model)], f"{classifier.base_model_prefix}."
+    return probe_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
 
 
 def check_export(model: Model) -> None:
@@ -220,9 +242,9 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
 
     A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
     """
-    base, merged = architecture(model, model.path("base")), dict(tensors)
+    base = architecture(model, model.path("base"))
     base.architectures = [type(skeleton(model)).__name__]
-    write_tensors(folder / "model.safetensors", merged)
+    merged = write_stream(folder / "model.safetensors", tensors)
     write_surroundings(base, model.path("base"), folder)
     for task in model.heads:
         own, encoder = read_head(model, task), folder / "heads" / task / "encoder.safetensors"

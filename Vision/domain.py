@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.blocks import BlockFamily
-from common.checkpoints import Checkpoint, write_tensors, write_text
+from common.checkpoints import Checkpoint, write_text
 from common.config import Config, Model
 from common.errors import InputError
 from common.lora import open_checkpoint
-from common.records import load_scored
+from common.probes import Probe, probe_of
+from common.records import Sample, load_sample, load_scored
+from common.shards import write_stream
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -135,16 +138,14 @@ def score(
     config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
 ) -> dict[str, tuple[float, int]]:
     """Top-1 accuracy in [0, 1] and number of test images, for several models in one pass over the images."""
-    clip = skeleton(config.model, "cpu")
-    preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    pixels = preprocessing(config.model)
     head = zero_shot_head(config.model, task).to(device)
     towers = {name: image_tower(config.model, path).to(device) for name, path in checkpoints.items()}
     correct = dict.fromkeys(towers, 0)
     records = labelled_images(config, task)
 
     def collate(rows: list[dict]) -> tuple[Tensor, Tensor]:
-        images = torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])
-        return images, torch.tensor([row["label"] for row in rows])
+        return pixels(rows), torch.tensor([row["label"] for row in rows])
 
     loader = torch.utils.data.DataLoader(
         records, config.eval.batch_size, collate_fn=collate, num_workers=config.eval.workers
@@ -152,9 +153,41 @@ def score(
     for images, labels in tqdm(loader, desc=f"score {task}", leave=False):
         images, labels = images.to(device), labels.to(device)
         for name, tower in towers.items():
-            logits = F.normalize(tower(images), dim=-1) @ head.T
+            logits = classified(tower(images), head)
             correct[name] += int((logits.argmax(-1) == labels).sum())
     return {name: (hits / len(records), len(records)) for name, hits in correct.items()}
+
+
+def preprocessing(model: Model) -> Callable[[list[dict]], Tensor]:
+    """From records with an image each to what the image tower sees of them."""
+    preprocess = image_transform_v2(PreprocessCfg(**skeleton(model).visual.preprocess_cfg), is_train=False)
+    return lambda rows: torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])
+
+
+def classified(features: Tensor, head: Tensor) -> Tensor:
+    """The logits of image features under a zero-shot head."""
+    return F.normalize(features, dim=-1) @ head.T
+
+
+class Classifier(nn.Module):
+    """An image tower without weights under a task's head; its tensors have the names of the checkpoint."""
+
+    def __init__(self, visual: nn.Module, head: Tensor):
+        super().__init__()
+        self.visual, self.head = visual, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return classified(self.visual(images), self.head)
+
+
+def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Probe:
+    """The images of a task and its classifier, for merge methods that use data."""
+    records, pixels = load_sample(config.eval, task, TASKS[task], ("image",), sample), preprocessing(config.model)
+    classifier = Classifier(deepcopy(skeleton(config.model).visual), zero_shot_head(config.model, task).to(device))
+    batches = torch.utils.data.DataLoader(
+        records, sample.batch, collate_fn=lambda rows: {"images": pixels(rows)}, num_workers=config.eval.workers
+    )
+    return probe_of(classifier, FAMILIES["open_clip"], batches, len(records), device)
 
 
 def image_tower(model: Model, path: Path) -> nn.Module:
@@ -172,12 +205,11 @@ def check_export(model: Model) -> None:
 
 def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
-    text = text_checkpoint(model)
-    names = skeleton(model).state_dict()
-    whole = {name: tensor for name, tensor in tensors if name in names}
-    whole |= text.read(n for n in names if not n.startswith(IMAGE_TOWER))
+    names, text = skeleton(model).state_dict(), text_checkpoint(model)
+    image = filter(lambda named: named[0] in names, tensors)
+    rest = ((name, text.read([name])[name]) for name in names if not name.startswith(IMAGE_TOWER))
     write_text(folder / "open_clip_config.json", json.dumps(open_clip_config(model), indent=2) + "\n")
-    write_tensors(folder / "open_clip_model.safetensors", {n: whole[n] for n in names})
+    write_stream(folder / "open_clip_model.safetensors", chain(image, rest), names)
 
 
 def open_clip_config(model: Model) -> dict:

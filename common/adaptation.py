@@ -1,20 +1,21 @@
 """Box 2 of the paper, one unit of it: fit one merged block to what every expert answers on its own anchors."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from common.errors import InputError
 from common.matching import DISTANCES, Block
-from common.merging.regmean import regression_mean
+from common.merging.regmean import input_grams, regression_mean
 from common.task_vectors import Params
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
+MUON_RMS = 0.2  # of a step of torch's Muon at learning rate 1, as it matches AdamW
 RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
@@ -22,19 +23,56 @@ RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of
 class Trainable:
     """A block's parameters as a function of what is trained, and how that is trained.
 
-    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p, lr) gives the
-    function that moves the tensor p = free[name] by its gradient.
+    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p, lr, steps)
+    gives the function that moves the tensor p = free[name] by its gradient, in each of so many steps.
     """
 
     free: Params
     build: Callable[[Params], Params]
-    stepper: Callable[[str, Tensor, float], Callable[[], Any]]
+    stepper: Callable[[str, Tensor, float, int], Callable[[], Any]]
 
 
 def own_weights(theta: Params) -> Trainable:
     """The weights themselves are trained, from `theta` on (paper Eq. 5), with Adam."""
     free = {name: p.clone() for name, p in theta.items()}
-    return Trainable(free, dict, lambda name, p, lr: torch.optim.Adam([p], lr=lr, fused=True).step)
+    return Trainable(free, dict, lambda name, p, lr, steps: torch.optim.Adam([p], lr=lr, fused=True).step)
+
+
+def relative_weights(theta: Params, sizes: Mapping[str, float]) -> Trainable:
+    """The weights themselves are trained, from `theta` on, in steps of lr times their sizes; see `relative_steps`."""
+    free = {name: p.clone() for name, p in theta.items()}
+    return Trainable(free, dict, lambda name, p, lr, steps: relative_steps(p, lr * sizes[name], steps))
+
+
+def relative_steps(p: Tensor, size: float, steps: int) -> Callable[[], None]:
+    """Steps whose root mean square is `size` a weight at first and 0 after the last: Muon for a matrix, else Adam.
+
+    With the size of task vectors as the measure one learning rate serves all models: Muon's 0.4 in 20 epochs came below
+    the loss of 100 epochs of the paper's Adam on blocks of a CLIP, a RoBERTa and a BERT of different size.
+    """
+    if size == 0:  # no expert moved it
+        return lambda: None
+    if p.ndim == 2:
+        rate = size / MUON_RMS
+        optimizer = torch.optim.Muon([p], lr=rate, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    else:
+        optimizer = torch.optim.Adam([p], lr=size, betas=(0.9, 0.99))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
+
+    def step() -> None:
+        optimizer.step()
+        scheduler.step()
+
+    return step
+
+
+def mean_size(taus: Iterable[Params]) -> dict[str, float]:
+    """For every tensor the root mean square of its weights in the task vectors; one of these is held at a time."""
+    squares: dict[str, list[float]] = {}
+    for tau in taus:
+        for name, t in tau.items():
+            squares.setdefault(name, []).append(t.square().mean().item())
+    return {name: math.sqrt(sum(each) / len(each)) for name, each in squares.items()}
 
 
 def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[float]) -> Trainable:
@@ -54,7 +92,7 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
         return {name: start[name] + shift[name] for name in start}
 
     free = {name: torch.zeros_like(p) for name, p in theta_0.items()}
-    return Trainable(free, build, lambda name, p, lr: coefficient_adam(p, sizes[name], lr))
+    return Trainable(free, build, lambda name, p, lr, steps: coefficient_adam(p, sizes[name], lr))
 
 
 def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], None]:
@@ -105,36 +143,6 @@ def warmed(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tenso
     return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
 
 
-def input_grams(block: Block, theta: Params, x_ATD: Tensor) -> dict[str, Tensor]:
-    """XᵀX (D, D) of the inputs X, one row a token, of every linear map x Wᵀ of the block, by the name of W."""
-    # A matrix that needs no gradient is not always multiplied as one.
-    leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
-    with _LinearInputs(leaves) as seen:
-        block(leaves, x_ATD)
-    return seen.grams
-
-
-class _LinearInputs(TorchDispatchMode):
-    """Sums XᵀX over all products X Wᵀ that are taken while it is on, W being one of the given matrices.
-
-    Below all modules and functional forms, so that the fused projections of nn.MultiheadAttention are seen as well.
-    """
-
-    def __init__(self, theta: Params):
-        super().__init__()
-        self.names = {p.data_ptr(): name for name, p in theta.items() if p.ndim == 2}
-        self.shapes = {name: p.shape for name, p in theta.items()}
-        self.grams: dict[str, Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            x, transposed = args[-2:]
-            name = self.names.get(transposed.data_ptr())
-            if name and transposed.T.shape == self.shapes[name] and transposed.T.is_contiguous():
-                self.grams[name] = self.grams.get(name, 0) + x.T @ x
-        return func(*args, **(kwargs or {}))
-
-
 def fit_block(
     block: Block,
     start: Trainable,
@@ -148,7 +156,7 @@ def fit_block(
     generator: torch.Generator,
     progress: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> tuple[Params, list[float]]:
-    """Train `start` with Adam so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
+    """Train `start` so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
 
     Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller.
     Returns: the parameters, detached, and the mean loss per anchor in each epoch.
@@ -158,7 +166,8 @@ def fit_block(
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
     free = {name: p.detach().requires_grad_() for name, p in start.free.items()}
-    hooks = [step_when_ready(p, start.stepper(name, p, lr)) for name, p in free.items()]
+    steps = epochs * -(-anchors // batch_size)
+    hooks = [step_when_ready(p, start.stepper(name, p, lr, steps)) for name, p in free.items()]
     trace = []
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)

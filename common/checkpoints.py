@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import InputError
-from common.task_vectors import Params
+from common.task_vectors import Params, is_finite
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PAGE = 4096
+PIECE = 8 * 2**20  # weights
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
 
@@ -60,20 +62,15 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
-        by_file: dict[Path, list[tuple[str, str]]] = {}
+        tensors = {}
         for name in names:
             if name not in self._stored:
                 raise InputError(f"{self.path} lacks the tensor {name}")
             file, stored = self._stored[name]
-            by_file.setdefault(file, []).append((name, stored))
-        tensors = {}
-        for file, wanted in by_file.items():
-            with opened(file) as handle:
-                for name, stored in wanted:
-                    tensor = handle.get_tensor(stored).to(torch.float32, copy=True)
-                    tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
-                    if not tensors[name].isfinite().all():
-                        raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
+            tensor = read_tensor(file, stored)
+            tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
+            if not is_finite(tensors[name]):
+                raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
         return tensors
 
     def read_under(self, prefix: str) -> Params:
@@ -83,6 +80,19 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Identifies the contents without reading all of it; see `fingerprint`."""
         return digest([[file.name, fingerprint(file)] for file in sorted({file for file, _ in self._stored.values()})])
+
+
+def read_tensor(file: Path, stored: str) -> Tensor:
+    """A tensor of a file in float32. Of a large one a piece at a time is mapped: what is mapped is memory in use."""
+    with opened(file) as handle:
+        shape = handle.get_slice(stored).get_shape()
+        if math.prod(shape) <= PIECE:
+            return handle.get_tensor(stored).to(torch.float32, copy=True)
+    tensor, rows = torch.empty(shape), max(1, PIECE * shape[0] // math.prod(shape))
+    for begin in range(0, shape[0], rows):
+        with opened(file) as handle:
+            tensor[begin : begin + rows] = handle.get_slice(stored)[begin : begin + rows]
+    return tensor
 
 
 def with_rows(matrix: Tensor, rows: int) -> Tensor:

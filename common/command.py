@@ -1,11 +1,16 @@
 """From the command line to a stage: parse, then describe or run; say in one sentence what is wrong."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from importlib import import_module
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
-from common.config import Config, parse
+from jsonargparse import ArgumentParser
+
+from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.errors import InputError
 from common.experiment import Domain
 from common.plan import describe
@@ -13,8 +18,12 @@ from common.plan import describe
 FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}
 
 
-def run(stage: Callable[[Config, Domain], Any], description: str | None) -> None:
-    """Run one stage for the config on the command line, in the domain it names; with --dry-run say what it would do.
+def run(
+    stage: Callable[[Config, Domain], Any],
+    description: str | None,
+    plan: Callable[[Config, Domain], str] = describe,
+) -> None:
+    """Run one stage for the config on the command line, in the domain it names; with --dry-run print its plan.
 
     Ends the process with status 2 on an InputError, and with 130 when interrupted.
     """
@@ -23,7 +32,7 @@ def run(stage: Callable[[Config, Domain], Any], description: str | None) -> None
         # By name: nothing in common depends on a domain.
         domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         if config.dry_run:
-            print(describe(config, domain))
+            print(plan(config, domain))
         else:
             stage(config, domain)
     except InputError as error:
@@ -32,3 +41,53 @@ def run(stage: Callable[[Config, Domain], Any], description: str | None) -> None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(description: str, argv: list[str] | None = None) -> Config:
+    """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
+    parser = ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
+    parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
+    parser.add_class_arguments(Model, "model")
+    parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
+    for section in (Anchors, Start, Adapt, Eval, Compare, Run):
+        parser.add_class_arguments(section, section.__name__.lower())
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
+    )
+    argv = files_first(sys.argv[1:] if argv is None else argv)
+    parsed = parser.instantiate(parser.parse_args(argv))
+    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
+    return replace(config, adapt=prefer_typed(config.adapt, typed))
+
+
+def files_first(argv: list[str]) -> list[str]:
+    """The command line with its YAML files in front, so that what is typed overrides them; the last is the file of
+    configs/presets/ that --preset names."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--preset")
+    named, others = files.parse_known_args(argv)
+    presets = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
+    if named.preset is not None and named.preset not in presets:
+        raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
+    chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
+    return [f"--config={file}" for file in chosen] + others
+
+
+def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
+    """Check `by_start` and drop from it the fields given on the command line, which come first."""
+    known = {f.name for f in fields(Adapt)} - {"by_start"}
+    for start, changes in adapt.by_start.items():
+        for key in changes:
+            if key not in known:
+                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
+    return replace(
+        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
+    )

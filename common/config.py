@@ -1,14 +1,8 @@
 """What an experiment can choose. One YAML serves both stages; the command line overrides it field by field."""
 
-import argparse
-import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from jsonargparse import ArgumentParser
-
-from common.errors import InputError
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
 
@@ -74,6 +68,8 @@ class Anchors:
         steps: Its steps.
         stop_loss: End a unit when its mean matching loss is this or less; looked at every 20 steps. Unset: never.
         patience: End a unit after so many steps without getting 1 % better. Unset: never.
+        together: Optimise the tasks of a block in one go, which small blocks on a GPU gain from: eager, or compiled by
+            that backend of torch.compile. In memory are all tasks; the result is the same to rounding.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
         position_embeddings: Add the first rows of the expert's position embeddings to what a block sees of an anchor.
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
@@ -92,6 +88,7 @@ class Anchors:
     steps: int = 1200
     stop_loss: float | None = None
     patience: int | None = None
+    together: Literal["no", "eager", "inductor", "cudagraphs"] = "no"
     skip_null_gradients: bool = True
     position_embeddings: bool = False
     source: str = ""
@@ -123,10 +120,12 @@ class Adapt:
 
     Args:
         rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
-        per_task: From ta: a coefficient for each weight of each task vector (paper Eq. 6). False: for each weight of
-            their sum, as from any other start.
+        per_task: From ta with adam: a coefficient for each weight of each task vector (paper Eq. 6). False: for each
+            weight of their sum, as from any other start.
         distance: Between the merged block's outputs and the expert's.
-        lr: Learning rate of Adam: on the weights (start pretrained) or on one coefficient a weight (others).
+        optimizer: adam trains the weights (start pretrained) or one coefficient a weight (others), as in the paper.
+            muon trains the weights from every start, needs a fifth of the epochs, and slows down linearly.
+        lr: Learning rate. Of muon: the first step, in root mean squares of the task vectors; 0.4 serves all models.
         epochs: Passes over the anchors of all tasks.
         batch_size: Anchors per step.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
@@ -138,6 +137,7 @@ class Adapt:
     rest: Literal["pretrained", "start"] = "pretrained"
     per_task: bool = True
     distance: Literal["cos", "mse", "l1"] = "cos"
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 1e-2
     epochs: int = 100
     batch_size: int = 128
@@ -186,10 +186,16 @@ class Compare:
     Args:
         starts: Starts of the adaptation, keys as start.method takes them.
         inits: Initialisations of the anchors.
+        seeds: Each is a complete run of its own in seed_<s> of the run's folder, with run.seed s; merges that draw at
+            random take it too, unless start.hyper sets theirs. The tables give mean ± deviation. Empty: run.seed alone.
+        search: Hyperparameters of starts to be chosen on the validation cut, as in {ta: {scale: [0.1, 0.2, 0.3]}};
+            several lists are a grid. The choice comes before start.hyper, and is written to search.json.
     """
 
     starts: list[str] = field(default_factory=lambda: ["pretrained", "ta", "tsv", "wudi"])
     inits: list[Literal["weight", "gauss"]] = field(default_factory=lambda: ["weight", "gauss"])
+    seeds: list[int] = field(default_factory=list)
+    search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,55 +247,15 @@ class Config:
         """Every test set, and the task whose expert it asks."""
         return {test: task for task in self.tasks for test in self.eval.tests.get(task, [task])}
 
-
-def parse(description: str, argv: list[str] | None = None) -> Config:
-    """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
-    parser = ArgumentParser(
-        prog=Path(sys.argv[0]).name,
-        usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
-        description=description,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
-    parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
-    parser.add_class_arguments(Model, "model")
-    parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
-    for section in (Anchors, Start, Adapt, Eval, Compare, Run):
-        parser.add_class_arguments(section, section.__name__.lower())
-    parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
-    )
-    argv = files_first(sys.argv[1:] if argv is None else argv)
-    parsed = parser.instantiate(parser.parse_args(argv))
-    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
-    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
-    return replace(config, adapt=prefer_typed(config.adapt, typed))
-
-
-def files_first(argv: list[str]) -> list[str]:
-    """The command line with its YAML files in front, so that what is typed overrides them; the last is the file of
-    configs/presets/ that --preset names."""
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", action="append", default=[])
-    files.add_argument("--preset")
-    named, others = files.parse_known_args(argv)
-    presets = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
-    if named.preset is not None and named.preset not in presets:
-        raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
-    chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
-    return [f"--config={file}" for file in chosen] + others
-
-
-def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
-    """Check `by_start` and drop from it the fields given on the command line, which come first."""
-    known = {f.name for f in fields(Adapt)} - {"by_start"}
-    for start, changes in adapt.by_start.items():
-        for key in changes:
-            if key not in known:
-                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
-    return replace(
-        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
-    )
+    def at_start(self, method: str) -> "Config":
+        """The same from one of compare.starts alone; start.checkpoint is that of start.method only."""
+        checkpoint = self.start.checkpoint if method == self.start.method else ""
+        return replace(
+            self,
+            start=replace(self.start, method=method, checkpoint=checkpoint),
+            adapt=replace(self.adapt, by_start={s: c for s, c in self.adapt.by_start.items() if s == method}),
+            compare=replace(self.compare, starts=[method]),
+        )
 
 
 def as_dict(config: Any) -> dict[str, Any]:

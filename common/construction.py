@@ -1,17 +1,19 @@
 """Box 1 of the paper, one unit of it: optimise the anchors of one block for one task."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.batching import together
 from common.blocks import moved
 from common.matching import Block, matching_gradient, matching_value
 from common.runtime import in_precision
-from common.task_vectors import Params, subtract
+from common.task_vectors import Params
 
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
 OPTIMIZERS = {
@@ -36,41 +38,137 @@ class OptimisedAnchors:
     losses: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One block for one task: the expert's θ_t, the tensors to match and their directions τ, the first x (A, T, D), and
+    what the block sees added to x: (T, D), or 0."""
+
+    theta_t: Params
+    tau: Params
+    x_init: Tensor
+    offset: Tensor | float = 0.0
+
+    def without_rest(self) -> "Unit":
+        """The same with none but the tensors that moved in τ."""
+        return replace(self, tau=moved(self.tau))
+
+    def ask(self, measure: Callable[..., Any], block: Block, theta_0: Params, x_ATD: Tensor, **how: Any) -> Any:
+        """What a function of `matching` says of this unit at x."""
+        return measure(block, theta_0, self.theta_t, self.tau, x_ATD + self.offset, **how)
+
+
+Search = Generator[Tensor, tuple[Tensor, Tensor], OptimisedAnchors]
+"""Yields anchors x, and is sent what was measured there: the matching loss (P,) and its gradient (A, T, D)."""
+
+
 def optimise_anchors(
     block: Block,
     theta_0: Params,
-    theta_t: Params,
-    x_init: Tensor,
+    unit: Unit,
     *,
-    tau: Params | None = None,
+    distance: str = "cos",
+    chunk: int | None = None,
+    precision: str = "float32",
+    **how: Any,
+) -> OptimisedAnchors:
+    """Minimise the sum of the matching losses over the anchors x (paper Eq. 1, Algorithm 1 box 1) by `search`.
+
+    Gradients are taken with respect to x alone, full batch, `chunk` anchors in memory at a time. Tensors that did not
+    move are left out.
+    Raises: FloatingPointError at the first step whose loss is not finite.
+    """
+    unit, settings = unit.without_rest(), {"distance": distance, "chunk": chunk}
+
+    def measure(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        with in_precision(block, precision, xs[0].device) as lowered:
+            return [unit.ask(matching_gradient, lowered, theta_0, x, **settings) for x in xs]
+
+    value = partial(unit.ask, matching_value, block, theta_0, **settings)
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        return in_step([search(unit, None if precision == "float32" else value, **how)], measure)[0]
+
+
+def optimise_together(
+    block: Block,
+    theta_0: Params,
+    units: Sequence[Unit],
+    *,
+    distance: str = "cos",
+    precision: str = "float32",
+    compiler: str = "eager",
+    **how: Any,
+) -> list[OptimisedAnchors]:
+    """`optimise_anchors` of several tasks of one block, measured in one go (see `batching`): the same to rounding.
+
+    In memory are the anchors, θ_t and τ of all. Experts that moved unlike sets of tensors are not mixed.
+    """
+    units = [unit.without_rest() for unit in units]
+    found: dict[int, OptimisedAnchors] = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        for names in dict.fromkeys(tuple(unit.tau) for unit in units):
+            alike = {i: unit for i, unit in enumerate(units) if tuple(unit.tau) == names}
+            values = [partial(unit.ask, matching_value, block, theta_0, distance=distance) for unit in alike.values()]
+            searches = [
+                search(unit, None if precision == "float32" else value, **how)
+                for unit, value in zip(alike.values(), values, strict=True)
+            ]
+            measure = together(
+                block,
+                theta_0,
+                [(unit.theta_t, unit.tau, unit.offset) for unit in alike.values()],
+                distance=distance,
+                precision=precision,
+                compiler=compiler,
+            )
+            found |= zip(alike, in_step(searches, measure), strict=True)
+    return [found[i] for i in range(len(units))]
+
+
+def in_step(
+    searches: Sequence[Search], measure: Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor]]]
+) -> list[OptimisedAnchors]:
+    """Run searches side by side to their ends. `measure` takes the anchors of all; those at their end rest."""
+    found: dict[int, OptimisedAnchors] = {}
+    xs: dict[int, Tensor] = {}
+    measured: Sequence[Any] = [None] * len(searches)  # the first thing sent to a generator
+    while len(found) < len(searches):
+        for i, one in enumerate(searches):
+            if i not in found:
+                try:
+                    xs[i] = one.send(measured[i])
+                except StopIteration as end:
+                    found[i] = end.value
+        if len(found) < len(searches):
+            measured = measure([xs[i] for i in range(len(searches))])
+    return [found[i] for i in range(len(searches))]
+
+
+def search(
+    unit: Unit,
+    value: Callable[[Tensor], Tensor] | None,
+    *,
     steps: int,
     lr: float,
     optimizer: str = "adamw",
     schedule: str = "constant",
-    distance: str = "cos",
-    chunk: int | None = None,
-    precision: str = "float32",
     stop_loss: float | None = None,
     patience: int | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> OptimisedAnchors:
-    """Minimise the sum of the matching losses over the anchors x (paper Eq. 1, Algorithm 1 box 1).
+) -> Search:
+    """The optimisation of one unit, which leaves it to the caller to measure loss and gradient.
 
-    Gradients are taken with respect to x alone, full batch, `chunk` anchors in memory at a time. `tau` names the
-    tensors to match and their directions (default θ_t − θ₀); tensors that did not move are left out. A task vector that
-    is zero throughout leaves x as it is.
-    Every CHECK_EVERY steps and at the last is a look: `progress` is told step and mean loss, and the work ends where
+    Every CHECK_EVERY steps and at the last is a look: `progress` is told step and mean loss, and the search ends where
     that is at most `stop_loss`, or was last 1 % better than all before it `patience` or more steps ago.
-    In float32 the best x of all steps is kept. In a lower `precision` every look computes the loss anew in float32, and
-    the best x of the looks is kept: a linear schedule nearly always makes that the last.
+    The best x of all steps is kept. Where gradients are of a lower precision, `value` gives the loss (P,) in float32;
+    then every look asks it, and the best x of the looks is kept: a linear schedule nearly always makes that the last.
+    A task vector that is zero throughout leaves x as it is.
 
     Deviation: the anchors after the last step are scored too; the released code never looks at them.
-    Raises: FloatingPointError at the first step whose loss is not finite.
     """
-    tau = moved(subtract(theta_t, theta_0) if tau is None else tau)
+    x_init, tau = unit.x_init, unit.tau
     if not tau:
         return OptimisedAnchors(x_init, [], 0, {})
-    setting, how = (theta_0, theta_t, tau), {"distance": distance, "chunk": chunk}
     rows = x_init.detach().flatten(0, 1).clone().requires_grad_()
     stepper = OPTIMIZERS[optimizer]([rows], lr=lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: SCHEDULES[schedule](step / max(1, steps)))
@@ -78,29 +176,26 @@ def optimise_anchors(
     best_x, best_step = x_init, torch.zeros((), dtype=torch.long, device=x_init.device)
     losses, is_enough = [], stopping_rule(stop_loss, patience)
 
-    # The fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
-        for step in range(steps + 1):
-            x, look = rows.view_as(x_init), step % CHECK_EVERY == 0 or step == steps
-            with in_precision(block, precision, x.device) as lowered:
-                loss_P, gradient = matching_gradient(lowered, *setting, x, **how)
-            losses.append(loss_P.mean())
-            if precision != "float32" and look:
-                loss_P = matching_value(block, *setting, x, **how)
-            if precision == "float32" or look:
-                with torch.no_grad():
-                    better = loss_P.sum() < best_P.sum()
-                    best_x, best_P = torch.where(better, x, best_x), torch.where(better, loss_P, best_P)
-                    best_step = torch.where(better, step, best_step)
-            if look:
-                check_finite(losses)
-                seen = loss_P.mean().item()
-                progress(step, seen)
-                if is_enough(step, seen) or step == steps:
-                    break
-            rows.grad = gradient.flatten(0, 1)
-            stepper.step()
-            scheduler.step()
+    for step in range(steps + 1):
+        x, look = rows.view_as(x_init), step % CHECK_EVERY == 0 or step == steps
+        loss_P, gradient_ATD = yield x
+        losses.append(loss_P.mean())
+        if value and look:
+            loss_P = value(x)
+        if look or not value:
+            with torch.no_grad():
+                better = loss_P.sum() < best_P.sum()
+                best_x, best_P = torch.where(better, x, best_x), torch.where(better, loss_P, best_P)
+                best_step = torch.where(better, step, best_step)
+        if look:
+            check_finite(losses)
+            seen = loss_P.mean().item()
+            progress(step, seen)
+            if is_enough(step, seen) or step == steps:
+                break
+        rows.grad = gradient_ATD.flatten(0, 1)
+        stepper.step()
+        scheduler.step()
 
     trace = torch.stack(losses).tolist()
     return OptimisedAnchors(best_x, trace, int(best_step), dict(zip(tau, best_P.tolist(), strict=True)))

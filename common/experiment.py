@@ -16,7 +16,9 @@ from common.config import Config, Model, as_dict
 from common.errors import InputError
 from common.lora import open_checkpoint
 from common.matching import Block
-from common.merging import METHODS, check_hyper, hyperparameters
+from common.merging import METHODS, WITH_DATA, check_hyper, hyperparameters
+from common.probes import Probe
+from common.records import Sample
 from common.runtime import prepare
 from common.task_vectors import Params, require_same_shapes, subtract
 from common.vocabulary import row_counts
@@ -40,6 +42,14 @@ class Domain(Protocol):
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, tuple[float, int]]: ...
+
+
+class ProbedDomain(Domain, Protocol):
+    """What a domain offers where merge methods can have inputs of its tasks: those of a test set's, and the model under
+    the head that `score` puts on it.
+    """
+
+    def probe(self, config: Config, task: str, sample: Sample, device: torch.device) -> Probe: ...
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,17 @@ class Experiment:
         prefix = self.family.prefix(index)
         return {n.removeprefix(prefix): p for n, p in self.read(checkpoint, checkpoint.names(prefix)).items()}
 
-    def units(self) -> Iterator[tuple[int, str, Params, Params]]:
-        """For every block, for every task: both, θ₀ and θ_t of the block, on the device. Each weight is read once."""
+    def units(self) -> Iterator[tuple[int, Params, dict[str, Params]]]:
+        """For every block, for every task: block, θ₀, {task: θ_t}, on the device; with anchors.together for every block
+        the θ_t of all tasks. Each weight is read once.
+        """
         for index in self.blocks:
             theta_0 = self.read_block(self.base, index)
-            for task, expert in self.experts.items():
-                yield index, task, theta_0, self.read_block(expert, index)
+            thetas = ((task, self.read_block(expert, index)) for task, expert in self.experts.items())
+            if self.config.anchors.together != "no":
+                yield index, theta_0, dict(thetas)
+            else:
+                yield from ((index, theta_0, {task: theta_t}) for task, theta_t in thetas)
 
     def rest_names(self) -> list[str]:
         """Names of the merged tensors that lie outside the anchored blocks."""
@@ -211,6 +226,15 @@ def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: i
         raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")
 
 
+def check_data(config: Config, domain: Domain, method: str) -> None:
+    """InputError if a merge method that uses inputs of the tasks cannot have any."""
+    if not hasattr(domain, "probe"):
+        raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
+    for task in config.tasks:
+        if task not in config.tests.values():
+            raise InputError(f"{method} needs data of every task, but eval.tests has no test set of {task}")
+
+
 def check_choices(config: Config, domain: Domain) -> BlockFamily:
     """The family of the config; InputError naming the choices where a task, family or method is none of them."""
     if config.domain != domain.NAME:
@@ -220,6 +244,8 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     for test in config.tests:
         if test not in domain.TASKS:
             raise InputError(f"unknown task {test!r}; choose from {', '.join(domain.TASKS)}")
+        if config.eval.split != "test" and not hasattr(domain.TASKS[test], "train_split"):
+            raise InputError(f"eval.split is {config.eval.split}, but {test} has no training set to cut from")
     named = [test for task in config.tasks for test in config.eval.tests.get(task, [task])]
     if len(named) > len(config.tests):
         raise InputError(f"eval.tests names one test set for two tasks: {', '.join(named)}")
@@ -239,9 +265,13 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     ):
         if method == config.start.method and config.start.checkpoint:
             continue
-        if method not in METHODS:
-            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS))}")
+        if method not in METHODS | WITH_DATA:
+            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS, *WITH_DATA))}")
+        if method in WITH_DATA:
+            check_data(config, domain, method)
         check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
+    if config.anchors.together != "no" and config.anchors.chunk:
+        raise InputError("anchors.together has all anchors of all tasks in memory; anchors.chunk cannot be set with it")
     positive = {
         "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
         "adapt": ("lr", "epochs", "batch_size"),

@@ -8,19 +8,22 @@ runs/<name>/merged/fda-<method>-<init>/        the same, adapted; blocks/ holds 
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from common.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
 from common.config import Config, as_dict
-from common.experiment import PRETRAINED, Domain, Experiment
-from common.merging import SCOPE_BLOCKS, merge
+from common.experiment import PRETRAINED, Domain, Experiment, ProbedDomain
+from common.merging import SCOPE_BLOCKS, WITH_DATA, merge
+from common.records import Sample
 from common.runtime import recorded
-from common.task_vectors import add, subtract
+from common.task_vectors import Params, add, lazy_task_vector, subtract
 
 PROVENANCE_FILE = "provenance.json"
+KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
 
 
 def result_dir(config: Config) -> Path:
@@ -45,19 +48,52 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
     if not is_finished(folder, provenance):
         with recorded(experiment.config, f"merge {method}"):
-            finish(experiment, domain, merged_tensors(experiment, method), folder, provenance)
+            if method in WITH_DATA:
+                tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+            else:
+                tensors = merged_tensors(experiment, method)
+            finish(experiment, domain, tensors, folder, provenance)
     return Checkpoint(folder)
 
 
+def merged_with_data(
+    experiment: Experiment, domain: Domain, method: str
+) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
+    """The same of a method that uses inputs of the tasks, all models in memory; and how much of which split it used."""
+    config, use, hyper = experiment.config, WITH_DATA[method], experiment.hyper(method)
+    sample = Sample(use.split, hyper["examples"], use.batch, hyper.get("seed", 0))
+    probed = cast(ProbedDomain, domain)  # check_choices sees to it
+    tests = {task: next(test for test, owner in config.tests.items() if owner == task) for task in config.tasks}
+    probes = {task: probed.probe(config, test, sample, experiment.device) for task, test in tests.items()}
+    names = experiment.base.names(experiment.family.scope)
+    theta_0 = experiment.read(experiment.base, names)
+    deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
+    theta = add(theta_0, use.method(theta_0, deltas, list(probes.values()), **hyper))
+    data = {"split": use.split, "examples": {task: probe.examples for task, probe in probes.items()}}
+    return ((name, theta[name].cpu()) for name in names), data
+
+
 def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model under a merge method, one of each model in memory at a time."""
-    family, hyper = experiment.family, experiment.hyper(method)
-    for name in experiment.base.names(family.scope):
-        theta = experiment.read(experiment.base, [name])
-        if name.startswith(f"{family.blocks}.") or method not in SCOPE_BLOCKS:
-            experts = (experiment.read(expert, [name]) for expert in experiment.experts.values())
-            theta = add(theta, merge(method, theta, [subtract(expert, theta) for expert in experts], hyper))
-        yield name, theta[name].cpu()
+    """Every tensor of the merged model under a merge method, one at a time."""
+    for name in experiment.base.names(experiment.family.scope):
+        yield name, merged_tensor(experiment, method, name)  # a variable would keep it while the next is made
+
+
+def merged_tensor(experiment: Experiment, method: str, name: str) -> Tensor:
+    """One tensor of the merged model, on the CPU. Each expert's is read when the method asks for its task vector."""
+    theta = experiment.read(experiment.base, [name])
+    if name.startswith(f"{experiment.family.blocks}.") or method not in SCOPE_BLOCKS:
+        readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
+        deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
+        if theta[name].numel() <= KEPT:
+            deltas = [dict(delta) for delta in deltas]
+        theta = add(theta, merge(method, theta, deltas, experiment.hyper(method)))
+    return theta[name].cpu()
+
+
+def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor, on the device."""
+    return experiment.read(checkpoint, [name])[name]
 
 
 def assemble(
@@ -131,4 +167,11 @@ def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
         "run": {"seed": config.run.seed},
         "anchors": {"init": config.anchors.init, "files": digest(anchors)},
         "inputs": inputs_of(experiment),
-    }
+    } | data_of(start.path)
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """Under "data" what inputs of the tasks a start was made with, if it was with any; {} otherwise."""
+    file = folder / PROVENANCE_FILE
+    made = json.loads(file.read_text()) if file.is_file() else {}
+    return {"data": made["data"]} if "data" in made else {}

@@ -1,74 +1,75 @@
 """Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from common.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
+from common.adaptation import Trainable, coefficients, fit_block, mean_size, own_weights, relative_weights, warmed
 from common.anchors import initial_anchors, save_anchors, seeded
 from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.config import Config
-from common.construction import optimise_anchors
+from common.construction import Unit, optimise_anchors, optimise_together
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
 from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
 from common.runtime import UnitBar, read_ahead, recorded, written_behind
 from common.scoring import score_run
 from common.task_vectors import Params, subtract
 
+SEARCH_SETTINGS = ("distance", "steps", "lr", "optimizer", "schedule", "stop_loss", "patience")
+
 
 def construct(config: Config, domain: Domain) -> None:
     """Box 1: for every block, for every task, make anchors whose induced gradient points along the task vector."""
     experiment = open_experiment(config, domain)
     units = len(experiment.blocks) * len(config.tasks)
-    stage = recorded(config, f"construct {config.anchors.init}")
-    with stage, UnitBar("construct", units) as bar, written_behind() as write:
-        for index, task, theta_0, theta_t in read_ahead(experiment.units()):
-            with bar.unit(f"{task}, block {index}"):
-                construct_unit(experiment, task, index, theta_0, theta_t, bar, write)
+    bar = UnitBar("construct", units)
+    with recorded(config, f"construct {config.anchors.init}", bar), bar, written_behind() as write:
+        for index, theta_0, thetas in read_ahead(experiment.units()):
+            with bar.unit(f"{' + '.join(thetas)}, block {index}", len(thetas)):
+                construct_units(experiment, index, theta_0, thetas, bar, write)
 
 
-def construct_unit(
+def construct_units(
     experiment: Experiment,
-    task: str,
     index: int,
     theta_0: Params,
-    theta_t: Params,
+    thetas: Mapping[str, Params],
     bar: UnitBar,
     write: Callable[..., None],
 ) -> None:
-    """Make the anchors of one block and one task, unless their file is there already."""
-    config, file = experiment.config.anchors, experiment.anchor_file(task, index)
-    provenance = experiment.anchor_provenance(task, index, theta_0, theta_t)
-    if file.is_file():
-        check_provenance(file, read_header(file), provenance)
-        return bar.keep()
-    tau = experiment.task_vector(task, theta_0, theta_t)
+    """Make the anchors of one block for every task whose θ_t is given, unless all their files are there already."""
+    config, precision = experiment.config.anchors, experiment.config.run.precision
+    files = {task: experiment.anchor_file(task, index) for task in thetas}
+    provenance = {task: experiment.anchor_provenance(task, index, theta_0, theta_t) for task, theta_t in thetas.items()}
+    there = [task for task, file in files.items() if file.is_file()]
+    for task in there:
+        check_provenance(files[task], read_header(files[task]), provenance[task])
+    if len(there) == len(files):
+        return bar.keep(len(files))
+    units = [unit_of(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
+    how: dict[str, Any] = {key: getattr(config, key) for key in SEARCH_SETTINGS} | {"precision": precision}
+    how["progress"] = lambda step, loss: bar.advance(len(units) * step / config.steps, loss)
+    if config.together == "no":
+        found = [optimise_anchors(experiment.block, theta_0, unit, chunk=config.chunk, **how) for unit in units]
+    else:
+        found = optimise_together(experiment.block, theta_0, units, compiler=config.together, **how)
+    for (task, file), best in zip(files.items(), found, strict=True):
+        outcome = {"steps_done": max(0, len(best.trace) - 1), "best_step": best.best_step}
+        outcome |= {"losses": best.losses, "trace": best.trace}
+        write(save_anchors, file, best.x + experiment.positions(task), provenance[task] | outcome)
+
+
+def unit_of(experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params) -> Unit:
+    """What the anchors of one block and one task are made from."""
+    config = experiment.config.anchors
     generator = seeded(experiment.config.run.seed, "anchors", task, index)
     x_init = initial_anchors(
         config.init, experiment.shape, theta_t=theta_t, scale=experiment.anchor_scale(), generator=generator
     )
-    positions_TD = experiment.positions(task)
-    found = optimise_anchors(
-        lambda theta, x_ATD: experiment.block(theta, x_ATD + positions_TD),
-        theta_0,
-        theta_t,
-        x_init.to(experiment.device),
-        tau=tau,
-        steps=config.steps,
-        lr=config.lr,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        distance=config.distance,
-        chunk=config.chunk,
-        precision=experiment.config.run.precision,
-        stop_loss=config.stop_loss,
-        patience=config.patience,
-        progress=lambda step, loss: bar.advance(step / config.steps, loss),
-    )
-    outcome = {"steps_done": max(0, len(found.trace) - 1), "best_step": found.best_step}
-    outcome |= {"losses": found.losses, "trace": found.trace}
-    write(save_anchors, file, found.x + positions_TD, provenance | outcome)
+    tau = experiment.task_vector(task, theta_0, theta_t)
+    return Unit(theta_t, tau, x_init.to(experiment.device), experiment.positions(task))
 
 
 def adapt(config: Config, domain: Domain) -> Path:
@@ -84,7 +85,8 @@ def adapt(config: Config, domain: Domain) -> Path:
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
     else:
-        with recorded(config, f"adapt {folder.name}"), UnitBar(f"adapt {folder.name}", len(experiment.blocks)) as bar:
+        bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks))
+        with recorded(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
                     adapt_unit(experiment, start, folder, index, provenance, bar)
@@ -142,16 +144,18 @@ def adapt_unit(
 
 def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:
     """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
-    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
+    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6). With
+    adapt.optimizer muon always the weights.
     """
     config = experiment.config
+    settings = config.adapt.for_start(config.start.method)
+    taus = (subtract(experiment.read_block(expert, index), theta_0) for expert in experiment.experts.values())
+    if settings.optimizer == "muon":
+        return relative_weights(experiment.read_block(start, index), mean_size(taus))
     if config.start.method == PRETRAINED:
         return own_weights(theta_0)
-    per_task = config.adapt.for_start("ta").per_task and not config.start.checkpoint
-    if config.start.method == "ta" and per_task:
-        experts = experiment.experts.values()
-        deltas = (subtract(experiment.read_block(expert, index), theta_0) for expert in experts)
-        return coefficients(theta_0, deltas, ta_scales(experiment))
+    if config.start.method == "ta" and settings.per_task and not config.start.checkpoint:
+        return coefficients(theta_0, taus, ta_scales(experiment))
     return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])
 
 

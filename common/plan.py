@@ -1,7 +1,8 @@
 """The dry run: what a config would read, make and need, from headers alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from common.experiment import PRETRAINED, Domain, check_choices
 from common.lora import is_adapter, open_adapter
 from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
-from common.shards import SHARD_BYTES
-from common.task_vectors import Params
+from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
+from common.task_vectors import Params, add, lazy_task_vector
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
 HOLES = 0.5  # of the heap in use lie between buffers; measured with blocks of a ViT, a RoBERTa and a Llama
+# Besides their results these need so many copies of the matrix, and of a square of its smaller side; measured on a CPU.
+LAPACK = {torch.ops.aten._linalg_svd: (1, 3), torch.ops.aten._linalg_eigh: (0, 2)}
+SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 
 def describe(config: Config, domain: Domain) -> str:
@@ -90,8 +94,9 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     operations, construction = cost_of_step(family.pure(modules[0]), modules[0], shape, config)
     adaptation = cost_of_fit(family.pure(modules[0]), modules[0], shape, config)
     dtype = getattr(torch, config.model.dtype or "float32")
-    merged = [p.numel() for name, p in sorted(skeleton.named_parameters()) if name.startswith(family.scope)]
-    models = len(config.tasks) + 4  # as many tensors of one name at once: θ₀, every τ, an expert, the sum and its terms
+    merged = {n: tuple(p.shape) for n, p in sorted(skeleton.named_parameters()) if n.startswith(family.scope)}
+    weights = list(map(math.prod, merged.values()))
+    passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
     rows = {
         "block": f"{size_of(modules[0]) / 2**20:.0f} MiB in {len(list(modules[0].parameters()))} tensors, "
@@ -106,17 +111,24 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
         "adapt": f"{blocks} units of {settings.epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(
             adaptation.peak,
-            max(2 * size_of(modules[0]) + 2 * anchors, memory_of_merge(merged, 1, dtype)),
+            max(2 * size_of(modules[0]) + 2 * anchors, passing),
             adaptation.resident,
         ),
-        "merge, memory": in_words(
-            models * 4 * max(merged), memory_of_merge(merged, 2, dtype), memory_of_merge(merged, models + 1, dtype)
-        ),
+        **memory_of_merge(config, merged, f"{family.blocks}.", passing),
+        **memory_with_data(config, sum(weights)),
         "merge, disk": f"{sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize / GIB:.2f} GiB "
         f"a model in {dtype}",
         "libraries": "about 0.9 GiB of host memory besides",
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
+
+
+def memory_with_data(config: Config, weights: int) -> dict[str, str]:
+    """A row on the merge, if its method uses data and so holds all merged tensors of the models at once."""
+    if config.start.method not in WITH_DATA or config.start.checkpoint:
+        return {}
+    models = 2 * len(config.tasks) + 9  # θ₀, every τ and every Fisher, or Gram matrices and their like in float64
+    return {"merge, data": f"up to {models} models at once, {models * 4 * weights / GIB:.2f} GiB, and activations"}
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -125,7 +137,8 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
 class Ledger(TorchDispatchMode):
     """What is done while it is on: operations (2 for multiply and add), and bytes of tensors alive at once.
 
-    peak: the most there were. large, small: the most of those tensors that malloc maps, and of those on its heap.
+    peak: the most there were, LAPACK's own included. large, small: the most of those tensors that malloc maps, and of
+    those on its heap.
     """
 
     def __init__(self) -> None:
@@ -141,9 +154,11 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share it
                 self.alive[storage] = storage.nbytes()
+        own, squares = LAPACK.get(func.overloadpacket, (0, 0))
+        hidden = own * args[0].nbytes + squares * min(args[0].shape) ** 2 * args[0].itemsize if own or squares else 0
         sizes = list(self.alive.values())
         large = sum(size for size in sizes if size >= HEAP_BYTES)
-        self.peak = max(self.peak, sum(sizes))
+        self.peak = max(self.peak, sum(sizes) + hidden)
         self.large, self.small = max(self.large, large), max(self.small, sum(sizes) - large)
         return result
 
@@ -170,15 +185,18 @@ def blank(like: Params) -> Params:
 
 
 def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> tuple[float, Ledger]:
-    """Operations and memory of a construction step; two chunks stand for all."""
+    """Operations and memory of a construction step of one unit; two chunks stand for all."""
+    tasks = len(config.tasks) if config.anchors.together != "no" else 1
+    shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())
     with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH):
         x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
         theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile
+        _ahead += [blank(like) for _ in range(5 * (tasks - 1))]  # θ_t and τ, the same in one stack, θ_t of the next
         settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk}
         matching_gradient(block, theta_0, theta_t, tau, x[:number], **settings)
-    return ledger.operations * shape[0] / number, ledger
+    return ledger.operations * shape[0] / number / tasks, ledger
 
 
 def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> Ledger:
@@ -187,17 +205,18 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
     like, tasks = dict(module.named_parameters()), len(config.tasks)
     per_task = config.start.method == "ta" and settings.per_task and not config.start.checkpoint
     vectors = tasks if per_task else 1
+    weights = config.start.method == PRETRAINED or settings.optimizer == "muon"
     with Ledger() as ledger:
         held = [torch.empty((tasks * shape[0], *shape[1:]), device="meta") for _ in range(4)]  # in lists, and joined
         theta_0 = blank(like)
-        if config.start.method == PRETRAINED:
+        if weights:
             start = own_weights(theta_0)
             held += [moment for _ in range(2) for moment in blank(start.free).values()]  # of torch's Adam
         else:
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
         for name, p in start.free.items():
-            step = (lambda: None) if config.start.method == PRETRAINED else start.stepper(name, p, settings.lr)
+            step = (lambda: None) if weights else start.stepper(name, p, settings.lr, 1)
             step_when_ready(p.requires_grad_(), step)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
         DISTANCES[settings.distance](block(start.build(start.free), x_ATD), y_ATD).backward()
@@ -210,10 +229,39 @@ def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
     return max(2 * size_of(module), 3 * rows) + 2 * anchors
 
 
-def memory_of_merge(sizes: Sequence[int], models: int, dtype: torch.dtype) -> int:
-    """Host memory while tensors of these numbers of weights pass: float32 of some models, and the shard in waiting."""
-    shard = most = 0
-    for size in sizes:
-        most = max(most, models * 4 * size + shard)
-        shard = shard % SHARD_BYTES + size * dtype.itemsize
-    return most
+def memory_of_merge(config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: str, passing: int) -> dict[str, str]:
+    """A row on the memory of start.method while tensors of these shapes pass, if it is one that merges them singly."""
+    method = config.start.method
+    if method not in METHODS or config.start.checkpoint:
+        return {}
+    tried = cache(partial(tensors_held, method, config.start.hyper.get(method, {}), len(config.tasks)))
+    device = alone = before = 0.0
+    name, held = "", 1.0
+    for each, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        models = tried(shape) if each.startswith(blocks) or method not in SCOPE_BLOCKS else 1.0
+        device = max(device, models * size + before)
+        resident = (1 if size >= HEAP_BYTES else 1 + HOLES) * models * size + before
+        if resident > alone:
+            alone, name, held = resident, each, models
+        before = size  # what was merged last may be held until the next is there
+    holds = f"{method} holds {held:.1f} tensors like {name} at once"
+    return {"merge, memory": f"{in_words(device, passing, alone)}; {holds}"}
+
+
+def tensors_held(method: str, hyper: Mapping[str, Any], tasks: int, shape: tuple[int, ...]) -> float:
+    """How many tensors of a shape a merge has in memory at once, found by merging small ones of the same proportions.
+
+    θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all.
+    """
+    small = (min(math.prod(shape), SMALL**2),)
+    if len(shape) == 2:
+        small = tuple(math.ceil(side * min(1, SMALL / min(shape))) for side in shape)
+    if "steps" in hyperparameters(method):
+        hyper = {**hyper, "steps": 2}
+    generator = torch.Generator().manual_seed(0)
+    with Ledger() as ledger:
+        base = {"": torch.randn(small, generator=generator)}
+        deltas = [lazy_task_vector(lambda _: torch.randn(small, generator=generator), base)] * tasks
+        add(base, merge(method, base, deltas, hyper))
+    return ledger.peak / base[""].nbytes

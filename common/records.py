@@ -1,14 +1,25 @@
 """Labelled examples through `datasets`: from a local folder in any layout it reads, or from the hub."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import datasets
 import numpy as np
 
 from common.config import Eval
 from common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a merge method draws of each task: so many examples of a split, None for all, in batches."""
+
+    split: Literal["train", "test"]
+    examples: int | None
+    batch: int
+    seed: int = 0
 
 
 class Sets(Protocol):
@@ -26,6 +37,19 @@ def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> 
     split = row.train_split if cut else row.split
     records = load_records(Path(options.data), task, row.hub, row.hub_config, split, columns)
     return first(validation_cut(records) if cut else records, options.limit)
+
+
+def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sample: Sample) -> datasets.Dataset:
+    """Examples for a merge method, as many as there are if it asks for more.
+
+    Of the training set the first of the permutation whose last tenth is the validation cut, so that no example is in
+    both. Of the test set those of a permutation by `seed`; eval.limit does not count.
+    """
+    train = sample.split == "train"
+    split = row.train_split if train else row.split
+    records = load_records(Path(options.data), task, row.hub, row.hub_config, split, columns)
+    order = cut_order(len(records))[0] if train else np.random.RandomState(sample.seed).permutation(len(records))
+    return records.select(order[: sample.examples])
 
 
 def first(records: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -60,8 +84,13 @@ def load_records(
 
 def validation_cut(train: datasets.Dataset) -> datasets.Dataset:
     """The last tenth of a fixed permutation of a training set, on which MergeLM chose its experts' epochs."""
-    order = np.random.RandomState(0).permutation(len(train))
-    return train.select(order[int(0.9 * len(train)) :])
+    return train.select(cut_order(len(train))[1])
+
+
+def cut_order(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the training examples are left to train on, and which are the validation cut."""
+    order = np.random.RandomState(0).permutation(examples)
+    return order[: int(0.9 * examples)], order[int(0.9 * examples) :]
 
 
 def read_folder(folder: Path, split: str) -> datasets.Dataset | datasets.DatasetDict:

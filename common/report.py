@@ -1,33 +1,33 @@
-"""results.json as the paper's table and as figures. Nothing here computes a score: rows come in scored.
+"""results.json as the paper's table. Nothing here computes a score: rows come in scored.
 
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
-"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}, and what else a
-domain records.
+"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. A model that the
+run made and timed has "seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its "seed".
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-
-from common.checkpoints import replacing, write_text
+from common.checkpoints import write_text
 from common.errors import InputError
 
 Row = Mapping[str, Any]
-Traces = Mapping[tuple[str, int], Sequence[float]]  # (task, block): mean over tensors of 1 - cos, one value a step
 Values = Sequence[float]  # a table row: one fraction a task, then their mean; NaN where there is none
 
 # How methods and initialisations are called in print, in the order of the paper's tables. Others: upper case, last.
 DISPLAY = {
     "pretrained": "Pretrained",
     "individual": "Individual",
+    "fisher": "Fisher",
+    "regmean": "RegMean",
+    "regmean_pp": "RegMean++",
+    "adamerging": "AdaMerging",
+    "prodistill": "ProDistill",
     "average": "Average",
     "slerp": "SLERP",
     "ta": "TA",
@@ -48,14 +48,8 @@ DISPLAY = {
     "gauss": "Gauss",
     "weight": "Weight",
 }
-KEY = ("method", "start", "init", "label", "task", "split")
+KEY = ("method", "start", "init", "label", "task", "split", "seed")
 MISSING = "–"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#4D4D4D")  # Okabe, Ito and two
-STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one round of colours each
-INK, GREY, FAINT = "#222222", "#999999", "#e6e6e6"
-TICK: dict[str, Any] = {"linestyle": "none", "marker": "|", "markersize": 14, "markeredgewidth": 1.8}
-DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5}
-RING: dict[str, Any] = DOT | {"markerfacecolor": "white", "markeredgecolor": INK}
 
 
 def display(word: str) -> str:
@@ -84,7 +78,7 @@ def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
 
 def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str]) -> None:
     """Write results.json whole or not at all. The same rows in any order give the same bytes."""
-    ordered = sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", "")))
+    ordered = sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", ""), row.get("seed", 0)))
     write_text(Path(path), json.dumps({"tasks": list(tasks), "rows": ordered}, indent=1, sort_keys=True) + "\n")
 
 
@@ -99,13 +93,27 @@ def read_results(path: Path | str) -> tuple[list[Row], list[str]]:
         raise InputError(f'{path} is no results file: JSON with "tasks" and "rows" ({error!r})') from error
 
 
-def values_by_name(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Values]:
-    """{row name: a value for each task, then their plain mean}, in the order of the paper's tables; NaN if missing."""
-    scores: dict[str, dict[str, float]] = {}
+def values_by_seed(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, dict[int | None, Values]]:
+    """{row name: {seed: a value for each task, then their plain mean}}, in the order of the paper's tables; NaN if
+    missing. The rows of a run without seeds have the seed None."""
+    scores: dict[str, dict[int | None, dict[str, float]]] = {}
     for row in sorted(rows, key=rank):
-        scores.setdefault(row_name(row), {})[row["task"]] = row["value"]
-    values = {name: [by_task.get(task, math.nan) for task in tasks] for name, by_task in scores.items()}
-    return {name: [*v, sum(v) / len(v)] for name, v in values.items()}
+        scores.setdefault(row_name(row), {}).setdefault(row.get("seed"), {})[row["task"]] = row["value"]
+
+    def with_mean(by_task: Mapping[str, float]) -> Values:
+        values = [by_task.get(task, math.nan) for task in tasks]
+        return [*values, sum(values) / len(values)]
+
+    return {name: {seed: with_mean(of) for seed, of in seeds.items()} for name, seeds in scores.items()}
+
+
+def values_by_name(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Values]:
+    """The same as means over the seeds."""
+    return {name: means(seeds.values()) for name, seeds in values_by_seed(rows, tasks).items()}
+
+
+def means(lists: Iterable[Values]) -> Values:
+    return [fmean(column) for column in zip(*lists, strict=True)]
 
 
 def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Values]:
@@ -120,22 +128,52 @@ def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Valu
 def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, published: Mapping | None = None) -> str:
     """The paper's table in Markdown, aligned for the terminal: tasks, Avg, and Δ, an FDA row's Avg minus its start's.
 
-    `percent` prints hundredths of a percent, else fractions with four decimals. With `published`, one table of
-    configs/paper_results.yaml, each row that the paper has is followed by the paper's values, marked "(paper)".
+    `percent` prints hundredths of a percent, else fractions with four decimals. With several seeds cells are means, and
+    Avg and Δ, taken seed by seed, have the sample standard deviation behind them unless all seeds scored one model.
+    Time and Memory follow if any row has them. With `published`, one table of configs/paper_results.yaml, each row that
+    the paper has is followed by the paper's values, marked "(paper)".
     """
     rows = list(rows)
-    ours = values_by_name(rows, tasks)
+    ours = values_by_seed(rows, tasks)
     paper = published_values(published, tasks) if published else {}
     start_of = {row_name(row): display(row["start"]) for row in rows if row["method"] == "fda"}
-    lines = [["Method", *tasks, "Avg", "Δ"]]
-    for name in ours:
-        for label, source in ((name, ours), ("(paper)", paper)):
-            if name in source:
-                cells = [cell(value, percent) for value in source[name]]
-                start = source.get(start_of.get(name, ""), [math.nan])
-                gain = cell(source[name][-1] - start[-1], percent, "+") if name in start_of else ""
-                lines.append([label, *cells, gain])
+    timed = any("seconds" in row for row in rows)
+    lines = [["Method", *tasks, "Avg", "Δ", *["Time", "Memory"] * timed]]
+    for name, seeds in ours.items():
+        of_name = [row for row in rows if row_name(row) == name]
+        starts, fixed = ours.get(start_of.get(name, ""), {}), is_fixed(of_name)
+        values = [cell(value, percent) for value in means(seeds.values())[:-1]]
+        average = spread([v[-1] for v in seeds.values()], percent, fixed)
+        gains = [v[-1] - starts.get(seed, [math.nan])[-1] for seed, v in seeds.items()]
+        gain = spread(gains, percent, fixed, "+") if name in start_of else ""
+        lines.append([name, *values, average, gain, *cost_cells(of_name) * timed])
+        if name in paper:
+            start = paper.get(start_of.get(name, ""), [math.nan])
+            gain = cell(paper[name][-1] - start[-1], percent, "+") if name in start_of else ""
+            lines.append(["(paper)", *(cell(value, percent) for value in paper[name]), gain, *["", ""] * timed])
     return aligned(lines)
+
+
+def is_fixed(rows: Iterable[Row]) -> bool:
+    """Whether the rows of one name were scored on the same checkpoint of each task, whatever the seed."""
+    scored = {(row["task"], row.get("checkpoint", row.get("seed"))) for row in rows}
+    return len(scored) == len({task for task, _ in scored})
+
+
+def spread(values: Values, percent: bool, fixed: bool, sign: str = "") -> str:
+    """The mean, and the sample standard deviation if there are several values that need not be the same."""
+    mean = cell(fmean(values), percent, sign)
+    return mean if fixed or len(values) < 2 or mean == MISSING else f"{mean} ± {cell(stdev(values), percent)}"
+
+
+def cost_cells(rows: Iterable[Row]) -> list[str]:
+    """Seconds and GiB of the rows of one name in print, means over the seeds that have them."""
+    costs = {row.get("seed"): (row["seconds"], row["peak_gib"]) for row in rows if "seconds" in row}
+    if not costs:
+        return [MISSING, MISSING]
+    seconds, gib = means(costs.values())
+    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * s or s == 1)
+    return [f"{seconds / size:.1f} {unit}", f"{gib:.2f} GiB"]
 
 
 def cell(value: float, percent: bool, sign: str = "") -> str:
@@ -156,126 +194,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (lines[0], rule, *lines[1:])) + "\n"
 
 
-def plot_matching(traces: Traces, path: Path | str, *, init: str) -> None:
-    """The matching loss of every anchor set while it was optimised: a panel a block, a line a task (PNG).
-
-    0: the gradient points along the task vector in every parameter tensor; 1: at right angles to it.
-    """
-    tasks = list(dict.fromkeys(task for task, _ in traces))
-    blocks = sorted({block for _, block in traces})
-    columns = min(len(blocks), 4 if len(blocks) <= 12 else 6 if len(blocks) <= 24 else 8)
-    lines = math.ceil(len(blocks) / columns)
-    size = (2.1 * columns + 1.7, 1.75 * lines + 1)
-    figure, grid = panels(size, lines, columns, len(blocks))
-    looks = {t: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]) for i, t in enumerate(tasks)}
-    for axes, block in zip(grid, blocks, strict=False):
-        for task, (colour, style) in looks.items():
-            if (task, block) in traces:
-                axes.plot(traces[task, block], color=colour, linestyle=style, linewidth=1.1)
-        axes.set_title(f"block {block}", fontsize=9, color=INK, pad=3)
-    grid[0].set_ylim(bottom=0)
-    grid[0].set_xlim(left=0)
-    figure.suptitle(f"Gradient matching from {display(init)} initialisation", fontsize=12, color=INK)
-    figure.supxlabel("construction step", fontsize=10, color=INK)
-    figure.supylabel("mean 1 − cos", fontsize=10, color=INK)
-    legend(figure, [Line2D([], [], color=c, linestyle=s, linewidth=2.5, label=t) for t, (c, s) in looks.items()])
-    save(figure, path)
-
-
-def plot_accuracy(rows: Iterable[Row], tasks: Sequence[str], path: Path | str, percent: bool = True) -> None:
-    """Every score (PNG): a panel a merge, a line a task; from the merge to the FDA models adapted from it.
-
-    Ticks on each line: the pretrained model (grey) and the task's own expert (black), floor and ceiling.
-    """
-    rows = list(rows)
-    scale = 100 if percent else 1
-    at = {name: [scale * v for v in values] for name, values in values_by_name(rows, tasks).items()}
-    nowhere = [math.nan] * (len(tasks) + 1)
-    inits = list(dict.fromkeys(row["init"] for row in sorted(rows, key=rank) if row["method"] == "fda"))
-    starts = {row["start"] if row["method"] == "fda" else row["method"] for row in rows} - {"pretrained", "individual"}
-    if not starts or any(row.get("start") == "pretrained" for row in rows):
-        starts.add("pretrained")
-    columns = 2 if len(starts) == 4 else min(len(starts), 3)
-    lines = math.ceil(len(starts) / columns)
-    size = (3.4 * columns + 2, (0.3 * len(tasks) + 0.9) * lines + 0.5)
-    figure, grid = panels(size, lines, columns, len(starts))
-    for axes, start in zip(grid, sorted(starts, key=lambda s: rank({"method": s})), strict=False):
-        names = [row_name({"method": "fda", "start": start, "init": init}) for init in inits]
-        draw_gains(axes, at.get(display(start), nowhere), [at.get(name, nowhere) for name in names])
-        axes.plot(at.get("Pretrained", nowhere), range(len(nowhere)), **TICK, color=GREY, zorder=1)
-        axes.plot(at.get("Individual", nowhere), range(len(nowhere)), **TICK, color=INK, zorder=5)
-        axes.axhline(len(tasks) - 0.5, color=GREY, linewidth=0.8)
-        axes.set_title("from " * any(name in at for name in names) + display(start), fontsize=10, color=INK)
-    grid[0].set_yticks(range(len(tasks) + 1), [*tasks, "Avg"])
-    grid[0].invert_yaxis()
-    metrics = {row["metric"] for row in rows}
-    label = metrics.pop() if len(metrics) == 1 else "score"
-    figure.supxlabel(label + " (%)" * percent, fontsize=10, color=INK)
-    marks = [
-        Line2D([], [], label="pretrained", **TICK, color=GREY),
-        Line2D([], [], label="individual", **TICK, color=INK),
-    ]
-    marks += [Line2D([], [], label="start", **RING)]
-    marks += [Line2D([], [], label=f"FDA, {display(i)}", **DOT, color=c) for i, c in zip(inits, COLOURS, strict=False)]
-    legend(figure, marks)
-    save(figure, path)
-
-
-def draw_gains(axes: Axes, start: Values, adapted: Sequence[Values]) -> None:
-    """From the start of each line, a ring, to the adapted models, dots; one initialisation above the other."""
-    for i, (values, colour) in enumerate(zip(adapted, COLOURS, strict=False)):
-        heights = [y + 0.36 * (i - (len(adapted) - 1) / 2) for y in range(len(values))]
-        axes.hlines(heights, start, values, color=colour, linewidth=1.6)
-        axes.plot(values, heights, **DOT, color=colour, zorder=3)
-    axes.plot(start, range(len(start)), **RING, zorder=4)
-
-
-def panels(size: tuple[float, float], lines: int, columns: int, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` plain panels with shared axes, and the panels."""
-    figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for i, axes in enumerate(grid):
-        axes.set_visible(i < count)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(length=0, labelsize=8, labelcolor=INK, labelbottom=i + columns >= count)
-        axes.grid(color=FAINT, linewidth=0.7)
-        axes.set_axisbelow(True)
-    return figure, list(grid[:count])
-
-
-def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9, labelspacing=0.8)
-
-
-def save(figure: Figure, path: Path | str) -> None:
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def write_report(
-    run_dir: Path | str,
-    rows: Sequence[Row],
-    tasks: Sequence[str],
-    traces: Mapping[str, Traces],
-    *,
-    percent: bool = True,
-    published: Mapping | None = None,
-) -> list[Path]:
-    """Write table.md, accuracy.png and, per initialisation in `traces`, matching_<init>.png; return their paths."""
-    folder = Path(run_dir)
-    paths = []
-    if rows:
-        paths += [folder / "table.md", folder / "accuracy.png"]
-        text = table(rows, tasks, percent=percent, published=published)
-        write_text(paths[0], text + "\n" + footnotes(rows, published))
-        plot_accuracy(rows, tasks, paths[1], percent)
-    for init, curves in traces.items():
-        paths.append(folder / f"matching_{init}.png")
-        plot_matching(curves, paths[-1], init=init)
-    return paths
-
-
 def footnotes(rows: Iterable[Row], published: Mapping | None) -> str:
     """What the numbers are and where they come from: metrics, examples, configs and commits."""
 
@@ -288,6 +206,14 @@ def footnotes(rows: Iterable[Row], published: Mapping | None) -> str:
         "Metric and examples scored: " + listed(f"{r['task']} {r['metric']} {r['n']}" for r in rows) + ".",
         f"Configs {listed(r['config'] for r in rows)}; commits {listed(r['commit'] for r in rows)}.",
     ]
+    if seeds := listed(str(row["seed"]) for row in sorted(rows, key=lambda r: r.get("seed", 0)) if "seed" in row):
+        notes.append(f"Means over the seeds {seeds}. ±: sample standard deviation of Avg, and of Δ taken seed by seed.")
+    if hardware := listed(row["hardware"] for row in rows if "hardware" in row):
+        notes.append(
+            "Time: of a merge, merging and writing it; of FDA, construction with that initialisation and adaptation, "
+            "without the merge that it starts from. Memory: the most taken meanwhile, by the process (CPU) or by "
+            f"tensors on the device (CUDA). Measured on {hardware}."
+        )
     if published:
         notes.append(f"(paper): {published['title']}, {published['source']}; see configs/paper_results.yaml.")
     return "\n\n".join(notes) + "\n"

@@ -1,7 +1,7 @@
 """Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -10,43 +10,69 @@ from common import report
 from common.checkpoints import Checkpoint, digest, read_header
 from common.config import Config, as_dict
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
+from common.figures import Traces, write_report
 from common.merged import PROVENANCE_FILE
-from common.runtime import ROOT, commit, recorded
+from common.runtime import ROOT, Units, commit, recorded, spent
+
+RESULTS = "results.json"
 
 
-def score_run(config: Config, domain: Domain) -> None:
+def score_run(config: Config, domain: Domain, others: Sequence[report.Row] = ()) -> None:
     """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
 
-    The examples of a task are read once for all models that are to be scored on it.
+    The examples of a task are read once for all models that are to be scored on it. A row of `others`, results of other
+    runs with these data, is taken over where it is of the same checkpoint.
     """
     if not config.tests:
         return print("nothing is scored: eval.tests has no test set for any task")
-    experiment = open_experiment(config, domain)
-    file = config.run.dir / "results.json"
-    rows = report.read_results(file)[0] if file.is_file() else []
-    tests = list(config.tests)
-    with recorded(config, "score"):
+    experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
+    rows, units = results_of(config), Units()
+    with recorded(config, "score", units):
         for test, task in config.tests.items():
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
                 row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
                 row["checkpoint"] = checkpoint.fingerprint()
-                if not any(row.items() <= known.items() for known in rows):
-                    pending[report.row_name(row)] = (row, checkpoint.path)
-            if not pending:
-                continue
-            paths = {name: path for name, (_, path) in pending.items()}
-            for name, (value, n) in domain.score(config, test, paths, experiment.device).items():
-                result = {"metric": domain.metric(test), "value": value, "n": n}
-                birth = {"config": digest(as_dict(config)), "commit": commit()}
-                rows = report.upsert(rows, pending[name][0] | result | birth)
-            report.write_results(file, rows, tests)
-    rows = [row for row in rows if row["split"] == config.eval.split]
-    report.write_report(
-        config.run.dir, rows, tests, traces(experiment), percent=domain.PERCENT, published=published(config)
-    )
-    print(report.table(rows, tests, percent=domain.PERCENT, published=published(config)))
-    print(f"\n{file.parent}: results.json, table.md and the figures")
+                cost = cost_of(config, model, checkpoint)
+                known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)
+                if known:
+                    rows = report.upsert(rows, {**known, **cost})
+                    units.kept += 1
+                else:
+                    pending[report.row_name(row)] = (row | cost, checkpoint.path)
+            if pending:
+                paths = {name: path for name, (_, path) in pending.items()}
+                for name, (value, n) in domain.score(config, test, paths, experiment.device).items():
+                    result = {"metric": domain.metric(test), "value": value, "n": n}
+                    birth = {"config": digest(as_dict(config)), "commit": commit()}
+                    rows = report.upsert(rows, pending[name][0] | result | birth)
+                    units.done += 1
+            report.write_results(file, rows, list(config.tests))
+    publish(config, domain, rows, traces(experiment))
+
+
+def results_of(config: Config) -> list[report.Row]:
+    """The rows that a run has so far."""
+    file = config.run.dir / RESULTS
+    return report.read_results(file)[0] if file.is_file() else []
+
+
+def publish(config: Config, domain: Domain, rows: Iterable[report.Row], curves: Mapping[str, Traces]) -> None:
+    """Write table.md and the figures of the rows of eval.split, and print the table."""
+    rows, tests = [row for row in rows if row["split"] == config.eval.split], list(config.tests)
+    style = {"percent": domain.PERCENT, "published": published(config)}
+    write_report(config.run.dir, rows, tests, curves, **style)
+    print(report.table(rows, tests, **style))
+    print(f"\n{config.run.dir}: {RESULTS}, table.md and the figures")
+
+
+def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware."""
+    if checkpoint.path.parent != config.run.dir / "merged":
+        return {}
+    made = checkpoint.path.name
+    stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
+    return spent(config.run.dir, stages)
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
@@ -58,15 +84,15 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
         made = json.loads(file.read_text())
-        method = made["start"]["method"]
+        method, used = made["start"]["method"], {"data": made["data"]} if "data" in made else {}
         if "anchors" in made:
             adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
-            yield row | adapted | {"label": made["adapt"]["label"]}, Checkpoint(file.parent)
+            yield row | adapted | used | {"label": made["adapt"]["label"]}, Checkpoint(file.parent)
         else:
-            yield row | {"method": method}, Checkpoint(file.parent)
+            yield row | used | {"method": method}, Checkpoint(file.parent)
 
 
-def traces(experiment: Experiment) -> dict[str, report.Traces]:
+def traces(experiment: Experiment) -> dict[str, Traces]:
     """The matching losses that the run's anchor files hold: {init: {(task, block): loss before each step}}."""
     found = {}
     for file in sorted((experiment.config.run.dir / "anchors").glob("*/*/block_*.safetensors")):

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from common.checkpoints import HEADER_KEY, INDEX_FILE, opened, replacing, write_tensors, write_text
+from common.checkpoints import HEADER_KEY, INDEX_FILE, opened, replacing, write_text
 from common.errors import InputError
 from common.unpickling import Pickled, lazy_tensors
 
-SHARD_BYTES = 2 * 2**30  # held in memory until it is written
+SHARD_BYTES = 2 * 2**30
 CHUNK_BYTES = 16 * 2**20
 STAGED = ".model-*.staged"
 PUBLISHED = "model-*-of-*.safetensors"
@@ -40,20 +41,30 @@ def stage_shards(
 ) -> dict[str, tuple[int, ...]]:
     """Write a stream of named tensors as shards under hidden names; what the folder held before stays as it was.
 
-    A shard is at most `limit` bytes, or one tensor; that much is in memory.
+    A shard is at most `limit` bytes, or one tensor. One tensor at a time is in memory.
     Returns: the shape of every tensor. `publish_shards` makes a checkpoint of them.
     """
     for left_by_a_kill in folder.glob(STAGED):
         left_by_a_kill.unlink()
-    shapes, shard, number = {}, {}, 0
-    for name, tensor in tensors:
-        shapes[name] = tuple(tensor.shape)
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > limit:
-            write_tensors(folder / STAGED.replace("*", f"{number:05d}"), shard)
-            shard, number = {}, number + 1
-        shard[name] = tensor
-    write_tensors(folder / STAGED.replace("*", f"{number:05d}"), shard)
+    shapes = {}
+    for number, shard in enumerate(in_shards(tensors, folder, limit)):
+        write_stored(folder / STAGED.replace("*", f"{number:05d}"), shard)
+        shapes |= {name: tensor.shape for name, tensor in shard.items()}
     return shapes
+
+
+def write_stream(file: Path, tensors: Iterable[tuple[str, Tensor]], expected: Iterable[str] = ()) -> list[str]:
+    """Write a stream of named tensors into one safetensors file that is whole or not there, one in memory at a time.
+
+    Returns: their names. InputError if one of the names `expected` is not among them.
+    """
+    groups = in_shards(tensors, file.parent, math.inf)  # of which there is one; its bytes are there as long as this is
+    whole = next(groups)
+    for name in expected:
+        if name not in whole:
+            raise InputError(f"{file}: the models have no tensor {name}, which the architecture needs")
+    write_stored(file, whole)
+    return list(whole)
 
 
 def publish_shards(folder: Path) -> None:
@@ -118,28 +129,69 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
 def read_range(file: Path, begin: int, end: int) -> Iterator[bytes]:
     """The bytes of a file from `begin` to `end`, in pieces."""
     with open(file, "rb") as handle:
-        handle.seek(begin)
-        for at in range(begin, end, CHUNK_BYTES):
-            yield handle.read(min(CHUNK_BYTES, end - at))
+        yield from read_handle(handle, begin, end)
+
+
+def read_handle(handle: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
+    """The same of an open file, which stays where it stands."""
+    for at in range(begin, end, CHUNK_BYTES):
+        yield os.pread(handle.fileno(), min(CHUNK_BYTES, end - at), at)
 
 
 def stored_pickle(tensor: Pickled) -> Stored:
     """A pickled tensor, which is read whole when its bytes are asked for."""
 
     def pieces() -> Iterator[memoryview]:
-        yield tensor.read().view(-1).view(torch.uint8).numpy().data
+        yield bytes_of(tensor.read())
 
     return Stored(DTYPES[tensor.dtype], tensor.shape, math.prod(tensor.shape) * tensor.dtype.itemsize, pieces)
 
 
-def write_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str, Any]) -> None:
+def in_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: float) -> Iterator[dict[str, Stored]]:
+    """A stream in groups of at most `limit` bytes, or one tensor.
+
+    A file begins with what is in it, which is known when all of it has come. Until then the bytes wait in a file
+    without a name, and there a group is found until the next one is asked for.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as waiting:
+            shard: dict[str, Stored] = {}
+            for name, tensor in tensors:
+                if shard and waiting.tell() + tensor.nbytes > limit:
+                    yield shard
+                    shard = {}
+                    waiting.seek(0)
+                shard[name] = appended(waiting, tensor.detach().cpu().contiguous())
+                del tensor  # before the next is made
+            yield shard
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}") from error
+
+
+def appended(handle: BinaryIO, tensor: Tensor) -> Stored:
+    """A tensor whose bytes are written where a file stands."""
+    begin = handle.tell()
+    handle.write(bytes_of(tensor))
+    handle.flush()
+    pieces = partial(read_handle, handle, begin, begin + tensor.nbytes)
+    return Stored(DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, pieces)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they are."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def write_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str, Any] | None = None) -> None:
     """Copy tensors byte by byte into one safetensors file, and read it back to see that it holds what was written.
 
     In memory is one piece of one tensor at a time.
     """
     # Wide types first, as the format's own writer has it: every tensor is aligned to its type.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].nbytes // max(1, math.prod(item[1].shape)), item[0]))
-    rows: dict[str, Any] = {"__metadata__": {"format": "pt", HEADER_KEY: json.dumps(header, sort_keys=True)}}
+    own = {} if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt"} | own}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes

@@ -10,7 +10,6 @@ reference / engine, of seconds of the clock and of the processor: the latter say
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,21 +20,30 @@ from typing import Any
 import torch
 import yaml
 from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
+from benchmark_reference import Reference, plain_fit
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.adaptation import coefficients, fit_block, own_weights
+from common.adaptation import Trainable, coefficients, fit_block, mean_size, own_weights, relative_weights
 from common.anchors import initial_anchors, seeded
+from common.blocks import moved
 from common.checkpoints import Checkpoint
 from common.config import PRESETS
-from common.construction import optimise_anchors
-from common.matching import DISTANCES, Block, matching_gradient, matching_value
+from common.construction import Unit, optimise_anchors
+from common.matching import DISTANCES, matching_gradient, matching_value
 from common.plan import Ledger
-from common.runtime import certificate, in_precision, prepare
+from common.runtime import certificate, in_precision, peak_gib, prepare, reset_peak
 from common.task_vectors import Params, subtract
 
-PAPER_STEPS = 1200
+PAPER_STEPS, PAPER_EPOCHS = 1200, 100
+RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation
+TA_SCALE = 0.3
+
+
+def preset(section: str) -> dict[str, Any]:
+    """A section of the fast preset."""
+    return yaml.safe_load((PRESETS / "fast.yaml").read_text())[section]
 
 
 @dataclass
@@ -68,13 +76,9 @@ def ratios(reference: Clock, engine: Clock) -> dict[str, float]:
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> float:
     """GiB that a call needs at most: of the device, or on a CPU of the whole process while it runs."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    reset_peak(device)
     function()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_gib(device)
 
 
 def matmul_ceiling(precision: str, device: torch.device) -> float:
@@ -94,32 +98,9 @@ def matmul_ceiling(precision: str, device: torch.device) -> float:
     return best
 
 
-class Reference:
-    """The plain code: everything requires a gradient and gets it; AdamW, float32, a full backward pass."""
-
-    def __init__(self, block: Block, theta_0: Params, theta_t: Params, x_init: Tensor):
-        self.block = block
-        self.theta_0 = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
-        self.theta_t = {n: p.clone().requires_grad_() for n, p in theta_t.items()}
-        self.x = x_init.clone().requires_grad_()
-        self.stepper = torch.optim.AdamW([self.x], lr=1e-2)
-
-    def step(self) -> None:
-        y, target = self.block(self.theta_0, self.x), self.block(self.theta_t, self.x)
-        distance = (1 - torch.cosine_similarity(y.flatten(1), target.flatten(1))).sum()
-        gradients = torch.autograd.grad(distance, list(self.theta_0.values()), create_graph=True)
-        loss = torch.zeros((), device=self.x.device)
-        for g, p, q in zip(gradients, self.theta_0.values(), self.theta_t.values(), strict=True):
-            loss = loss + 1 - torch.cosine_similarity(-g.flatten(), (q - p).detach().flatten(), dim=0)
-        self.stepper.zero_grad()
-        loss.backward()
-        self.stepper.step()
-
-
 def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare one unit of construction; `base` and `expert` are whole checkpoints."""
-    preset = yaml.safe_load((PRESETS / "fast.yaml").read_text())
-    settings, precision = preset["anchors"], preset["run"]["precision"]
+    settings, precision = preset("anchors"), preset("run")["precision"]
     settings["steps"] = args.steps or max(20, round(settings["steps"] * args.reference_steps / PAPER_STEPS))
     prefix = of.prefixes[min(TOY_BLOCK, len(of.prefixes) - 1)]
     clocks = {who: {what: Clock(device) for what in ("load", "step", "run")} for who in ("reference", "engine")}
@@ -129,12 +110,12 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
         return [{n: p.to(device) for n, p in load_file(file).items()} for file in files]
 
     def load_block() -> list[Params]:
-        blocks = (Checkpoint(file, of.names).read_under(prefix) for file in (base, expert))
+        blocks = (Checkpoint(file, of.family.names).read_under(prefix) for file in (base, expert))
         return [{n: p.to(device) for n, p in block.items()} for block in blocks]
 
     clocks["reference"]["load"](load_whole)
     theta_0, theta_t = clocks["engine"]["load"](load_block)
-    tau = subtract(theta_t, theta_0)
+    tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
     unit = of.block, theta_0, theta_t
     plain, warm_up = Reference(*unit, x_init), Reference(*unit, x_init)
@@ -144,7 +125,9 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
             matching_gradient(lowered, theta_0, theta_t, tau, x_init)
 
     def run_engine(**changes: Any) -> Any:
-        return optimise_anchors(*unit, x_init, **settings | changes, precision=precision)
+        return optimise_anchors(
+            of.block, theta_0, Unit(theta_t, tau, x_init), **settings | changes, precision=precision
+        )
 
     with sdpa_kernel(SDPBackend.MATH):
         memory = {"reference": peak_memory(warm_up.step, device)}
@@ -187,8 +170,14 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     }
 
 
-def adapt(of: Case, thetas: list[Params], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Compare the fit of one block to experts thetas[1:] with a plain loop, from the pretrained weights and from TA."""
+def adapt(
+    of: Case, thetas: list[Params], rates: dict[str, float], args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Compare the fit of one block to experts thetas[1:] with a plain loop, from the pretrained weights and from TA.
+
+    rates: learning rate of each start. Twice: with the same epochs, where both do the same sums; and with the optimizer
+    of the fast preset and its part of the epochs, where the loss at the end says what that costs.
+    """
     theta_0, experts = thetas[0], thetas[1:]
     deltas = [subtract(theta_t, theta_0) for theta_t in experts]
     inputs, targets = [], []
@@ -199,49 +188,43 @@ def adapt(of: Case, thetas: list[Params], args: argparse.Namespace, device: torc
             targets.append(of.block(theta_t, x))
     x, y = torch.cat(inputs), torch.cat(targets)
     epochs, batch = args.epochs, min(128, len(x))
-    report = {}
-    for start, lr in (("pretrained", 1e-5), ("ta", 1e-2)):
-        plain, engine = Clock(device), Clock(device)
-        expected = plain(plain_fit, of.block, theta_0, deltas if start == "ta" else [], x, y, lr, epochs, batch)
+    fewer = max(1, round(epochs * preset("adapt")["epochs"] / PAPER_EPOCHS))
 
-        def fit(start: str = start, lr: float = lr) -> Params:
-            trained = (
-                own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [0.3] * len(deltas))
-            )
-            settings = {"distance": "cos", "lr": lr, "epochs": epochs, "batch_size": batch, "generator": seeded(0)}
-            return fit_block(of.block, trained, x, y, **settings)[0]
+    def fit(start: str) -> Params:
+        trained = (
+            own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [TA_SCALE] * len(deltas))
+        )
+        return trained_by(trained, rates[start], epochs)
 
-        found = engine(fit)
+    def fit_fast(start: str) -> Params:
+        theta = {n: p + (start == "ta") * TA_SCALE * sum(delta[n] for delta in deltas) for n, p in theta_0.items()}
+        return trained_by(relative_weights(theta, mean_size(deltas)), preset("adapt")["lr"], fewer)
+
+    def trained_by(trained: Trainable, lr: float, epochs: int) -> Params:
+        settings = {"distance": "cos", "lr": lr, "epochs": epochs, "batch_size": batch, "generator": seeded(0)}
+        return fit_block(of.block, trained, x, y, **settings)[0]
+
+    @torch.no_grad()
+    def loss(theta: Params) -> float:
+        return DISTANCES["cos"](of.block(theta, x), y).item() / len(x)
+
+    report: dict[str, Any] = {}
+    for start in rates:
+        plain, engine, fast = Clock(device), Clock(device), Clock(device)
+        given = deltas if start == "ta" else []
+        expected = plain(plain_fit, of.block, theta_0, given, x, y, rates[start], epochs, batch, TA_SCALE)
+        found, sooner = engine(fit, start), fast(fit_fast, start)
         apart = sum((found[n] - expected[n]).square().sum() for n in found).sqrt()
-        moved = sum((expected[n] - theta_0[n]).square().sum() for n in found).sqrt()
-        report[start] = {"ratio": ratios(plain, engine), "difference_of_result": (apart / moved).item()}
-        report[start] |= {"seconds": {"reference": plain.seconds, "engine": engine.seconds}}
-    return report | {"steps": epochs * -(-len(x) // batch), "tasks": len(experts), "batch": batch}
-
-
-def plain_fit(
-    block: Block, theta_0: Params, deltas: list[Params], x: Tensor, y: Tensor, lr: float, epochs: int, batch: int
-) -> Params:
-    """The plain loop: dictionaries rebuilt and all gradients zeroed in every step, Adam tensor by tensor."""
-    if deltas:
-        free = {(n, i): torch.full_like(p, 0.3) for i in range(len(deltas)) for n, p in theta_0.items()}
-    else:
-        free = {(n, 0): p.clone() for n, p in theta_0.items()}
-
-    def build() -> Params:
-        if not deltas:
-            return {n: free[n, 0] for n in theta_0}
-        return {n: p + sum(free[n, i] * delta[n] for i, delta in enumerate(deltas)) for n, p in theta_0.items()}
-
-    stepper = torch.optim.Adam([p.requires_grad_() for p in free.values()], lr=lr, foreach=False, fused=False)
-    generator = seeded(0)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
-            stepper.zero_grad()
-            DISTANCES["cos"](block(build(), x[chosen]), y[chosen]).backward()
-            stepper.step()
-    with torch.no_grad():
-        return {n: p.clone() for n, p in build().items()}
+        moved_by = sum((expected[n] - theta_0[n]).square().sum() for n in found).sqrt()
+        report[start] = {
+            "ratio": ratios(plain, engine),
+            "difference_of_result": (apart / moved_by).item(),
+            "fast_ratio": ratios(plain, fast),
+            "loss": {"base": loss(theta_0), "reference": loss(expected), "engine": loss(found), "fast": loss(sooner)},
+            "seconds": {"reference": plain.seconds, "engine": engine.seconds, "fast": fast.seconds},
+        }
+    sizes = {"steps": epochs * -(-len(x) // batch), "fast_epochs": fewer, "tasks": len(experts), "batch": batch}
+    return report | sizes
 
 
 def main() -> None:
@@ -249,7 +232,7 @@ def main() -> None:
     parser.add_argument("what", choices=["construct", "adapt"])
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--arch", choices=list(ARCHS))
-    size.add_argument("--toy", choices=list(TOYS), help="trained weights in toy/; construct only")
+    size.add_argument("--toy", choices=list(TOYS), help="trained weights in toy/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--anchors", type=int, help="unset: the paper's")
     parser.add_argument("--steps", type=int, help="of the engine; unset: the preset's, in proportion")
@@ -261,8 +244,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
-    if args.toy and args.what == "adapt":
-        parser.error("adapt takes --arch")
     device = prepare(args.device)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, device, Path(folder))
@@ -276,13 +257,18 @@ def main() -> None:
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Make or open the weights, and compare."""
     if args.toy:
-        return construct(*toy(args.toy, Path("toy"), args.anchors or 64), args, device)
+        case, base, experts, rates = toy(args.toy, Path("toy"), args.anchors or 64)
+        if args.what == "construct":
+            return construct(case, base, experts[0], args, device)
+        prefix = case.prefixes[min(TOY_BLOCK, len(case.prefixes) - 1)]
+        blocks = [Checkpoint(path, case.family.names).read_under(prefix) for path in (base, *experts)]
+        return adapt(case, [{n: p.to(device) for n, p in b.items()} for b in blocks], RATES | rates, args, device)
     make, anchors = ARCHS[args.arch]
     of, generator = make(args.anchors or anchors), seeded(0)
     theta_0 = random_block(of.module, generator)
     if args.what == "adapt":
         thetas = [theta_0, *(random_expert(theta_0, generator) for _ in range(args.tasks))]
-        return adapt(of, [{n: p.to(device) for n, p in theta.items()} for theta in thetas], args, device)
+        return adapt(of, [{n: p.to(device) for n, p in theta.items()} for theta in thetas], RATES, args, device)
     files = folder / "base.safetensors", folder / "expert.safetensors"
     for file, theta in zip(files, (theta_0, random_expert(theta_0, generator)), strict=True):
         write_whole(file, of, theta)

@@ -26,7 +26,7 @@ class Case:
     module: nn.Module
     shape: tuple[int, int, int]
     prefixes: list[str]
-    names: Callable[[str], str | None]
+    family: BlockFamily
 
 
 def vit(model: Model, anchors: int) -> Case:
@@ -70,7 +70,7 @@ def roberta_base(anchors: int) -> Case:
 
 def case(family: BlockFamily, modules: list[nn.Module], shape: tuple[int, int, int]) -> Case:
     prefixes = [family.prefix(i) for i in range(len(modules))]
-    return Case(family.pure(modules[0]), modules[0], shape, prefixes, family.names)
+    return Case(family.pure(modules[0]), modules[0], shape, prefixes, family)
 
 
 ARCHS: dict[str, tuple[Callable[[int], Case], int]] = {  # and the paper's number of anchors
@@ -111,8 +111,8 @@ def write_whole(file: Path, of: Case, theta: Params) -> None:
 TOYS = {"vision": "vision/toy", "nlu": "nlu/toy", "minilm": "nlu/minilm"}  # and their configs
 
 
-def toy(name: str, root: Path, anchors: int) -> tuple[Case, Path, Path]:
-    """A block of a toy, and the checkpoints of its base and first expert: trained weights."""
+def toy(name: str, root: Path, anchors: int) -> tuple[Case, Path, list[Path], dict[str, float]]:
+    """A block of a toy, the checkpoints of its base and experts, and the learning rate from the pretrained model."""
     settings = yaml.safe_load(Path(f"configs/{TOYS[name]}.yaml").read_text())
     paths = Model(**settings["model"] | {"root": str(root / name / "checkpoints")})
     if name == "vision":
@@ -121,4 +121,5 @@ def toy(name: str, root: Path, anchors: int) -> tuple[Case, Path, Path]:
         from transformers import AutoConfig
 
         of = encoder(AutoConfig.from_pretrained(paths.path("base")), anchors)
-    return of, paths.path("base"), paths.path("expert", settings["tasks"][0])
+    experts = [paths.path("expert", task) for task in settings["tasks"]]
+    return of, paths.path("base"), experts, {"pretrained": settings["adapt"]["by_start"]["pretrained"]["lr"]}

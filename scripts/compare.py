@@ -1,27 +1,74 @@
 """The grid of the paper's tables in one process: anchors from every initialisation, FDA from every start, one table.
 
 python scripts/compare.py --config configs/vision/toy.yaml --compare.starts [pretrained,ta] --compare.inits [weight]
+python scripts/compare.py --config FILE --compare.seeds [0,1,2] --compare.search '{ta: {scale: [0.1,0.2,0.3]}}'
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from common.command import run
 from common.config import Config
-from common.experiment import Domain
+from common.errors import InputError
+from common.experiment import Domain, check_choices
+from common.merging import METHODS, WITH_DATA, hyperparameters
 from common.pipeline import adapt, construct
-from common.scoring import score_run
+from common.plan import describe
+from common.report import Row, write_results
+from common.scoring import RESULTS, publish, results_of, score_run
+from common.search import SPLIT, candidates, held_out, searched
 
 
 def compare(config: Config, domain: Domain) -> None:
+    """Choose the hyperparameters of compare.search, then run the grid, once or with each of compare.seeds."""
+    check_choices(config, domain)
+    runs_of(config)  # refuses here what it would after the search
+    config = searched(config, domain)
+    if not config.compare.seeds:
+        return grid(config, domain)
+    runs = runs_of(config)
+    for each in runs:
+        grid(each, domain, [row for other in runs for row in results_of(other)])
+    rows = [row | {"seed": each.run.seed} for each in runs for row in results_of(each)]
+    write_results(config.run.dir / RESULTS, rows, list(config.tests))
+    publish(config, domain, rows, {})
+
+
+def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
     """Construct with each of compare.inits, adapt from each of compare.starts, then score everything once."""
     quiet = replace(config, run=replace(config.run, score=False))
     for init in config.compare.inits:
-        grid = replace(quiet, anchors=replace(config.anchors, init=init))
-        construct(grid, domain)
+        of_init = replace(quiet, anchors=replace(config.anchors, init=init))
+        construct(of_init, domain)
         for start in config.compare.starts:
-            adapt(replace(grid, start=replace(config.start, method=start)), domain)
-    score_run(config, domain)
+            adapt(of_init.at_start(start), domain)
+    score_run(config, domain, others)
+
+
+def runs_of(config: Config) -> list[Config]:
+    """A complete run for each of compare.seeds: <name>/seed_<s>, run.seed s, and s for merges that draw at random."""
+    seeds, starts = config.compare.seeds, config.compare.starts
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"compare.seeds names a seed twice: {', '.join(map(str, seeds))}")
+    runs, drawing = [], [m for m in starts if m in METHODS | WITH_DATA and "seed" in hyperparameters(m)]
+    for seed in seeds:
+        hyper = config.start.hyper | {m: {"seed": seed} | config.start.hyper.get(m, {}) for m in drawing}
+        each = replace(config.run, name=f"{config.run.name}/seed_{seed}", seed=seed)
+        runs.append(replace(config, run=each, start=replace(config.start, hyper=hyper)))
+    return runs
+
+
+def plan(config: Config, domain: Domain) -> str:
+    """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
+    text, grids = describe(config, domain), candidates(config)
+    if grids:
+        check_choices(held_out(config), domain)
+    lines = [f"  {'search ' + m:18} {len(g)} candidates, merged and scored on {SPLIT}" for m, g in grids.items()]
+    for each in runs_of(config) or [config]:
+        models = [f"{start} x {init}" for start in config.compare.starts for init in config.compare.inits]
+        lines.append(f"  {f'seed {each.run.seed}':18} {len(models)} models in {each.run.dir}: {', '.join(models)}")
+    return "\n".join([text, "", "Compare", *lines])
 
 
 if __name__ == "__main__":
-    run(compare, __doc__)
+    run(compare, __doc__, plan)

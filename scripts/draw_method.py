@@ -10,7 +10,7 @@ import torch
 
 from common.adaptation import fit_block, own_weights
 from common.anchors import initial_anchors, seeded
-from common.construction import optimise_anchors
+from common.construction import Unit, optimise_anchors
 from common.matching import squared
 
 COLOURS = ("#0072B2", "#D55E00")
@@ -44,8 +44,9 @@ def draw(path: Path) -> None:
     for task, (tau, colour) in enumerate(zip(TAU, COLOURS, strict=True)):
         theta_t = {"weight": tau}
         start = initial_anchors("gauss", (24, 1, 2), theta_t=theta_t, scale=0.1, generator=seeded(3, task))
+        unit = Unit(theta_t, theta_t, start)  # θ₀ is 0
         for k, steps in enumerate(MOMENTS):
-            x = optimise_anchors(block, THETA_0, theta_t, start, steps=steps, lr=1e-2, distance="mse").x
+            x = optimise_anchors(block, THETA_0, unit, steps=steps, lr=1e-2, distance="mse").x
             arrow(middle, 1.25 * gradient(theta_t, x), colour, alpha=(k + 1) / len(MOMENTS), lw=1.2)
         left.plot(*start[:, 0].T, "o", mfc="none", mec=colour, ms=4, alpha=0.45)
         left.plot(*x[:, 0].T, "o", color=colour, ms=4, label=f"task {task + 1}")

@@ -11,11 +11,12 @@ from common.runtime import ROOT
 ORDER = [
     ["errors", "task_vectors"],
     ["matching", "checkpoints", "config", "unpickling", "records", "metrics"],
-    ["blocks", "anchors", "merging", "runtime", "report", "shards", "vocabulary", "lora"],
+    ["blocks", "anchors", "probes", "merging", "runtime", "report", "figures", "shards", "vocabulary", "lora"],
+    ["batching"],
     ["construction", "adaptation"],
     ["experiment"],
     ["merged", "plan"],
-    ["scoring"],
+    ["scoring", "search"],
     ["pipeline"],
     ["command"],
 ]

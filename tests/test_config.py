@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import parse
+from common.command import parse
 from common.errors import InputError
 from common.experiment import check_choices
 from common.runtime import ROOT

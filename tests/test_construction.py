@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from common.construction import optimise_anchors
+from common.construction import Unit, optimise_anchors
 from common.matching import matching_loss
 from common.task_vectors import subtract
 
 
 def linear(params, x_ATD):
     return x_ATD @ params["weight"].T
+
+
+def unit_of(theta_0, theta_t, x):
+    return Unit(theta_t, subtract(theta_t, theta_0), x)
 
 
 @pytest.fixture
@@ -23,41 +27,50 @@ def unit():
 def test_a_linear_layer_with_enough_anchors_is_matched(unit):
     """With at least rank(ΔW) anchors the cosine can reach 1."""
     theta_0, theta_t, x = unit
-    found = optimise_anchors(linear, theta_0, theta_t, x, steps=800, lr=1e-2, distance="mse")
+    found = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=800, lr=1e-2, distance="mse")
     assert found.losses["weight"] < 0.01 < 0.05 < found.trace[0]
 
 
 def test_muon_gets_there_in_fewer_steps(unit):
     theta_0, theta_t, x = unit
-    slow = optimise_anchors(linear, theta_0, theta_t, x, steps=40, lr=1e-2, distance="mse")
+    slow = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=40, lr=1e-2, distance="mse")
     fast = optimise_anchors(
-        linear, theta_0, theta_t, x, steps=40, lr=0.3, distance="mse", optimizer="muon", schedule="linear"
+        linear,
+        theta_0,
+        unit_of(theta_0, theta_t, x),
+        steps=40,
+        lr=0.3,
+        distance="mse",
+        optimizer="muon",
+        schedule="linear",
     )
     assert min(fast.trace) < 0.5 * min(slow.trace)
 
 
 def test_the_best_anchors_are_kept_and_the_last_are_scored(unit):
     theta_0, theta_t, x = unit
-    found = optimise_anchors(linear, theta_0, theta_t, x, steps=30, lr=0.5, distance="mse")  # a rate that overshoots
+    found = optimise_anchors(
+        linear, theta_0, unit_of(theta_0, theta_t, x), steps=30, lr=0.5, distance="mse"
+    )  # a rate that overshoots
     assert len(found.trace) == 31
     assert found.trace[found.best_step] == min(found.trace)
     again = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), found.x, distance="mse")
     assert again.mean().item() == found.trace[found.best_step] == pytest.approx(sum(found.losses.values()))
-    one = optimise_anchors(linear, theta_0, theta_t, x, steps=1, lr=1e-3, distance="mse")
+    one = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=1, lr=1e-3, distance="mse")
     assert one.best_step == 1 and not torch.equal(one.x, x)
 
 
 def test_no_step_leaves_the_anchors_and_the_argument_alone(unit):
     theta_0, theta_t, x = unit
     before = x.clone()
-    assert torch.equal(optimise_anchors(linear, theta_0, theta_t, x, steps=0, lr=1e-2).x, before)
-    optimise_anchors(linear, theta_0, theta_t, x, steps=3, lr=1e-2)
+    assert torch.equal(optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=0, lr=1e-2).x, before)
+    optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=3, lr=1e-2)
     assert torch.equal(x, before)
 
 
 def test_a_task_vector_of_zero_leaves_the_anchors(unit):
     theta_0, _, x = unit
-    found = optimise_anchors(linear, theta_0, dict(theta_0), x, steps=5, lr=1e-2)
+    found = optimise_anchors(linear, theta_0, unit_of(theta_0, dict(theta_0), x), steps=5, lr=1e-2)
     assert torch.equal(found.x, x) and found.trace == []
 
 
@@ -70,15 +83,15 @@ def test_a_loss_that_is_not_finite_names_its_step(unit):
         return linear(params, x_ATD) * (torch.nan if len(calls) > 2 * 7 else 1)  # two calls a step
 
     with pytest.raises(FloatingPointError, match="nan at step 7"):
-        optimise_anchors(breaks, theta_0, theta_t, x, steps=50, lr=1e-2)
+        optimise_anchors(breaks, theta_0, unit_of(theta_0, theta_t, x), steps=50, lr=1e-2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_in_bf16_the_kept_loss_is_the_float32_one_of_the_kept_anchors(unit, optimizer):
     theta_0, theta_t, x = unit
     settings = {"steps": 50, "lr": 0.1, "distance": "mse", "schedule": "linear", "optimizer": optimizer}
-    exact = optimise_anchors(linear, theta_0, theta_t, x, **settings)
-    found = optimise_anchors(linear, theta_0, theta_t, x, **settings, precision="bf16")
+    exact = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), **settings)
+    found = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), **settings, precision="bf16")
     again = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), found.x, distance="mse")
     assert found.losses["weight"] == again.item()
     assert found.best_step in (0, 20, 40, 50)
@@ -89,7 +102,8 @@ def test_in_bf16_the_kept_loss_is_the_float32_one_of_the_kept_anchors(unit, opti
 def test_tf32_is_float32_where_there_is_no_cuda(unit):
     theta_0, theta_t, x = unit
     full, tf32 = (
-        optimise_anchors(linear, theta_0, theta_t, x, steps=20, lr=0.1, precision=p) for p in ("float32", "tf32")
+        optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=20, lr=0.1, precision=p)
+        for p in ("float32", "tf32")
     )
     assert full.trace == tf32.trace
 
@@ -97,16 +111,18 @@ def test_tf32_is_float32_where_there_is_no_cuda(unit):
 def test_a_unit_ends_at_the_first_look_that_is_good_enough(unit):
     theta_0, theta_t, x = unit
     settings = {"steps": 800, "lr": 1e-2, "distance": "mse"}
-    whole = optimise_anchors(linear, theta_0, theta_t, x, **settings)
+    whole = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), **settings)
     wanted = whole.trace[100]
     assert wanted < min(whole.trace[:90])
-    found = optimise_anchors(linear, theta_0, theta_t, x, **settings, stop_loss=wanted)
+    found = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), **settings, stop_loss=wanted)
     assert found.trace == whole.trace[:101]
 
 
 def test_a_unit_ends_where_it_gets_no_better(unit):
     theta_0, theta_t, x = unit
-    found = optimise_anchors(linear, theta_0, theta_t, x, steps=800, lr=1e-9, patience=60)
+    found = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), steps=800, lr=1e-9, patience=60)
     assert len(found.trace) == 61
-    better = optimise_anchors(linear, theta_0, theta_t, x, steps=100, lr=1e-2, distance="mse", patience=60)
+    better = optimise_anchors(
+        linear, theta_0, unit_of(theta_0, theta_t, x), steps=100, lr=1e-2, distance="mse", patience=60
+    )
     assert len(better.trace) == 101

@@ -23,7 +23,8 @@ from pico_nlg import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoints import INDEX_FILE, Checkpoint, write_tensors
-from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start, parse
+from common.command import parse
+from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.errors import InputError
 from common.matching import matching_gradient
 from common.pipeline import adapt, construct, merge_alone
@@ -321,14 +322,14 @@ def test_interrupted_anywhere_it_goes_on_and_ends_with_the_same_bytes(config, mo
     moments = {
         construct: [("common.pipeline.save_anchors", 1), ("common.pipeline.save_anchors", 2)],
         merge_alone: [
-            ("common.shards.write_tensors", 2),
+            ("common.shards.write_stored", 2),
             ("common.shards.os.replace", 1),
             ("common.shards.write_text", 0),
             ("common.merged.write_text", 0),
         ],
         adapt: [
             ("common.pipeline.write_tensors", 1),
-            ("common.shards.write_tensors", 1),
+            ("common.shards.write_stored", 1),
             ("NLG.domain.link_weights", 0),
             ("common.merged.shutil.rmtree", 0),
         ],

@@ -16,7 +16,7 @@ import torch
 from pico_nlg import pico_config, write_pico_models
 
 from common.checkpoints import Checkpoint
-from common.config import parse
+from common.command import parse
 from common.pipeline import adapt, construct, merge_alone
 from common.plan import describe
 from common.runtime import ROOT

@@ -29,8 +29,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from common.blocks import moved
 from common.checkpoints import Checkpoint, read_header, write_tensors
-from common.config import Config, parse
-from common.construction import optimise_anchors
+from common.command import parse
+from common.config import Config
+from common.construction import Unit, optimise_anchors
 from common.errors import InputError
 from common.experiment import check_choices, open_experiment
 from common.matching import matching_loss
@@ -300,7 +301,7 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     tau = subtract(theta_t, theta_0)
     cleaned = family.without_null_gradients(tau)
     kept, dropped, alone = (
-        optimise_anchors(block, theta_0, theta_t, x, tau=t, steps=60, lr=0.05)
+        optimise_anchors(block, theta_0, Unit(theta_t, t, x), steps=60, lr=0.05)
         for t in (tau, cleaned, {KEY_BIAS: tau[KEY_BIAS]})
     )
     assert set(kept.losses) - set(dropped.losses) == {KEY_BIAS}

@@ -6,16 +6,8 @@ import struct
 import pytest
 
 from common.errors import InputError
-from common.report import (
-    plot_accuracy,
-    plot_matching,
-    read_results,
-    row_name,
-    table,
-    upsert,
-    write_report,
-    write_results,
-)
+from common.figures import plot_accuracy, plot_matching, write_report
+from common.report import read_results, row_name, table, upsert, write_results
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {
@@ -83,11 +75,65 @@ def test_gain_over_the_pretrained_model():
     assert table(rows, TASKS).splitlines()[-1].endswith("| 60.00 | +8.00 |")
 
 
+def of_seeds(method, averages, start=None, init=None, same=False):
+    """The rows of each seed, the same checkpoint or one of each seed's own; the two tasks 0.1 around the average."""
+    for seed, average in enumerate(averages):
+        for row in scored(method, average - 0.1, average + 0.1, start, init):
+            yield row | {"seed": seed, "checkpoint": row["task"] if same else f"{row['task']} {seed}"}
+
+
+SEEDS = [
+    *of_seeds("ta", [0.5, 0.5], same=True),
+    *of_seeds("dare_ta", [0.4, 0.6]),
+    *of_seeds("fda", [0.5, 0.7], "dare_ta", "weight"),
+    *of_seeds("fda", [0.6, 0.8], "ta", "weight"),
+]
+
+
+def test_seeds_give_means_and_deviations_and_gains_are_taken_seed_by_seed():
+    """DARE goes from 40 to 60 between the seeds: √2 · 10. FDA from it gains 10 with each, FDA from TA 10 and 30."""
+    assert table(SEEDS, TASKS) == (
+        "| Method                  |  Cars |   DTD |           Avg |              Δ |\n"
+        "| :---------------------- | ----: | ----: | ------------: | -------------: |\n"
+        "| TA                      | 40.00 | 60.00 |         50.00 |                |\n"
+        "| DARE (TA)               | 40.00 | 60.00 | 50.00 ± 14.14 |                |\n"
+        "| FDA (TA, Weight)        | 60.00 | 80.00 | 70.00 ± 14.14 | +20.00 ± 14.14 |\n"
+        "| FDA (DARE (TA), Weight) | 50.00 | 70.00 | 60.00 ± 14.14 |  +10.00 ± 0.00 |\n"
+    )
+
+
+def test_one_seed_has_no_deviation_and_a_task_that_one_seed_lacks_has_no_mean():
+    one = [row for row in SEEDS if row["seed"] == 0]
+    assert "±" not in table(one, TASKS)
+    assert table(SEEDS[:-1], TASKS).splitlines()[4] == (
+        "| FDA (TA, Weight)        | 60.00 |     – |             – |             – |"
+    )
+
+
+def test_what_rows_took_is_printed_as_means_over_seeds(tmp_path):
+    took = {"hardware": "CPU, 2 threads, Linux"}
+    rows = [row | took | {"seconds": 100 * (1 + row["seed"]), "peak_gib": 1.25} for row in of_seeds("ta", [0.5, 0.5])]
+    rows += [row | took | {"seconds": 3 * 3600.0, "peak_gib": 20} for row in of_seeds("fda", [0.5], "ta", "weight")]
+    lines = table([*rows, *scored("pretrained", 0.6, 0.4)], TASKS, published=PUBLISHED).splitlines()
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        ["    Time ", "    Memory "],
+        [" ------: ", " --------: "],
+        ["       – ", "         – "],
+        [" 2.5 min ", "  1.25 GiB "],
+        ["         ", "           "],
+        ["   3.0 h ", " 20.00 GiB "],
+        ["         ", "           "],
+    ]
+    write_report(tmp_path, rows, TASKS, {})
+    assert "Measured on CPU, 2 threads, Linux." in (tmp_path / "table.md").read_text()
+
+
 def test_upsert_replaces_the_same_cell_only():
     new = ROWS[0] | {"value": 0.9}
     rows = upsert(ROWS, new)
     assert len(rows) == len(ROWS) and new in rows and ROWS[0] not in rows
-    assert len(upsert(ROWS, ROWS[0] | {"init": "gauss", "start": "tsv"})) == len(ROWS) + 1
+    for field in ({"init": "gauss", "start": "tsv"}, {"seed": 1}):
+        assert len(upsert(ROWS, ROWS[0] | field)) == len(ROWS) + 1
 
 
 def test_results_round_trip_and_do_not_depend_on_order(tmp_path):

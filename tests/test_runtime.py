@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,18 @@ import yaml
 
 from common.config import as_dict
 from common.errors import InputError
-from common.runtime import ROOT, UnitBar, in_precision, prepare, read_ahead, recorded, written_behind
+from common.runtime import (
+    ROOT,
+    UnitBar,
+    Units,
+    in_precision,
+    prepare,
+    read_ahead,
+    read_notes,
+    recorded,
+    spent,
+    written_behind,
+)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
@@ -49,6 +63,56 @@ def test_every_stage_leaves_its_certificate(pico_config):
     assert list(stages) == ["adapt", "construct weight"]
     assert {"seconds", "commit", "versions", "machine", "time", "config"} <= set(stages["adapt"])
     assert stages["adapt"]["config"]["anchors"]["steps"] == 5
+
+
+@pytest.fixture
+def session(pico_config, monkeypatch):
+    """session(seconds, done, kept) records a stage "work" by a clock of ours and returns what run.json then says."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def run(seconds, done=0, kept=0, error=None, config=pico_config):
+        with pytest.raises(error) if error else nullcontext(), recorded(config, "work", Units(done, kept)):
+            now[0] += seconds
+            if error:
+                raise error
+        return read_notes(config.run.dir).get("work")
+
+    return run
+
+
+def test_sessions_of_one_stage_add_up_and_a_repeat_changes_nothing(session, pico_config):
+    first = session(10, done=3, error=KeyboardInterrupt)
+    assert (first["seconds"], first["ended"]) == (10, "KeyboardInterrupt")
+    assert spent(pico_config.run.dir, ["work"]) == {}
+    whole = session(5, done=1, kept=3)
+    assert (whole["seconds"], whole["ended"], whole["units"], whole["units_of"]) == (15, "finished", 4, 4)
+    assert whole["peak_gib"] >= first["peak_gib"] > 0.1
+    assert session(0.5, kept=4) == whole
+    assert session(0.5, error=InputError) == whole  # another config, refused at its first unit
+    found = spent(pico_config.run.dir, ["work"])
+    assert (found["seconds"], found["peak_gib"]) == (15, whole["peak_gib"]) and found["hardware"].startswith("CPU, ")
+    assert spent(pico_config.run.dir, ["work", "other"]) == spent(pico_config.run.dir, []) == {}
+    assert session(7, done=4)["seconds"] == 7  # made anew
+
+
+def test_units_that_nobody_timed_leave_the_time_unknown(session, pico_config):
+    """After a power cut three units are there and no note; blocks done by themselves are a part of the work."""
+    assert session(0.5, kept=3) is None
+    assert session(5, done=1, kept=3)["seconds"] == 5 and spent(pico_config.run.dir, ["work"]) == {}
+    session(5, done=4, config=replace(pico_config, run=replace(pico_config.run, blocks=[1])))
+    assert spent(pico_config.run.dir, ["work"]) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is reset on Linux alone")
+def test_the_peak_is_that_of_the_stage(pico_config):
+    def peak(mib):
+        with recorded(pico_config, "work"):
+            torch.ones(mib * 2**18).sum()
+        return read_notes(pico_config.run.dir)["work"]["peak_gib"]
+
+    before, large, after = peak(1), peak(512), peak(1)
+    assert large - before == pytest.approx(0.5, abs=0.05) and after < large - 0.4
 
 
 def test_a_command_says_what_is_wrong_in_one_sentence(pico_config, tmp_path):

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import weakref
+from operator import attrgetter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import shards
 from common.checkpoints import INDEX_FILE, Checkpoint, read_header, write_tensors
 from common.errors import InputError
-from common.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored
+from common.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored, write_stream
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(5)}  # 64 bytes each
 
@@ -37,17 +39,34 @@ def test_a_stream_becomes_as_many_shards_as_the_limit_asks_for(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_no_more_than_one_shard_is_held(tmp_path):
+def test_no_more_than_one_tensor_is_held(tmp_path):
     made = []
 
     def stream():
         for i in range(8):
             tensor = torch.zeros(16)
             made.append(weakref.ref(tensor))
-            assert sum(ref() is not None for ref in made) <= 4  # two in the shard, one that did not fit, one in hand
+            assert sum(ref() is not None for ref in made) == 1
             yield f"t{i}", tensor
 
     stage_shards(stream(), tmp_path, 128)
+
+
+def test_a_stream_becomes_one_file_that_is_whole_or_not_there(tmp_path):
+    write_stream(tmp_path / "new" / "model.safetensors", TENSORS.items())
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert names(tmp_path / "new") == ["model.safetensors"]
+    with pytest.raises(InputError, match="model.safetensors: the models have no tensor head, which the architecture"):
+        write_stream(tmp_path / "new" / "model.safetensors", list(TENSORS.items())[:1], ["layer.0", "head"])
+
+    def breaks_off():
+        yield from list(TENSORS.items())[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_stream(tmp_path / "new" / "model.safetensors", breaks_off())
+    assert load_file(tmp_path / "new" / "model.safetensors").keys() == TENSORS.keys()
 
 
 def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own(tmp_path):
@@ -70,19 +89,23 @@ def test_a_stream_that_breaks_off_leaves_the_earlier_checkpoint(tmp_path):
     assert names(tmp_path) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX_FILE]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [("bytes_of", "cannot write to .*: .*No space"), ("os.fsync", r"cannot write .*model-00001\.staged: .*No space")],
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, step, sentence):
+    """Full while tensors wait for the rest of their shard, or when the second shard is written."""
     write(TENSORS, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    saves = iter(range(9))
+    calls, works = iter(range(9)), attrgetter(step)(shards)
 
-    def full(tensors, file, metadata):
-        if next(saves) == 1:
-            file.write_bytes(b"the beginning")
+    def full(argument):
+        if next(calls) == 1:
             raise OSError(28, "No space left on device")
-        file.write_bytes(b"new")
+        return works(argument)
 
-    monkeypatch.setattr("common.checkpoints.save_file", full)
-    with pytest.raises(InputError, match=r"cannot write .*\.model-00001\.staged: .*No space left"):
+    monkeypatch.setattr(f"common.shards.{step}", full)
+    with pytest.raises(InputError, match=sentence):
         write(TENSORS, tmp_path)
     after = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) if not name.startswith(".")}
     assert before == after
@@ -130,6 +153,15 @@ def test_a_copy_that_does_not_read_back_is_refused_and_not_kept(tmp_path, monkey
     with pytest.raises(InputError, match="two.safetensors does not read back as it was written"):
         write_stored(tmp_path / "two.safetensors", stored_tensors(tmp_path / "one.safetensors"), {})
     assert names(tmp_path) == ["one.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_tensor_is_read_in_pieces(tmp_path, monkeypatch, dtype):
+    tensors = {"matrix": torch.randn(7, 5).to(dtype), "long": torch.arange(99).to(dtype), "none": torch.tensor(3.0)}
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    monkeypatch.setattr("common.checkpoints.PIECE", 12)
+    for name, tensor in Checkpoint(tmp_path).read_under("").items():
+        assert torch.equal(tensor, tensors[name].float()) and tensor.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "a/../../b.safetensors"])

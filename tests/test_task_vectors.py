@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from common.task_vectors import add, require_same_shapes, subtract
+from common.task_vectors import add, is_finite, lazy_task_vector, require_same_shapes, subtract
 
 
 def params(**tensors):
@@ -55,3 +55,28 @@ def test_shapes_alone_are_compared_and_the_sentence_opens_with_who():
     require_same_shapes({"w": [2, 3]}, {"w": (2, 3)})
     with pytest.raises(InputError, match=r"^expert/model\.safetensors: w: \(3,\) against \(2, 3\)$"):
         require_same_shapes({"w": [3]}, {"w": [2, 3]}, "expert/model.safetensors")
+
+
+def test_a_lazy_task_vector_reads_what_is_asked_for_and_keeps_nothing():
+    theta_0, theta = params(h_w=[[1.0, 2.0]], h_b=[3.0]), params(h_w=[[1.5, 0.0]], h_b=[4.0])
+    asked = []
+
+    def read(name):
+        asked.append(name)
+        return theta[name].clone()
+
+    tau = lazy_task_vector(read, theta_0)
+    assert list(tau) == ["h.w", "h.b"] and len(tau) == 2 and "h.b" in tau and tau.keys() == theta_0.keys() and not asked
+    assert tau["h.b"].tolist() == [1.0] and tau["h.b"].tolist() == [1.0] and asked == ["h.b", "h.b"]
+    assert tau["h.w"].tolist() == subtract(theta, theta_0)["h.w"].tolist() == [[0.5, -2.0]]
+    assert tau.get("x") is None and theta_0["h.b"].item() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_finite_is_told_by_the_extremes(dtype):
+    assert is_finite(torch.empty(0, 3, dtype=dtype)) and is_finite(torch.tensor(1.0, dtype=dtype))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.zeros(99, dtype=dtype)
+        assert is_finite(x)
+        x[77] = value
+        assert not is_finite(x)

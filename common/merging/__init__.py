@@ -5,7 +5,7 @@
 `base` is θ₀, `deltas` one τᵢ a task; the result has the names and shapes of `base` and is float32, or float64 where the
 deltas are. Methods are pure and act tensor by tensor, so any part of a model may be passed: a block, or one tensor of a
 model that does not fit in memory. To add one: a file with its formula, source and defaults, and a line in `METHODS`;
-CONTRIBUTING.md has an example. `fisher` and `regmean` are formulas that need data; nothing gathers it yet.
+CONTRIBUTING.md has an example. Methods that use inputs of the tasks are in `WITH_DATA`, see with_data.py.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import torch
+from torch import Tensor
 
 from common.errors import InputError
 from common.merging.average import average
@@ -28,9 +29,11 @@ from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
 from common.merging.tsv import tsv
 from common.merging.widen import widen_merging
+from common.merging.with_data import WITH_DATA
 from common.merging.wudi import wudi
 from common.merging.wudi_exact import wudi_exact
-from common.task_vectors import Params, require_same_tensors
+from common.probes import NO_PROBE
+from common.task_vectors import LazyParams, Params, is_finite, require_same_tensors
 
 
 @torch.no_grad()
@@ -41,12 +44,23 @@ def merge(method: str, base: Params, deltas: Sequence[Params], hyper: Mapping[st
     differ from the base's or hold a value that is not finite.
     """
     check_hyper(method, hyper, len(deltas))
-    for i, delta in enumerate(deltas, start=1):
+    checked = [_checked(delta, base, f"task {i} of {len(deltas)}") for i, delta in enumerate(deltas, start=1)]
+    return METHODS[method](base, checked, **hyper)
+
+
+def _checked(delta: Params, base: Params, whose: str) -> Params:
+    """A task vector with the names of `base`, of which each tensor is checked when it is asked for: it may be lazy."""
+    if delta.keys() != base.keys():
         require_same_tensors(delta, base)
-        for name, tau in delta.items():
-            if not tau.isfinite().all():
-                raise InputError(f"{name}: the task vector of task {i} of {len(deltas)} holds NaN or infinite values")
-    return METHODS[method](base, deltas, **hyper)
+
+    def checked(name: str) -> Tensor:
+        tau = delta[name]
+        require_same_tensors({name: tau}, {name: base[name]})
+        if not is_finite(tau):
+            raise InputError(f"{name}: the task vector of {whose} holds NaN or infinite values")
+        return tau
+
+    return LazyParams(base, checked)
 
 
 def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None) -> None:
@@ -54,8 +68,8 @@ def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None)
 
     Names and types are checked; with the number of tasks also the values, by merging that many models of no tensors.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown merge method {method!r}: choose one of {', '.join(METHODS)}")
+    if method not in METHODS | WITH_DATA:
+        raise InputError(f"unknown merge method {method!r}: choose one of {', '.join(METHODS | WITH_DATA)}")
     accepted = hyperparameters(method)
     for name, value in hyper.items():
         if name not in accepted:
@@ -66,13 +80,19 @@ def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None)
     if tasks is not None:
         if tasks < 1:
             raise InputError(f"{method}: at least one task is needed to merge")
-        METHODS[method]({}, [{}] * tasks, **hyper)
+        probes = [[NO_PROBE] * tasks] if method in WITH_DATA else []
+        function(method)({}, [{}] * tasks, *probes, **hyper)
 
 
 def hyperparameters(method: str) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a method, with annotation and default, by name."""
-    parameters = inspect.signature(METHODS[method]).parameters
+    parameters = inspect.signature(function(method)).parameters
     return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def function(method: str) -> Callable[..., Params]:
+    """The function behind a key of `METHODS` or `WITH_DATA`."""
+    return WITH_DATA[method].method if method in WITH_DATA else METHODS[method]
 
 
 def _is_of(value: object, kind: Any) -> bool:

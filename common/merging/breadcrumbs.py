@@ -10,6 +10,7 @@ Deviation: the released code orders each row of a tensor by itself; here, as in 
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from common.errors import InputError
@@ -33,4 +34,6 @@ def middle(tau: Tensor, keep: float, outliers: float) -> Tensor:
     removed = share(tau, outliers)
     reached = min(tau.numel(), removed + max(1, share(tau, keep)))
     magnitude = tau.abs()
-    return tau * ((magnitude < largest(magnitude, removed)) & (magnitude >= largest(magnitude, reached)))
+    upper, lower = largest(magnitude, removed), largest(magnitude, reached)
+    torch.abs(tau, out=magnitude)  # in its order again
+    return magnitude.copy_((magnitude < upper).logical_and_(magnitude >= lower)).mul_(tau)

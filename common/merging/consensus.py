@@ -26,11 +26,12 @@ def consensus_ta(
     if not 0 <= agree <= len(deltas):
         raise InputError(f"consensus_ta: agree must lie between 0 and the {len(deltas)} tasks, it is {agree}")
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         every = total(taus)
-        users = torch.zeros_like(every)
+        users = torch.zeros_like(every, dtype=torch.int16)
         for tau in taus:
-            users += tau.abs() >= threshold * (every - tau).abs()
+            users += tau.abs() >= (every - tau).abs_().mul_(threshold)
+            del tau
         return every.mul_(users >= agree).mul_(scale)
 
     return each_tensor(merged, base, deltas)

@@ -18,7 +18,7 @@ from common.anchors import seeded
 from common.errors import InputError
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
-from common.task_vectors import Params, widen
+from common.task_vectors import LazyParams, Params, widen
 
 
 def dare_ta(
@@ -41,8 +41,8 @@ def dare_ties(
     return ties(base, dropped(deltas, drop, seed), density=density, scale=scale)
 
 
-def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[Params]:
-    """τ̃ᵢ of every task."""
+def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams]:
+    """τ̃ᵢ of every task, each tensor drawn anew, and alike, when it is asked for."""
     if not 0 <= drop < 1:
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 
@@ -50,4 +50,7 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[Params]:
         mask = torch.empty(tau.shape).bernoulli_(1 - drop, generator=seeded(seed, "dare", name, task))
         return mask.to(tau).mul_(tau).div_(1 - drop)
 
-    return [{name: kept(widen(tau), name, i) for name, tau in delta.items()} for i, delta in enumerate(deltas)]
+    def lazily(delta: Params, task: int) -> LazyParams:
+        return LazyParams(delta, lambda name: kept(widen(delta[name]), name, task))
+
+    return [lazily(delta, i) for i, delta in enumerate(deltas)]

@@ -40,7 +40,7 @@ def doge_ta(
     if subspace < 1 or steps < 0 or lr <= 0:
         raise InputError(f"doge_ta: subspace ≥ 1, steps ≥ 0, lr > 0 are needed; they are {subspace}, {steps}, {lr}")
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         moving = [tau for tau in taus if tau.any()]
         if not moving:
             return torch.zeros_like(taus[0])

@@ -26,7 +26,7 @@ from common.task_vectors import Params
 def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others: float | None = None) -> Params:
     """The Iso-C delta; `scale` is α, on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         every = total(taus)
         if not every.any():
             return every
@@ -48,16 +48,22 @@ def iso_cts(
     if not 0 <= common_fraction <= 1:
         raise InputError(f"iso_cts: common_fraction must lie in [0, 1], it is {common_fraction}")
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         every, side = total(taus), min(taus[0].shape)
         own = min(round((side - int(side * common_fraction)) / len(taus)), side // len(taus))
         parts = [leading_components(every, side - own * len(taus))] if every.any() else []
-        common = parts[0][0] if parts else every[:, :0]
-        lefts = (tau - common @ (common.mT @ tau) for tau in taus)
-        parts += [leading_components(left, own) for left in lefts if own and left.any()]
+        common = parts[0][0] if parts else every[:, :0].clone()
+        del every
+        for tau in taus if own else ():
+            left = tau - common @ (common.mT @ tau)
+            del tau
+            if left.any():
+                parts.append(leading_components(left, own))
+            del left
         if not parts:
-            return every
+            return torch.zeros_like(taus[0])
         u, s, v = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
+        del parts, common
         return s.mean() * nearest_isometry(u) @ nearest_isometry(v).mT
 
     return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}

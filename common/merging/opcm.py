@@ -24,11 +24,13 @@ def opcm(base: Params, deltas: Sequence[Params], *, alpha: float = 0.5) -> Param
     """The OPCM delta of the tasks in their order."""
     require_fraction("opcm", "alpha", alpha)
 
-    def merged(taus: list[Tensor]) -> Tensor:
-        delta = taus[0].clone()
+    def merged(taus: Sequence[Tensor]) -> Tensor:
+        delta, distances = taus[0].clone(), [torch.linalg.vector_norm(taus[0])]
         for tau in taus[1:]:
             delta += novel(tau, delta, alpha) if tau.ndim == 2 and delta.any() else tau
-        distance = sum(torch.linalg.vector_norm(tau) for tau in taus) / len(taus)
+            distances.append(torch.linalg.vector_norm(tau))
+            del tau
+        distance = sum(distances) / len(taus)
         norm = torch.linalg.vector_norm(delta)
         return delta.mul_(distance / norm) if norm > 0 else delta
 

@@ -32,15 +32,18 @@ def pcb(
     if not 0 <= clip < 1:
         raise InputError(f"pcb: clip must lie in [0, 1), it is {clip}")
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         every = total(taus)
         delta, weights = torch.zeros_like(every), torch.zeros_like(every)
         for tau in filter(Tensor.any, taus):  # a task that moved nothing has no say
             cut = largest(tau.abs(), share(tau, clip) + 1)
-            clipped = tau.clamp(-cut, cut)
-            weight = competition(clipped, tau * every, len(taus), ratio)
+            clipped, agreement = tau.clamp(-cut, cut), tau * every
+            del tau
+            weight = competition(clipped, agreement, len(taus), ratio)
+            del agreement
             delta += clipped.mul_(weight)
             weights += weight
+            del clipped, weight
         return delta.div_(weights.clamp_(min=1e-12)).mul_(scale)
 
     return each_tensor(merged, base, deltas)
@@ -49,7 +52,7 @@ def pcb(
 def competition(tau: Tensor, agreement: Tensor, tasks: int, ratio: float) -> Tensor:
     """wᵢ in [0, 1] of one task, from its τᵢ and from τᵢ ⊙ Σⱼ τⱼ, which is overwritten."""
     balance = to_unit_range(tau.abs()).square_().mul_(tasks).exp_().mul_(agreement.tanh_())
-    threshold = largest(balance, max(1, share(tau, ratio)))
+    threshold = largest(agreement.copy_(balance), max(1, share(tau, ratio)))
     if threshold >= float(balance.max()):  # one weight is left, or several as heavy: max − min would be 0
         return (balance >= threshold).to(tau)
     return to_unit_range(balance.clamp_(min=threshold))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.merging.tensorwise import Taus
 from common.task_vectors import Params, widen
 
 
@@ -34,13 +35,13 @@ def slerp(
     if not 0 <= linear_above < 1:
         raise InputError(f"slerp: linear_above must lie in [0, 1), it is {linear_above}")
 
-    def merged(theta: Tensor, tau_1: Tensor, tau_2: Tensor) -> Tensor:
+    def merged(theta: Tensor, taus: Sequence[Tensor]) -> Tensor:
         if of_task_vectors:
             theta = torch.zeros_like(theta)
-        left, right = arc_weights(theta + tau_1, theta + tau_2, t, linear_above)
-        return left * tau_1 + right * tau_2 + (left + right - 1) * theta
+        left, right = arc_weights(theta + taus[0], theta + taus[1], t, linear_above)
+        return (left * taus[0]).add_(right * taus[1]).add_((left + right - 1) * theta)
 
-    return {name: merged(*(widen(p[name]) for p in (base, *deltas))) for name in base}
+    return {name: merged(widen(base[name]), Taus(deltas, name)) for name in base}
 
 
 def arc_weights(a: Tensor, b: Tensor, t: float, linear_above: float) -> tuple[float, float]:

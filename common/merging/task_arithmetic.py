@@ -5,11 +5,9 @@ Default: λ = 0.3 for every task, the FDA paper's coefficient for all ViTs and R
 """
 
 from collections.abc import Sequence
-from functools import reduce
-
-import torch
 
 from common.errors import InputError
+from common.merging.tensorwise import total
 from common.task_vectors import Params, widen
 
 
@@ -19,4 +17,4 @@ def task_arithmetic(base: Params, deltas: Sequence[Params], *, scale: float | Se
     if len(scales) != len(deltas):
         raise InputError(f"ta: scale lists {len(scales)} numbers, one for each of the {len(deltas)} tasks is needed")
     pairs = list(zip(scales, deltas, strict=True))
-    return {name: reduce(torch.add, (lam * widen(delta[name]) for lam, delta in pairs)) for name in base}
+    return {name: total(lam * widen(delta[name]) for lam, delta in pairs) for name in base}

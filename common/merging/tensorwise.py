@@ -1,23 +1,47 @@
-"""What methods share: they act on one tensor at a time, on the list of the experts' τᵢ of that tensor."""
+"""What methods share: they act on one tensor at a time, on the experts' τᵢ of that tensor.
 
-from collections.abc import Callable, Iterable, Sequence
+The τᵢ of a tensor are a sequence that makes each one when it is asked for. A rule that passes over them holds one at a
+time if it lets go of it (`del tau`) before the next; one that needs them all makes a list. Passing twice reads twice.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from common.errors import InputError
 from common.task_vectors import Params, widen
 
-Rule = Callable[[list[Tensor]], Tensor]
+
+class Taus(Sequence[Tensor]):
+    """The experts' τᵢ of one tensor, in float32 or wider; each is made when it is asked for, and not kept."""
+
+    def __init__(self, deltas: Sequence[Params], name: str):
+        self.deltas, self.name = deltas, name
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __getitem__(self, i):
+        return Taus(self.deltas[i], self.name) if isinstance(i, slice) else widen(self.deltas[i][self.name])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))  # Sequence's own would hold each while the next is made
+
+
+Rule = Callable[[Sequence[Tensor]], Tensor]
 
 
 def each_tensor(rule: Rule, base: Params, deltas: Sequence[Params]) -> dict[str, Tensor]:
     """The rule on every tensor, in float32 or wider. A rule leaves the τᵢ it is given as they are."""
-    return {name: rule([widen(delta[name]) for delta in deltas]) for name in base}
+    return {name: rule(Taus(deltas, name)) for name in base}
 
 
 def each_matrix(rule: Rule, base: Params, deltas: Sequence[Params], others: float | None) -> dict[str, Tensor]:
     """The rule on every matrix, and `weighted` with `others` on every other tensor (biases, norms, convolutions)."""
-    return each_tensor(lambda taus: rule(taus) if taus[0].ndim == 2 else weighted(taus, others), base, deltas)
+    return {
+        name: rule(Taus(deltas, name)) if theta.ndim == 2 else weighted(Taus(deltas, name), others)
+        for name, theta in base.items()
+    }
 
 
 def weighted(taus: Sequence[Tensor], others: float | None) -> Tensor:
@@ -31,6 +55,7 @@ def total(taus: Iterable[Tensor]) -> Tensor:
     result = next(each).clone()
     for tau in each:
         result += tau
+        del tau
     return result
 
 
@@ -38,3 +63,9 @@ def require_fraction(method: str, name: str, value: float) -> None:
     """InputError unless a hyperparameter lies in (0, 1]."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {name} must lie in (0, 1], it is {value}")
+
+
+def require_examples(method: str, examples: int | None) -> None:
+    """InputError unless a method that uses data asks for an example of each task at least; None is all."""
+    if examples is not None and examples < 1:
+        raise InputError(f"{method}: examples must be at least 1, it is {examples}")

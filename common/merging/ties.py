@@ -28,12 +28,11 @@ def ties(base: Params, deltas: Sequence[Params], *, density: float = 0.2, scale:
 
 
 def agreed_mean(taus: Sequence[Tensor], density: float) -> Tensor:
-    """Weight by weight, the mean of the τ̂ᵢ that have the sign of Σᵢ τ̂ᵢ. They are trimmed twice rather than kept."""
+    """Weight by weight, the mean of the τ̂ᵢ that have the sign γ of Σᵢ τ̂ᵢ. They are trimmed twice rather than kept."""
     sign = total(trim(tau, density) for tau in taus).sign_()
-    agreed, voters = torch.zeros_like(sign), torch.zeros_like(sign)
-    for tau in taus:
-        kept = trim(tau, density)
-        agrees = kept * sign > 0
-        agreed += kept.mul_(agrees)
-        voters += agrees
-    return agreed.div_(voters.clamp_(min=1))
+    agreed, voters = torch.zeros_like(sign), torch.zeros_like(sign, dtype=torch.int16)
+    for kept in (trim(tau, density) for tau in taus):
+        agreed += kept.mul_(sign).clamp_(min=0)  # γ τ̂ᵢ, which is above 0 where the signs agree
+        voters += kept > 0
+        del kept
+    return agreed.div_(voters.clamp_(min=1)).mul_(sign)

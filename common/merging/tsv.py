@@ -36,7 +36,7 @@ def tsv(
     fraction = 1 / len(deltas) if rank_fraction is None else rank_fraction
     require_fraction("tsv", "rank_fraction", fraction)
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         side = min(taus[0].shape)
         if side < len(taus):
             return weighted(taus, others)
@@ -51,6 +51,7 @@ def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:
     if not parts:
         return torch.zeros_like(taus[0])
     u, s, v = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
+    del parts
     return (nearest_isometry(u) * s) @ nearest_isometry(v).mT
 
 

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.merging.tensorwise import total
+from common.merging.tensorwise import Taus, total
 from common.task_vectors import Params, widen
 
 
 def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0, calibration: float = 1.0) -> Params:
     """The WIDEN delta."""
 
-    def merged(theta: Tensor, *taus: Tensor) -> Tensor:
+    def merged(theta: Tensor, taus: Sequence[Tensor]) -> Tensor:
         if theta.ndim == 2:
             moved = [column_ranks(theta, theta + tau) for tau in taus]
             lengths_ND, directions_ND = (torch.stack(ranks) for ranks in zip(*moved, strict=True))
@@ -33,13 +33,13 @@ def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0,
             scores = scores.view(len(taus), *theta.shape)
         return total(score * tau for score, tau in zip(scores, taus, strict=True))
 
-    return {name: merged(*(widen(p[name]) for p in (base, *deltas))) for name in base}
+    return {name: merged(widen(base[name]), Taus(deltas, name)) for name in base}
 
 
 def column_ranks(theta_0: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """The ranks of the columns, over their number, by change of length and of direction."""
     (length_0, unit_0), (length, unit) = polar(theta_0), polar(theta)
-    turn = (unit - unit_0).square().sum(0)  # 2 (1 − cos), but not lost in rounding where cos is almost 1
+    turn = unit.sub_(unit_0).square_().sum(0)  # 2 (1 − cos), but not lost in rounding where cos is almost 1
     return ranks((length - length_0).abs()), ranks(turn)
 
 

@@ -53,6 +53,7 @@ def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tens
             merged += tau
             gram_DD += task_gram_DD
             target += tau @ task_gram_DD
+        del tau
     adam = torch.optim.Adam([merged], lr=lr)
     for _ in range(steps if gram_DD.any() else 0):
         merged.grad = 2 * (merged @ gram_DD - target)

@@ -34,7 +34,7 @@ def wudi_exact(
     if rtol is not None and not 0 <= rtol < 1:
         raise InputError(f"wudi_exact: rtol must lie in [0, 1), it is {rtol}")
 
-    def merged(taus: list[Tensor]) -> Tensor:
+    def merged(taus: Sequence[Tensor]) -> Tensor:
         return regression_mean(taus, map(gram, taus), rtol)
 
     return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}

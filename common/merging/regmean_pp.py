@@ -1,0 +1,37 @@
+"""RegMean++: RegMean block by block, on the inputs that the merged blocks before bring to each.
+
+What is before the blocks is averaged. Then for each block in turn, with xᵢ what reaches it in the model merged so far
+on the inputs of task i: Gᵢ of a linear map are those of its inputs in expert i's block at xᵢ, the block is merged as in
+RegMean, and what it answers to each xᵢ goes on to the next.
+
+Source: Nguyen et al. 2025, "RegMean++: Enhancing effectiveness and generalization of regression mean for model merging"
+(arXiv 2508.03121), as released with FusionBench. Defaults: α = 0.95 and 256 training inputs a task, the code's.
+Deviation: what is behind the blocks (CLIP's last norm and projection) is averaged; the code leaves it at the base.
+"""
+
+from collections.abc import Sequence
+
+from common.merging.regmean import mean_grams, regression_means
+from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
+from common.probes import Probe, entered, part, passed
+from common.task_vectors import Params, add
+
+
+def regmean_pp(
+    base: Params, deltas: Sequence[Params], probes: Sequence[Probe], *, examples: int = 256, alpha: float = 0.95
+) -> Params:
+    """The RegMean++ delta; `alpha` is the factor on what is off the diagonal of the Gram matrices."""
+    require_examples("regmean_pp", examples)
+    require_fraction("regmean_pp", "alpha", alpha)
+    merged = each_tensor(lambda taus: weighted(taus, None), base, deltas)
+    flows = [entered(probe, add(base, merged)) for probe in probes]
+    for prefix in probes[0].prefixes:
+        theta_0, taus = part(base, prefix), [part(delta, prefix) for delta in deltas]
+        grams = (
+            mean_grams(probe.block, add(theta_0, tau), ((entrance,) for entrance in flow))
+            for probe, tau, flow in zip(probes, taus, flows, strict=True)
+        )
+        block = regression_means(taus, grams, alpha)
+        merged |= {prefix + name: delta for name, delta in block.items()}
+        flows = [passed(probe, add(theta_0, block), flow) for probe, flow in zip(probes, flows, strict=True)]
+    return merged

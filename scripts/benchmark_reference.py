@@ -1,0 +1,56 @@
+"""The yardstick of scripts/benchmark.py: both stages as plain code would have them."""
+
+import torch
+from torch import Tensor
+
+from common.anchors import seeded
+from common.matching import DISTANCES, Block
+from common.task_vectors import Params
+
+
+class Reference:
+    """The plain code: everything requires a gradient and gets it; AdamW, float32, a full backward pass."""
+
+    def __init__(self, block: Block, theta_0: Params, theta_t: Params, x_init: Tensor):
+        self.block = block
+        self.theta_0 = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
+        self.theta_t = {n: p.clone().requires_grad_() for n, p in theta_t.items()}
+        self.x = x_init.clone().requires_grad_()
+        self.stepper = torch.optim.AdamW([self.x], lr=1e-2)
+
+    def step(self) -> None:
+        y, target = self.block(self.theta_0, self.x), self.block(self.theta_t, self.x)
+        distance = (1 - torch.cosine_similarity(y.flatten(1), target.flatten(1))).sum()
+        gradients = torch.autograd.grad(distance, list(self.theta_0.values()), create_graph=True)
+        loss = torch.zeros((), device=self.x.device)
+        for g, p, q in zip(gradients, self.theta_0.values(), self.theta_t.values(), strict=True):
+            loss = loss + 1 - torch.cosine_similarity(-g.flatten(), (q - p).detach().flatten(), dim=0)
+        self.stepper.zero_grad()
+        loss.backward()
+        self.stepper.step()
+
+
+def plain_fit(
+    block: Block, theta_0: Params, deltas: list[Params], x: Tensor, y: Tensor, lr: float, epochs: int, batch: int,
+    scale: float,
+) -> Params:  # fmt: skip
+    """The plain loop: dictionaries rebuilt and all gradients zeroed in every step, Adam tensor by tensor."""
+    if deltas:
+        free = {(n, i): torch.full_like(p, scale) for i in range(len(deltas)) for n, p in theta_0.items()}
+    else:
+        free = {(n, 0): p.clone() for n, p in theta_0.items()}
+
+    def build() -> Params:
+        if not deltas:
+            return {n: free[n, 0] for n in theta_0}
+        return {n: p + sum(free[n, i] * delta[n] for i, delta in enumerate(deltas)) for n, p in theta_0.items()}
+
+    stepper = torch.optim.Adam([p.requires_grad_() for p in free.values()], lr=lr, foreach=False, fused=False)
+    generator = seeded(0)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+            stepper.zero_grad()
+            DISTANCES["cos"](block(build(), x[chosen]), y[chosen]).backward()
+            stepper.step()
+    with torch.no_grad():
+        return {n: p.clone() for n, p in build().items()}

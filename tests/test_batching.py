@@ -1,0 +1,80 @@
+"""Tasks of a block in one go: what they find is what each finds alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.anchors import seeded
+from common.blocks import BlockFamily
+from common.checkpoints import read_header
+from common.config import Model
+from common.construction import Unit, optimise_anchors, optimise_together
+from common.errors import InputError
+from common.pipeline import construct
+from common.task_vectors import subtract
+from Vision import domain
+
+
+@pytest.fixture(scope="module")
+def units(pico_inputs):
+    """A block of the pico CLIP, θ₀, and three tasks, of which the last leaves a tensor as it is."""
+    family: BlockFamily = domain.FAMILIES["open_clip"]
+    modules = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
+    generator = seeded(0)
+    theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in modules[0].named_parameters()}
+    made = []
+    for task in range(3):
+        theta_t = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in theta_0.items()}
+        if task == 2:
+            theta_t["mlp.c_fc.bias"] = theta_0["mlp.c_fc.bias"]
+        tau = family.without_null_gradients(subtract(theta_t, theta_0))
+        made.append(Unit(theta_t, tau, torch.randn(4, 5, 16, generator=generator), 0.1 * torch.ones(5, 16)))
+    return family.pure(modules[0]), theta_0, made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "precision", "apart"), [("adamw", 0.05, "float32", 1e-5), ("muon", 0.3, "bf16", 5e-3)]
+)
+def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precision, apart):
+    block, theta_0, made = units
+    how = {"steps": 30, "lr": lr, "optimizer": optimizer, "schedule": "linear", "precision": precision}
+    alone = [optimise_anchors(block, theta_0, unit, **how) for unit in made]
+    for found, expected in zip(optimise_together(block, theta_0, made, **how), alone, strict=True):
+        assert found.losses.keys() == expected.losses.keys()
+        assert found.trace == pytest.approx(expected.trace, abs=apart)
+        assert expected.trace[-1] < 0.9 * expected.trace[0]
+    assert len(alone[2].losses) == len(alone[0].losses) - 1
+
+
+def test_each_ends_by_itself(units):
+    block, theta_0, made = units
+    how = {"steps": 60, "lr": 0.05, "optimizer": "adamw"}
+    whole = [optimise_anchors(block, theta_0, unit, **how) for unit in made[:2]]
+    wanted = min(found.trace[20] for found in whole) + 1e-3
+    lengths = [len(optimise_anchors(block, theta_0, unit, stop_loss=wanted, **how).trace) for unit in made[:2]]
+    together = optimise_together(block, theta_0, made[:2], stop_loss=wanted, **how)
+    assert [len(found.trace) for found in together] == lengths and len(set(lengths)) == 2
+
+
+def test_construct_makes_the_tasks_of_a_block_together(pico_config, tmp_path):
+    """The same losses to rounding, the same bytes each time, also where one of the files was lost."""
+    construct(pico_config, domain)
+    settings = replace(pico_config.anchors, together="eager")
+    both = replace(pico_config, anchors=settings, run=replace(pico_config.run, name="both"))
+    construct(both, domain)
+    files = sorted((tmp_path / "both" / "anchors").glob("*/*/*.safetensors"))
+    bytes_of = {file: file.read_bytes() for file in files}
+    assert len(files) == 4
+    for file in files:
+        alone = read_header(tmp_path / "pico" / file.relative_to(tmp_path / "both"))
+        assert read_header(file)["trace"] == pytest.approx(alone["trace"], abs=1e-5)
+    files[0].unlink()
+    construct(both, domain)
+    assert {file: file.read_bytes() for file in files} == bytes_of
+
+
+def test_chunks_and_tasks_together_exclude_each_other(pico_config):
+    settings = replace(pico_config.anchors, together="eager", chunk=2)
+    with pytest.raises(InputError, match="anchors.chunk cannot be set with it"):
+        construct(replace(pico_config, anchors=settings), domain)
