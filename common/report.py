@@ -57,9 +57,13 @@ def display(word: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name the paper's tables give a row: "Pretrained", "TSV", "FDA (TA, Weight)"; a label stands behind it."""
+    """The name the paper's tables give a row: "Pretrained", "TSV", "FDA (TA, Weight)"; a label stands behind it.
+
+    Anchors that only gave the closed form of adapt.warm_start, with no epoch behind it: "RegMean of anchors (…)".
+    """
     if row["method"] == "fda":
-        return f"FDA ({display(row['start'])}, {display(row['init'])}) {row.get('label') or ''}".rstrip()
+        how = "RegMean of anchors" if row.get("epochs") == 0 else "FDA"
+        return f"{how} ({display(row['start'])}, {display(row['init'])}) {row.get('label') or ''}".rstrip()
     return display(row["method"])
 
 
@@ -214,6 +218,14 @@ def footnotes(rows: Iterable[Row], published: Mapping | None) -> str:
             "without the merge that it starts from. Memory: the most taken meanwhile, by the process (CPU) or by "
             f"tensors on the device (CUDA). Measured on {hardware}."
         )
+    used = {
+        f"{row_name(row)} {n} of {task} ({row['data']['split']})"
+        for row in rows
+        if "data" in row and row["method"] != "fda"
+        for task, n in row["data"]["examples"].items()
+    }
+    if used:
+        notes.append("Inputs of the tasks that merges used: " + ", ".join(sorted(used)) + ".")
     if published:
         notes.append(f"(paper): {published['title']}, {published['source']}; see configs/paper_results.yaml.")
     return "\n\n".join(notes) + "\n"

@@ -87,7 +87,8 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         method, used = made["start"]["method"], {"data": made["data"]} if "data" in made else {}
         if "anchors" in made:
             adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
-            yield row | adapted | used | {"label": made["adapt"]["label"]}, Checkpoint(file.parent)
+            made_by = {"label": made["adapt"]["label"], "epochs": made["adapt"]["epochs"]}
+            yield row | adapted | used | made_by, Checkpoint(file.parent)
         else:
             yield row | used | {"method": method}, Checkpoint(file.parent)
 

@@ -11,15 +11,13 @@ reference / engine, of seconds of the clock and of the processor: the latter say
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
+from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
 from benchmark_reference import Reference, plain_fit
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.adaptation import Trainable, coefficients, fit_block, mean_size, own_weights, relative_weights
 from common.anchors import initial_anchors, seeded
+from common.batching import together
 from common.blocks import moved
 from common.checkpoints import Checkpoint
 from common.config import PRESETS
 from common.construction import Unit, optimise_anchors
-from common.matching import DISTANCES, matching_gradient, matching_value
+from common.matching import DISTANCES, Block, matching_gradient, matching_value
+from common.pipeline import SEARCH_SETTINGS
 from common.plan import Ledger
-from common.runtime import certificate, in_precision, peak_gib, prepare, reset_peak
+from common.runtime import certificate, in_precision, prepare
 from common.task_vectors import Params, subtract
 
 PAPER_STEPS, PAPER_EPOCHS = 1200, 100
@@ -46,61 +46,10 @@ def preset(section: str) -> dict[str, Any]:
     return yaml.safe_load((PRESETS / "fast.yaml").read_text())[section]
 
 
-@dataclass
-class Clock:
-    """Adds up the seconds, of the clock and of the processor, that what it calls takes."""
-
-    device: torch.device
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        self.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = function(*arguments, **named)
-        self.synchronize()
-        self.seconds += time.perf_counter() - wall
-        self.cpu_seconds += time.process_time() - cpu
-        return result
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def ratios(reference: Clock, engine: Clock) -> dict[str, float]:
-    """reference / engine, to three digits, of both kinds of seconds."""
-    wall, cpu = reference.seconds / engine.seconds, reference.cpu_seconds / engine.cpu_seconds
-    return {"clock": float(f"{wall:.3g}"), "cpu": float(f"{cpu:.3g}")}
-
-
-def peak_memory(function: Callable[[], Any], device: torch.device) -> float:
-    """GiB that a call needs at most: of the device, or on a CPU of the whole process while it runs."""
-    reset_peak(device)
-    function()
-    return peak_gib(device)
-
-
-def matmul_ceiling(precision: str, device: torch.device) -> float:
-    """FLOP/s of a large product of matrices in this precision, the best of six."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-
-    def product(params: Params, x: Tensor) -> Tensor:
-        return x @ x
-
-    best = 0.0
-    with in_precision(product, precision if precision == "tf32" else "float32", device) as multiply:
-        for _ in range(6):
-            clock = Clock(device)
-            clock(multiply, {}, a)
-            best = max(best, 2 * n**3 / clock.seconds)
-    return best
-
-
 def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare one unit of construction; `base` and `expert` are whole checkpoints."""
-    settings, precision = preset("anchors"), preset("run")["precision"]
+    settings = {name: value for name, value in preset("anchors").items() if name in SEARCH_SETTINGS}
+    precision = preset("run")["precision"]
     settings["steps"] = args.steps or max(20, round(settings["steps"] * args.reference_steps / PAPER_STEPS))
     prefix = of.prefixes[min(TOY_BLOCK, len(of.prefixes) - 1)]
     clocks = {who: {what: Clock(device) for what in ("load", "step", "run")} for who in ("reference", "engine")}
@@ -149,6 +98,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
         for what in ("load", "run"):
             total.seconds += clocks[who][what].seconds
             total.cpu_seconds += clocks[who][what].cpu_seconds
+    share = tasks_together(of.block, theta_0, (theta_t, tau, 0.0), x_init, precision, args) if args.together else None
     speed = ledger.operations * args.repeats / clocks["engine"]["step"].seconds
     return {
         "step_time_ratio": ratios(*(by["step"] for by in clocks.values())),
@@ -162,12 +112,39 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
             "engine_planned": settings["steps"],
         },
         "target_is_the_papers": args.reference_steps == PAPER_STEPS,
+        "tasks_together": share,
         "peak_memory_gib": memory,
         "engine_tflops": speed / 1e12,
         "matmul_tflops": matmul_ceiling(precision, device) / 1e12,
         "seconds": {w: {k: c.seconds for k, c in by.items()} for w, by in clocks.items()},
         "engine_settings": settings | {"precision": precision},
     }
+
+
+def tasks_together(
+    block: Block,
+    theta_0: Params,
+    unit: tuple[Params, Params, float],
+    x_init: Tensor,
+    precision: str,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Steps of so many tasks in one go, as anchors.together takes them, against the same one after the other."""
+    how = {"distance": "cos", "precision": precision}
+    alone, joint = Clock(x_init.device), Clock(x_init.device)
+    one, all_of_them = (
+        together(block, theta_0, [unit] * number, **how, compiler=compiler)
+        for number, compiler in ((1, "eager"), (args.together, args.compiler))
+    )
+    first = Clock(x_init.device)
+    one([x_init])
+    first(all_of_them, [x_init] * args.together)  # written down, and compiled
+    for _ in range(args.repeats):
+        for _ in range(args.together):
+            alone(one, [x_init])
+        joint(all_of_them, [x_init] * args.together)
+    named = {"tasks": args.together, "compiler": args.compiler, "seconds_to_the_first_step": first.seconds}
+    return named | {"step_time_ratio": ratios(alone, joint)}
 
 
 def adapt(
@@ -240,6 +217,8 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, help="steps of each side by side, for the ratio of step times"
     )
+    parser.add_argument("--together", type=int, default=0, help="construct: measure so many tasks in one go, too")
+    parser.add_argument("--compiler", default="eager", help="of those: eager, inductor or cudagraphs")
     parser.add_argument("--tasks", type=int, default=8, help="adapt: experts")
     parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
     parser.add_argument("--out", type=Path, help="JSON file of the results")

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.checkpoints import read_header
-from common.config import Model
+from common.config import PRESETS, Model
 from common.construction import Unit, optimise_anchors, optimise_together
 from common.errors import InputError
-from common.pipeline import construct
+from common.pipeline import adapt, construct
 from common.task_vectors import subtract
 from Vision import domain
 
@@ -72,6 +73,26 @@ def test_construct_makes_the_tasks_of_a_block_together(pico_config, tmp_path):
     files[0].unlink()
     construct(both, domain)
     assert {file: file.read_bytes() for file in files} == bytes_of
+
+
+def test_the_fast_preset_gives_the_same_bytes_each_time(pico_config, tmp_path):
+    preset = yaml.safe_load((PRESETS / "fast.yaml").read_text())
+    fast = replace(
+        pico_config,
+        anchors=replace(pico_config.anchors, **preset["anchors"] | {"steps": 25}),
+        adapt=replace(pico_config.adapt, **preset["adapt"] | {"epochs": 2}),
+        start=replace(pico_config.start, method="ta"),
+    )
+    made = []
+    for name in ("once", "again"):
+        run = replace(pico_config.run, name=name, score=False, **preset["run"])
+        construct(replace(fast, run=run), domain)
+        adapt(replace(fast, run=run), domain)
+        files = sorted((tmp_path / name).rglob("*.safetensors"))
+        made.append({file.relative_to(tmp_path / name): file.read_bytes() for file in files})
+    assert made[0] == made[1] and len(made[0]) == 4 + 2
+    first = read_header(tmp_path / "once" / "anchors" / "weight" / "MNIST" / "block_00.safetensors")
+    assert first["run"]["precision"] == "bf16" and first["trace"][-1] < first["trace"][0]
 
 
 def test_chunks_and_tasks_together_exclude_each_other(pico_config):

@@ -51,10 +51,13 @@ def test_construction_is_measured(pico, tmp_path, monkeypatch):
     files = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
     for file, theta in zip(files, thetas[:2], strict=True):
         write_whole(file, of, theta)
-    told = benchmark.construct(of, *files, Namespace(steps=40, reference_steps=2, repeats=1), CPU)
+    told = benchmark.construct(
+        of, *files, Namespace(steps=40, reference_steps=2, repeats=1, together=2, compiler="eager"), CPU
+    )
     assert told["loss"]["engine"] <= told["loss"]["reference"] and told["time_to_equal_loss_ratio"]["clock"] > 0
     assert told["steps"] == {"reference": 2, "engine": 20, "engine_planned": 40}
     assert not told["target_is_the_papers"]
+    assert told["tasks_together"]["tasks"] == 2 and told["tasks_together"]["step_time_ratio"]["clock"] > 0
 
 
 def test_adaptation_ends_where_the_plain_loop_ends(pico):

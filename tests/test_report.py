@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import InputError
 from common.figures import plot_accuracy, plot_matching, write_report
-from common.report import read_results, row_name, table, upsert, write_results
+from common.report import footnotes, read_results, row_name, table, upsert, write_results
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {
@@ -39,6 +39,19 @@ def test_row_names():
     names = list(dict.fromkeys(map(row_name, ROWS)))
     assert names == ["FDA (TA, Weight)", "FDA (TA, Gauss)", "TIES", "TA", "Individual", "Pretrained"]
     assert row_name({"method": "fda", "start": "pretrained", "init": "gauss"}) == "FDA (Pretrained, Gauss)"
+
+
+def test_anchors_in_closed_form_are_no_fda():
+    row = {"method": "fda", "start": "ta", "init": "weight", "label": "closed"}
+    assert row_name(row | {"epochs": 0}) == "RegMean of anchors (TA, Weight) closed"
+    assert row_name(row | {"epochs": 20}) == "FDA (TA, Weight) closed"
+
+
+def test_the_data_that_merges_used_are_told():
+    used = {"data": {"split": "train", "examples": {"Cars": 256, "DTD": 100}}}
+    rows = [row | used for row in scored("regmean", 0.5, 0.5)] + ROWS
+    assert "RegMean 100 of DTD (train), RegMean 256 of Cars (train)" in footnotes(rows, None)
+    assert "Inputs of the tasks" not in footnotes(ROWS, None)
 
 
 def test_table_in_percent():
