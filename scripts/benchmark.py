@@ -3,6 +3,7 @@
 python scripts/benchmark.py construct --arch ViT-B-32 --reference-steps 1200
 python scripts/benchmark.py construct --toy vision   (trained weights; scripts/make_toy.py vision --out toy/vision)
 python scripts/benchmark.py adapt --arch roberta-base --device cuda --out adapt.json
+python scripts/benchmark.py scaling --toy vision
 
 Weights are random otherwise: an expert is the base and low-rank and Gaussian noise of 1 % of its norm. Ratios are
 reference / engine, of seconds of the clock and of the processor: the latter say more where programs share a CPU.
@@ -10,7 +11,10 @@ reference / engine, of seconds of the clock and of the processor: the latter say
 
 import argparse
 import json
+import shutil
 import tempfile
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,12 @@ from common.anchors import initial_anchors, seeded
 from common.batching import together
 from common.blocks import moved
 from common.checkpoints import Checkpoint
+from common.command import FOLDERS, parse
 from common.config import PRESETS
 from common.construction import Unit, optimise_anchors
 from common.matching import DISTANCES, Block, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
+from common.pipeline import construct as construct_all
 from common.plan import Ledger
 from common.runtime import certificate, in_precision, prepare
 from common.task_vectors import Params, subtract
@@ -39,6 +45,7 @@ from common.task_vectors import Params, subtract
 PAPER_STEPS, PAPER_EPOCHS = 1200, 100
 RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation
 TA_SCALE = 0.3
+LEAST = {"blocks": 1, "tasks": 2, "anchors": 32}  # of scaling, where another count is doubled
 
 
 def preset(section: str) -> dict[str, Any]:
@@ -204,9 +211,29 @@ def adapt(
     return report | sizes
 
 
+def scaling(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Seconds of the processor that construction takes on a toy, 40 steps a unit, as one count doubles twice."""
+    config = parse("", [f"--config=configs/{TOYS[name]}.yaml", "--preset=fast", "--anchors.steps=40"])
+    domain = import_module(f"{FOLDERS[config.domain]}.domain")
+    config = replace(config, model=replace(config.model, root=f"toy/{name}/checkpoints"), tasks=config.tasks[:4])
+    taken: dict[str, dict[int, float]] = {"blocks": {}, "tasks": {}, "anchors": {}}
+    for what, counts in {"blocks": (1, 1, 2, 4), "tasks": (1, 2, 4), "anchors": (16, 32, 64)}.items():
+        for count in counts:  # the first of all is for the caches
+            blocks, tasks, number = (count if what == each else least for each, least in LEAST.items())
+            run = replace(
+                config.run, root=str(folder / f"{what}{count}"), blocks=list(range(blocks)), device=device.type
+            )
+            anchors = replace(config.anchors, number=number)
+            clock = Clock(device)
+            clock(construct_all, replace(config, run=run, anchors=anchors, tasks=config.tasks[:tasks]), domain)
+            taken[what][count] = round(clock.cpu_seconds if device.type == "cpu" else clock.seconds, 2)
+            shutil.rmtree(folder / f"{what}{count}")
+    return taken
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["construct", "adapt"])
+    parser.add_argument("what", choices=["construct", "adapt", "scaling"])
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--arch", choices=list(ARCHS))
     size.add_argument("--toy", choices=list(TOYS), help="trained weights in toy/")
@@ -223,6 +250,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
+    if args.what == "scaling" and not args.toy:
+        parser.error("scaling takes --toy")
     device = prepare(args.device)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, device, Path(folder))
@@ -235,6 +264,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Make or open the weights, and compare."""
+    if args.what == "scaling":
+        return scaling(args.toy, folder, device)
     if args.toy:
         case, base, experts, rates = toy(args.toy, Path("toy"), args.anchors or 64)
         if args.what == "construct":
