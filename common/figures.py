@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from common.checkpoints import replacing, write_text
-from common.report import Row, Values, display, footnotes, rank, row_name, table, values_by_name
+from common.report import Row, Values, by_start, display, footnotes, rank, row_name, table, values_by_name
 
 Traces = Mapping[tuple[str, int], Sequence[float]]  # (task, block): mean over tensors of 1 - cos, one value a step
 
@@ -135,7 +135,8 @@ def write_report(
     if rows:
         paths += [folder / "table.md", folder / "accuracy.png"]
         text = table(rows, tasks, percent=percent, published=published)
-        write_text(paths[0], text + "\n" + footnotes(rows, published))
+        short = by_start(rows, tasks, percent=percent) + "\n" if any(row["method"] == "fda" for row in rows) else ""
+        write_text(paths[0], text + "\n" + short + footnotes(rows, published))
         plot_accuracy(rows, tasks, paths[1], percent)
     for init, curves in traces.items():
         paths.append(folder / f"matching_{init}.png")

@@ -158,6 +158,35 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
     return aligned(lines)
 
 
+def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True) -> str:
+    """The same in short, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
+    Time is the merge's, and behind each Δ that of the anchors and the adaptation."""
+    rows = sorted((row for row in rows if row["method"] != "individual"), key=rank)
+    ours, named = values_by_seed(rows, tasks), {row_name(row): row for row in rows}
+    starts = {name: row["method"] for name, row in named.items() if row["method"] != "fda"}
+    kinds = list(
+        dict.fromkeys((row["init"], row.get("label") or "") for row in named.values() if row["method"] == "fda")
+    )
+    titles = [f"FDA ({display(init)}) {label}".rstrip() for init, label in kinds]
+    lines = [["Start", "Avg", "Time", *(head for title in titles for head in (title, "Δ", "Time"))]]
+
+    def of(name: str) -> list[Row]:
+        return [row for row in rows if row_name(row) == name]
+
+    for start, method in starts.items():
+        average = spread([v[-1] for v in ours[start].values()], percent, is_fixed(of(start)))
+        line = [start, average, cost_cells(of(start))[0]]
+        for kind in kinds:
+            made = [n for n, r in named.items() if (r["start"], r["init"], r.get("label") or "") == (method, *kind)]
+            for name in made[:1]:
+                gains = [v[-1] - ours[start].get(seed, [math.nan])[-1] for seed, v in ours[name].items()]
+                line.append(spread([v[-1] for v in ours[name].values()], percent, fixed := is_fixed(of(name))))
+                line += [spread(gains, percent, fixed, "+"), cost_cells(of(name))[0]]
+            line += [MISSING] * 3 * (not made)
+        lines.append(line)
+    return aligned(lines)
+
+
 def is_fixed(rows: Iterable[Row]) -> bool:
     """Whether the rows of one name were scored on the same checkpoint of each task, whatever the seed."""
     scored = {(row["task"], row.get("checkpoint", row.get("seed"))) for row in rows}

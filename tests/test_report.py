@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import InputError
 from common.figures import plot_accuracy, plot_matching, write_report
-from common.report import footnotes, read_results, row_name, table, upsert, write_results
+from common.report import by_start, footnotes, read_results, row_name, table, upsert, write_results
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {
@@ -39,6 +39,17 @@ def test_row_names():
     names = list(dict.fromkeys(map(row_name, ROWS)))
     assert names == ["FDA (TA, Weight)", "FDA (TA, Gauss)", "TIES", "TA", "Individual", "Pretrained"]
     assert row_name({"method": "fda", "start": "pretrained", "init": "gauss"}) == "FDA (Pretrained, Gauss)"
+
+
+def test_in_short_a_line_is_a_start():
+    lines = by_start(ROWS, TASKS).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    assert cells == [
+        ["Start", "Avg", "Time", "FDA (Weight)", "Δ", "Time", "FDA (Gauss)", "Δ", "Time"],
+        ["Pretrained", "52.00", "–", "–", "–", "–", "–", "–", "–"],
+        ["TA", "53.00", "–", "71.00", "+18.00", "–", "45.00", "-8.00", "–"],
+        ["TIES", "15.00", "–", "–", "–", "–", "–", "–", "–"],
+    ]
 
 
 def test_anchors_in_closed_form_are_no_fda():
