@@ -45,9 +45,9 @@ def test_in_short_a_line_is_a_start():
     lines = by_start(ROWS, TASKS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
     assert cells == [
-        ["Start", "Avg", "Time", "FDA (Weight)", "Δ", "Time", "FDA (Gauss)", "Δ", "Time"],
+        ["Start", "Avg", "Time", "FDA (Gauss)", "Δ", "Time", "FDA (Weight)", "Δ", "Time"],
         ["Pretrained", "52.00", "–", "–", "–", "–", "–", "–", "–"],
-        ["TA", "53.00", "–", "71.00", "+18.00", "–", "45.00", "-8.00", "–"],
+        ["TA", "53.00", "–", "45.00", "-8.00", "–", "71.00", "+18.00", "–"],
         ["TIES", "15.00", "–", "–", "–", "–", "–", "–", "–"],
     ]
 
