@@ -44,11 +44,6 @@ TOKENIZER_FILES = (
 )
 
 
-def family_of(model: Model) -> str:
-    """Name of the config's family, which is what transformers calls the model type."""
-    return model.family or next(iter(FAMILIES))
-
-
 def architecture(model: Model) -> PretrainedConfig:
     """The config.json beside the base's weights, or what model.arch says where there is none; no code is ever run.
 
@@ -63,8 +58,8 @@ def architecture(model: Model) -> PretrainedConfig:
         config = AutoConfig.for_model(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is no config of a model that transformers knows: {error}") from error
-    if config.model_type != family_of(model):
-        raise InputError(f"{where} has model type {config.model_type!r}, model.family is {family_of(model)!r}")
+    if config.model_type != model.family_of(FAMILIES):
+        raise InputError(f"{where} has model type {config.model_type!r}, model.family is {model.family_of(FAMILIES)!r}")
     return config
 
 

@@ -71,11 +71,6 @@ def read_tasks(file: Path) -> dict[str, Task]:
     return tasks
 
 
-def family_of(model: Model) -> str:
-    """Name of the config's family, which is what transformers calls the model type."""
-    return model.family or next(iter(FAMILIES))
-
-
 def architecture(model: Model, folder: Path) -> PretrainedConfig:
     """The config.json of a Hugging Face folder of the family, else InputError; no code beside it is ever run."""
     if not (folder / "config.json").is_file():
@@ -84,8 +79,10 @@ def architecture(model: Model, folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}/config.json is of no use: {error}") from error
-    if config.model_type != family_of(model):
-        raise InputError(f"{folder} has model type {config.model_type!r}, model.family is {family_of(model)!r}")
+    if config.model_type != model.family_of(FAMILIES):
+        raise InputError(
+            f"{folder} has model type {config.model_type!r}, model.family is {model.family_of(FAMILIES)!r}"
+        )
     return config
 
 
@@ -128,7 +125,7 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     scores = {}
     for name, path in checkpoints.items():
-        encoder = open_checkpoint(path, config.model.path("base"), FAMILIES[family_of(config.model)].names)
+        encoder = open_checkpoint(path, config.model.path("base"), FAMILIES[config.model.family_of(FAMILIES)].names)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False)
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
@@ -169,7 +166,7 @@ def read_head(model: Model, task: str) -> Params:
         raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    encoder_name, prefix = FAMILIES[family_of(model)].names, f"{classifier.base_model_prefix}."
+    encoder_name, prefix = FAMILIES[model.family_of(FAMILIES)].names, f"{classifier.base_model_prefix}."
     shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if encoder_name(name) is None}
     full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
     head = open_checkpoint(folder, model.path("base"), lambda stored: full.get(stored.removeprefix(prefix)))
@@ -223,7 +220,7 @@ def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Pr
     batches = torch.utils.data.DataLoader(
         examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
     )
-    family, prefix = FAMILIES[family_of(config.model)], f"{classifier.base_model_prefix}."
+    family, prefix = FAMILIES[config.model.family_of(FAMILIES)], f"{classifier.base_model_prefix}."
     return probe_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
 
 

@@ -1,5 +1,6 @@
 """What an experiment can choose. One YAML serves both stages; the command line overrides it field by field."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,10 @@ class Model:
     vocabulary: Literal["refuse", "pad", "base"] = "refuse"
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()
+
+    def family_of(self, families: Iterable[str]) -> str:
+        """`family`, or the first that the domain has."""
+        return self.family or next(iter(families))
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""

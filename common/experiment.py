@@ -252,7 +252,7 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     for task in config.eval.tests:
         if task not in config.tasks:
             raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
-    family = config.model.family or next(iter(domain.FAMILIES))
+    family = config.model.family_of(domain.FAMILIES)
     if family not in domain.FAMILIES:
         raise InputError(f"unknown model.family {family!r}; choose from {', '.join(domain.FAMILIES)}")
     for name in ("vocabulary", "dtype", "tokenizers"):
