@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from common.errors import InputError
 from common.matching import DISTANCES, Block
 from common.merging.regmean import input_grams, regression_mean
-from common.task_vectors import Params
+from common.task_vectors import Params, leaves
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
 MUON_RMS = 0.2  # of a step of torch's Muon at learning rate 1, as it matches AdamW
@@ -165,7 +165,7 @@ def fit_block(
     anchors = len(inputs_ATD)
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
-    free = {name: p.detach().requires_grad_() for name, p in start.free.items()}
+    free = leaves(start.free)
     steps = epochs * -(-anchors // batch_size)
     hooks = [step_when_ready(p, start.stepper(name, p, lr, steps)) for name, p in free.items()]
     trace = []

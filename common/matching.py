@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.task_vectors import Params
+from common.task_vectors import Params, leaves
 
 Block = Callable[[Params, Tensor], Tensor]
 """A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
@@ -116,10 +116,9 @@ def induced_gradient(
 ) -> Sequence[Tensor]:
     """∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀ for every tensor p in `tau`; with its graph it can be derived again."""
     # torch.func.grad says the same in one line and takes 1.5 times as long (measured on CPU, ViT-B/32 block).
-    compared = {name: theta_0[name].detach().requires_grad_() for name in tau}
+    compared = leaves({name: theta_0[name] for name in tau})
     # Nothing is derived by θ_t, but a matrix that needs no gradient is copied for each token of an x not contiguous.
-    expert = {name: p.detach().requires_grad_() for name, p in theta_t.items()}
-    dissimilarity = DISTANCES[distance](block({**theta_0, **compared}, x_ATD), block(expert, x_ATD))
+    dissimilarity = DISTANCES[distance](block({**theta_0, **compared}, x_ATD), block(leaves(theta_t), x_ATD))
     return torch.autograd.grad(dissimilarity, list(compared.values()), create_graph=create_graph)
 
 

@@ -101,11 +101,6 @@ def part(theta: Params, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): p for name, p in theta.items() if name.startswith(prefix)}
 
 
-def leaves(theta: Params) -> dict[str, Tensor]:
-    """The same tensors, without a past and requiring gradients."""
-    return {name: p.detach().requires_grad_() for name, p in theta.items()}
-
-
 @torch.no_grad()
 def entered(probe: Probe, theta: Params) -> list[Entrance]:
     """What reaches the first block of a model, batch by batch."""

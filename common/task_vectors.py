@@ -35,6 +35,11 @@ class LazyParams(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def leaves(theta: Params) -> dict[str, Tensor]:
+    """The same tensors, without a past and requiring gradients."""
+    return {name: p.detach().requires_grad_() for name, p in theta.items()}
+
+
 def widen(x: Tensor) -> Tensor:
     """x in float32, or as it is where it is wider: half precision is a storage format here, never an arithmetic one."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

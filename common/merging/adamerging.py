@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.merging.tensorwise import require_examples, total
-from common.probes import Batch, Probe, leaves
-from common.task_vectors import Params, add
+from common.probes import Batch, Probe
+from common.task_vectors import Params, add, leaves
 
 
 def adamerging(

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from common.anchors import seeded
 from common.errors import InputError
 from common.merging.tensorwise import require_examples
-from common.probes import Probe, leaves
-from common.task_vectors import Params, add
+from common.probes import Probe
+from common.task_vectors import Params, add, leaves
 
 
 def fisher(

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.matching import Block
 from common.merging.tensorwise import require_examples, require_fraction, weighted
-from common.probes import Probe, leaves
-from common.task_vectors import Params, add
+from common.probes import Probe
+from common.task_vectors import Params, add, leaves
 
 
 def regmean(
