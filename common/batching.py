@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.matching import Block, matching_gradient
-from common.runtime import in_precision
+from common.precision import in_precision
 from common.task_vectors import Params
 
 Step = Callable[[Params, Params, Params, Tensor], tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ def together(
     def measure(xs_ATD: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         x_SATD = torch.stack([x + offset for x, offset in zip(xs_ATD, offsets, strict=True)]).detach()
         step = mapped(block, distance, precision, compiler, *shapes, x_SATD.shape[1:], device)
-        with in_precision(block, precision, device):  # tf32 is a switch of the device; bf16 is written into the step
+        with in_precision(precision, device):  # tf32 is a switch of the device; bf16 is written into the step
             loss_SP, gradient_SATD = step(theta_0, theta_t, tau, x_SATD)
         return list(zip(loss_SP, gradient_SATD, strict=True))
 
@@ -54,8 +54,8 @@ def mapped(
     """The step over a leading dimension of θ_t, τ and x, for tensors of these shapes."""
 
     def step(theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-        with in_precision(block, precision, device) as lowered, sdpa_kernel(SDPBackend.MATH):
-            return matching_gradient(lowered, theta_0, theta_t, tau, x_ATD, distance=distance)
+        with in_precision(precision, device) as answers, sdpa_kernel(SDPBackend.MATH):
+            return matching_gradient(block, theta_0, theta_t, tau, x_ATD, distance=distance, answers=answers)
 
     def blank(like: Like) -> Params:
         return {name: torch.empty(shape, device=device) for name, shape in like}

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.batching import together
 from common.blocks import moved
 from common.matching import Block, matching_gradient, matching_value
-from common.runtime import in_precision
+from common.precision import in_precision
 from common.task_vectors import Params
 
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
@@ -80,8 +80,8 @@ def optimise_anchors(
     unit, settings = unit.without_rest(), {"distance": distance, "chunk": chunk}
 
     def measure(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        with in_precision(block, precision, xs[0].device) as lowered:
-            return [unit.ask(matching_gradient, lowered, theta_0, x, **settings) for x in xs]
+        with in_precision(precision, xs[0].device) as answers:
+            return [unit.ask(matching_gradient, block, theta_0, x, answers=answers, **settings) for x in xs]
 
     value = partial(unit.ask, matching_value, block, theta_0, **settings)
     # The fused attention kernels have no second derivative.

@@ -1,5 +1,6 @@
 """The machine: device, precision, determinism, work in the background, and what a run notes of itself."""
 
+import ctypes
 import json
 import os
 import platform
@@ -15,20 +16,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoints import write_text
 from common.config import Config, as_dict
 from common.errors import InputError
-from common.matching import Block
-from common.task_vectors import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
 NOTES, FINISHED = "run.json", "finished"
 PROCESS = Path("/proc/self/status")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def prepare(device: str) -> torch.device:
@@ -39,28 +38,19 @@ def prepare(device: str) -> torch.device:
         raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes what it allocates
     torch.set_float32_matmul_precision("highest")
     torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
+    keep_freed_memory()
     return torch.device(device)
 
 
-@contextmanager
-def in_precision(block: Block, precision: str, device: torch.device) -> Iterator[Block]:
-    """The block with its matrix products in float32, tf32 (on CUDA; elsewhere float32) or bf16.
-
-    Derivatives are to be taken inside the context as well. Parameters, their gradients and outputs stay float32.
-    """
-
-    def autocast(params: Params, x_ATD: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return block(params, x_ATD).to(x_ATD.dtype)
-
-    if precision == "tf32" and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield autocast if precision == "bf16" else block
-    finally:
-        torch.set_float32_matmul_precision("highest")
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors of up to 32 MiB leave behind: given back, every step gets it anew, page by page."""
+    with suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:

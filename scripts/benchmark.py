@@ -39,7 +39,8 @@ from common.matching import DISTANCES, Block, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.plan import Ledger
-from common.runtime import certificate, in_precision, prepare
+from common.precision import in_precision
+from common.runtime import certificate, prepare
 from common.task_vectors import Params, subtract
 
 PAPER_STEPS, PAPER_EPOCHS = 1200, 100
@@ -77,8 +78,8 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     plain, warm_up = Reference(*unit, x_init), Reference(*unit, x_init)
 
     def engine_step() -> None:
-        with in_precision(of.block, precision, device) as lowered:
-            matching_gradient(lowered, theta_0, theta_t, tau, x_init)
+        with in_precision(precision, device) as answers:
+            matching_gradient(*unit, tau, x_init, answers=answers)
 
     def run_engine(**changes: Any) -> Any:
         return optimise_anchors(

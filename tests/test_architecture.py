@@ -11,7 +11,8 @@ from common.runtime import ROOT
 ORDER = [
     ["errors", "task_vectors"],
     ["matching", "checkpoints", "config", "unpickling", "records", "metrics"],
-    ["blocks", "anchors", "probes", "merging", "runtime", "report", "figures", "shards", "vocabulary", "lora"],
+    ["blocks", "anchors", "probes", "merging", "precision", "runtime", "report"],
+    ["figures", "shards", "vocabulary", "lora"],
     ["batching"],
     ["construction", "adaptation"],
     ["experiment"],

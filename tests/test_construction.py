@@ -9,7 +9,7 @@ from common.task_vectors import subtract
 
 
 def linear(params, x_ATD):
-    return x_ATD @ params["weight"].T
+    return torch.nn.functional.linear(x_ATD, params["weight"])
 
 
 def unit_of(theta_0, theta_t, x):

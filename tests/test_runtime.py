@@ -18,7 +18,6 @@ from common.runtime import (
     ROOT,
     UnitBar,
     Units,
-    in_precision,
     prepare,
     read_ahead,
     read_notes,
@@ -175,15 +174,3 @@ def test_what_was_written_behind_stays_when_the_work_is_interrupted():
         write(done.append, 1)
         raise KeyboardInterrupt
     assert done == [1]
-
-
-def test_bf16_rounds_products_and_nothing_else():
-    """2⁻⁸ is lost beside 1 in bfloat16: the product sees 1, the sum that is no product sees all."""
-    x, weight = torch.tensor([[[1 + 2**-9]]]), {"weight": torch.ones(1, 1)}
-    with in_precision(lambda params, x: x @ params["weight"].T, "bf16", x.device) as block:
-        assert block(weight, x).item() == 1 and block(weight, x).dtype == torch.float32
-    with in_precision(lambda params, x: x + params["weight"], "bf16", x.device) as block:
-        assert block(weight, x).item() == 2 + 2**-9
-    with in_precision(lambda params, x: x @ params["weight"].T, "float32", x.device) as block:
-        assert block(weight, x).item() == 1 + 2**-9
-    assert torch.get_float32_matmul_precision() == "highest"
