@@ -1,7 +1,7 @@
 """Box 2 of the paper, one unit of it: fit one merged block to what every expert answers on its own anchors."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from common.merging.regmean import input_grams, regression_mean
 from common.task_vectors import Params, leaves
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
-MUON_RMS = 0.2  # of a step of torch's Muon at learning rate 1, as it matches AdamW
 RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
@@ -23,56 +22,29 @@ RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of
 class Trainable:
     """A block's parameters as a function of what is trained, and how that is trained.
 
-    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p, lr, steps)
-    gives the function that moves the tensor p = free[name] by its gradient, in each of so many steps.
+    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p) gives the
+    function that moves the tensor p = free[name] by its gradient, at a learning rate.
     """
 
     free: Params
     build: Callable[[Params], Params]
-    stepper: Callable[[str, Tensor, float, int], Callable[[], Any]]
+    stepper: Callable[[str, Tensor], Callable[[float], Any]]
 
 
 def own_weights(theta: Params) -> Trainable:
     """The weights themselves are trained, from `theta` on (paper Eq. 5), with Adam."""
-    free = {name: p.clone() for name, p in theta.items()}
-    return Trainable(free, dict, lambda name, p, lr, steps: torch.optim.Adam([p], lr=lr, fused=True).step)
+    return Trainable({name: p.clone() for name, p in theta.items()}, dict, lambda name, p: weight_adam(p))
 
 
-def relative_weights(theta: Params, sizes: Mapping[str, float]) -> Trainable:
-    """The weights themselves are trained, from `theta` on, in steps of lr times their sizes; see `relative_steps`."""
-    free = {name: p.clone() for name, p in theta.items()}
-    return Trainable(free, dict, lambda name, p, lr, steps: relative_steps(p, lr * sizes[name], steps))
+def weight_adam(p: Tensor) -> Callable[[float], None]:
+    """A step of torch's Adam, which drops its state with the tensor."""
+    optimizer = torch.optim.Adam([p], fused=True)
 
-
-def relative_steps(p: Tensor, size: float, steps: int) -> Callable[[], None]:
-    """Steps whose root mean square is `size` a weight at first and 0 after the last: Muon for a matrix, else Adam.
-
-    With the size of task vectors as the measure one learning rate serves all models: 0.2 in 20 epochs came to about the
-    loss of 100 epochs of the paper's Adam on blocks of a CLIP, a RoBERTa and a BERT (scripts/benchmark.py adapt --toy).
-    """
-    if size == 0:  # no expert moved it
-        return lambda: None
-    if p.ndim == 2:
-        rate = size / MUON_RMS
-        optimizer = torch.optim.Muon([p], lr=rate, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    else:
-        optimizer = torch.optim.Adam([p], lr=size, betas=(0.9, 0.99))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
-
-    def step() -> None:
+    def step(lr: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        scheduler.step()
 
     return step
-
-
-def mean_size(taus: Iterable[Params]) -> dict[str, float]:
-    """For every tensor the root mean square of its weights in the task vectors; one of these is held at a time."""
-    squares: dict[str, list[float]] = {}
-    for tau in taus:
-        for name, t in tau.items():
-            squares.setdefault(name, []).append(t.square().mean().item())
-    return {name: math.sqrt(sum(each) / len(each)) for name, each in squares.items()}
 
 
 def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[float]) -> Trainable:
@@ -92,10 +64,10 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
         return {name: start[name] + shift[name] for name in start}
 
     free = {name: torch.zeros_like(p) for name, p in theta_0.items()}
-    return Trainable(free, build, lambda name, p, lr, steps: coefficient_adam(p, sizes[name], lr))
+    return Trainable(free, build, lambda name, p: coefficient_adam(p, sizes[name]))
 
 
-def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], None]:
+def coefficient_adam(shift: Tensor, sizes_S: Tensor) -> Callable[[float], None]:
     """A step of Adam on every α_i of Σ_i α_i ⊙ δ_i, told as what it does to the sum; sizes_S (S, ...): the |δ_i|.
 
     With G the gradient of the sum, that of α_i is δ_i ⊙ G, so its moments are δ_i ⊙ m and δ_i² ⊙ v with m and v those
@@ -106,7 +78,7 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor, lr: float) -> Callable[[], 
     steps = 0
 
     @torch.no_grad()
-    def step() -> None:
+    def step(lr: float) -> None:
         nonlocal steps
         steps += 1
         gradient = cast(Tensor, shift.grad)
@@ -154,11 +126,14 @@ def fit_block(
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
-    progress: Callable[[int, float], None] = lambda epoch, loss: None,
+    speedup: float = 1,
+    progress: Callable[[float, float], None] = lambda done, loss: None,
 ) -> tuple[Params, list[float]]:
     """Train `start` so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
 
-    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller.
+    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. A speedup divides
+    the epochs, and the learning rate falls linearly to zero, from so high that the rates of all steps add up to the
+    same. `progress` is told the part of the epochs done, and the loss.
     Returns: the parameters, detached, and the mean loss per anchor in each epoch.
     Raises: InputError if the batch is larger than the anchors; FloatingPointError at a loss that is not finite.
     """
@@ -166,23 +141,31 @@ def fit_block(
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
     free = leaves(start.free)
-    steps = epochs * -(-anchors // batch_size)
-    hooks = [step_when_ready(p, start.stepper(name, p, lr, steps)) for name, p in free.items()]
-    trace = []
+    steppers = {name: start.stepper(name, p) for name, p in free.items()}
+    hooks = [step_when_ready(p, lambda name=name: steppers[name](rate)) for name, p in free.items()]
+    epochs = shortened(epochs, speedup)
+    steps, trace = epochs * -(-anchors // batch_size), []
+    rates = iter([lr] * steps if speedup == 1 else [2 * speedup * lr * (1 - i / steps) for i in range(steps)])
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
         for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(batch_size):
+            rate = next(rates)
             loss = DISTANCES[distance](block(start.build(free), inputs_ATD[batch]), targets_ATD[batch])
             loss.backward()
             total += loss.detach()
         trace.append(total.item() / anchors)
         if not torch.isfinite(total):
             raise FloatingPointError(f"the adaptation loss is {trace[-1]} in epoch {epoch}")
-        progress(epoch + 1, trace[-1])
+        progress((epoch + 1) / epochs, trace[-1])
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
         return {name: p.detach().clone() for name, p in start.build(free).items()}, trace
+
+
+def shortened(epochs: int, speedup: float) -> int:
+    """How many epochs a speedup leaves, none of none."""
+    return math.ceil(epochs / speedup)
 
 
 def step_when_ready(p: Tensor, step: Callable[[], Any]) -> RemovableHandle:

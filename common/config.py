@@ -125,13 +125,13 @@ class Adapt:
 
     Args:
         rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
-        per_task: From ta with adam: a coefficient for each weight of each task vector (paper Eq. 6). False: for each
+        per_task: From ta: a coefficient for each weight of each task vector (paper Eq. 6). False: for each
             weight of their sum, as from any other start.
         distance: Between the merged block's outputs and the expert's.
-        optimizer: adam trains the weights (start pretrained) or one coefficient a weight (others), as in the paper.
-            muon trains the weights from every start, needs a fifth of the epochs, and slows down linearly.
-        lr: Learning rate. Of muon: the first step, in root mean squares of the task vectors; 0.2 suits all models.
+        lr: Learning rate of Adam.
         epochs: Passes over the anchors of all tasks.
+        speedup: Divides the epochs; the learning rate then falls linearly to zero, from so high that the rates of all
+            steps add up to the same. 1: the constant rate of the paper.
         batch_size: Anchors per step.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
             that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.
@@ -142,9 +142,9 @@ class Adapt:
     rest: Literal["pretrained", "start"] = "pretrained"
     per_task: bool = True
     distance: Literal["cos", "mse", "l1"] = "cos"
-    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 1e-2
     epochs: int = 100
+    speedup: float = 1
     batch_size: int = 128
     warm_start: Literal["none", "regmean"] = "none"
     label: str = ""

@@ -18,7 +18,7 @@ from common.task_vectors import Params
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
-    "muon": partial(torch.optim.Muon, momentum=0.9, nesterov=False, weight_decay=0.0),
+    "muon": partial(torch.optim.Muon, momentum=0.85, nesterov=False, weight_decay=0.0),
 }
 SCHEDULES = {"constant": lambda done: 1.0, "linear": lambda done: 1 - done}  # factor on lr, of the fraction done
 CHECK_EVERY = 20  # steps between two looks at the loss: each look waits for the device

@@ -282,4 +282,6 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
             value = getattr(getattr(config, section), name)
             if value is not None and value <= 0 and not (name == "epochs" and config.adapt.warm_start != "none"):
                 raise InputError(f"{section}.{name} is {value}; it must be above zero")
+    if config.adapt.for_start(config.start.method).speedup < 1:
+        raise InputError("adapt.speedup divides the epochs; it must be at least 1")
     return domain.FAMILIES[family]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.adaptation import Trainable, coefficients, fit_block, mean_size, own_weights, relative_weights, warmed
+from common.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
 from common.anchors import initial_anchors, save_anchors, seeded
 from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.config import Config
@@ -137,25 +137,22 @@ def adapt_unit(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         generator=seeded(config.run.seed, "adapt", index),
-        progress=lambda epoch, loss: bar.advance(epoch / settings.epochs, loss),
+        speedup=settings.speedup,
+        progress=bar.advance,
     )
     write_tensors(file, merged, provenance | {"trace": trace})
 
 
 def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:
     """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
-    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6). With
-    adapt.optimizer muon always the weights.
+    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
     """
     config = experiment.config
-    settings = config.adapt.for_start(config.start.method)
-    taus = (subtract(experiment.read_block(expert, index), theta_0) for expert in experiment.experts.values())
-    if settings.optimizer == "muon":
-        return relative_weights(experiment.read_block(start, index), mean_size(taus))
     if config.start.method == PRETRAINED:
         return own_weights(theta_0)
-    if config.start.method == "ta" and settings.per_task and not config.start.checkpoint:
-        return coefficients(theta_0, taus, ta_scales(experiment))
+    if config.start.method == "ta" and config.adapt.for_start("ta").per_task and not config.start.checkpoint:
+        thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
+        return coefficients(theta_0, (subtract(theta_t, theta_0) for theta_t in thetas), ta_scales(experiment))
     return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from common.adaptation import coefficients, own_weights, step_when_ready
+from common.adaptation import coefficients, own_weights, shortened, step_when_ready
 from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
@@ -98,6 +98,7 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     weights = list(map(math.prod, merged.values()))
     passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
+    epochs = shortened(settings.epochs, settings.speedup)
     rows = {
         "block": f"{size_of(modules[0]) / 2**20:.0f} MiB in {len(list(modules[0].parameters()))} tensors, "
         f"{len(modules)} blocks",
@@ -108,7 +109,7 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
             construction.peak, host_of_construction(modules[0], width, anchors), construction.resident
         ),
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
-        "adapt": f"{blocks} units of {settings.epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
+        "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(
             adaptation.peak,
             max(2 * size_of(modules[0]) + 2 * anchors, passing),
@@ -205,7 +206,7 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
     like, tasks = dict(module.named_parameters()), len(config.tasks)
     per_task = config.start.method == "ta" and settings.per_task and not config.start.checkpoint
     vectors = tasks if per_task else 1
-    weights = config.start.method == PRETRAINED or settings.optimizer == "muon"
+    weights = config.start.method == PRETRAINED
     with Ledger() as ledger:
         held = [torch.empty((tasks * shape[0], *shape[1:]), device="meta") for _ in range(4)]  # in lists, and joined
         theta_0 = blank(like)
@@ -216,7 +217,7 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
         for name, p in start.free.items():
-            step = (lambda: None) if weights else start.stepper(name, p, settings.lr, 1)
+            step = (lambda: None) if weights else partial(start.stepper(name, p), settings.lr)
             step_when_ready(p.requires_grad_(), step)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
         DISTANCES[settings.distance](block(start.build(start.free), x_ATD), y_ATD).backward()

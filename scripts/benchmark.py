@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.adaptation import Trainable, coefficients, fit_block, mean_size, own_weights, relative_weights
+from common.adaptation import coefficients, fit_block, own_weights
 from common.anchors import initial_anchors, seeded
 from common.batching import together
 from common.blocks import moved
@@ -43,7 +43,7 @@ from common.precision import in_precision
 from common.runtime import certificate, prepare
 from common.task_vectors import Params, subtract
 
-PAPER_STEPS, PAPER_EPOCHS = 1200, 100
+PAPER_STEPS = 1200
 RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation
 TA_SCALE = 0.3
 LEAST = {"blocks": 1, "tasks": 2, "anchors": 32}  # of scaling, where another count is doubled
@@ -160,8 +160,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Compare the fit of one block to experts thetas[1:] with a plain loop, from the pretrained weights and from TA.
 
-    rates: learning rate of each start. Twice: with the same epochs, where both do the same sums; and with the optimizer
-    of the fast preset and its part of the epochs, where the loss at the end says what that costs.
+    rates: learning rate of each start. Twice: with the same epochs, where both do the same sums; and with the speedup
+    of the fast preset, where the loss at the end says what that costs.
     """
     theta_0, experts = thetas[0], thetas[1:]
     deltas = [subtract(theta_t, theta_0) for theta_t in experts]
@@ -173,21 +173,13 @@ def adapt(
             targets.append(of.block(theta_t, x))
     x, y = torch.cat(inputs), torch.cat(targets)
     epochs, batch = args.epochs, min(128, len(x))
-    fewer = max(1, round(epochs * preset("adapt")["epochs"] / PAPER_EPOCHS))
 
-    def fit(start: str) -> Params:
+    def fit(start: str, speedup: float = 1) -> Params:
         trained = (
             own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [TA_SCALE] * len(deltas))
         )
-        return trained_by(trained, rates[start], epochs)
-
-    def fit_fast(start: str) -> Params:
-        theta = {n: p + (start == "ta") * TA_SCALE * sum(delta[n] for delta in deltas) for n, p in theta_0.items()}
-        return trained_by(relative_weights(theta, mean_size(deltas)), preset("adapt")["lr"], fewer)
-
-    def trained_by(trained: Trainable, lr: float, epochs: int) -> Params:
-        settings = {"distance": "cos", "lr": lr, "epochs": epochs, "batch_size": batch, "generator": seeded(0)}
-        return fit_block(of.block, trained, x, y, **settings)[0]
+        settings = {"distance": "cos", "lr": rates[start], "epochs": epochs, "batch_size": batch, "speedup": speedup}
+        return fit_block(of.block, trained, x, y, generator=seeded(0), **settings)[0]
 
     @torch.no_grad()
     def loss(theta: Params) -> float:
@@ -198,17 +190,19 @@ def adapt(
         plain, engine, fast = Clock(device), Clock(device), Clock(device)
         given = deltas if start == "ta" else []
         expected = plain(plain_fit, of.block, theta_0, given, x, y, rates[start], epochs, batch, TA_SCALE)
-        found, sooner = engine(fit, start), fast(fit_fast, start)
+        found, sooner = engine(fit, start), fast(fit, start, preset("adapt")["speedup"])
         apart = sum((found[n] - expected[n]).square().sum() for n in found).sqrt()
+        apart_fast = sum((sooner[n] - expected[n]).square().sum() for n in found).sqrt()
         moved_by = sum((expected[n] - theta_0[n]).square().sum() for n in found).sqrt()
         report[start] = {
             "ratio": ratios(plain, engine),
             "difference_of_result": (apart / moved_by).item(),
+            "fast_difference_of_result": (apart_fast / moved_by).item(),
             "fast_ratio": ratios(plain, fast),
             "loss": {"base": loss(theta_0), "reference": loss(expected), "engine": loss(found), "fast": loss(sooner)},
             "seconds": {"reference": plain.seconds, "engine": engine.seconds, "fast": fast.seconds},
         }
-    sizes = {"steps": epochs * -(-len(x) // batch), "fast_epochs": fewer, "tasks": len(experts), "batch": batch}
+    sizes = {"steps": epochs * -(-len(x) // batch), "tasks": len(experts), "batch": batch}
     return report | sizes
 
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from common.adaptation import (
+    Trainable,
     coefficient_adam,
     coefficients,
     fit_block,
     input_grams,
-    mean_size,
     own_weights,
-    relative_steps,
-    relative_weights,
     warmed,
 )
 from common.anchors import seeded
@@ -93,47 +91,42 @@ def test_adam_on_the_sum_is_adam_on_every_coefficient():
     alpha = torch.full((3, 4, 5), 0.3, dtype=torch.float64, requires_grad=True)
     plain = torch.optim.Adam([alpha], lr=1e-2)
     shift = torch.zeros(4, 5, dtype=torch.float64)
-    step = coefficient_adam(shift, deltas.abs(), 1e-2)
+    step = coefficient_adam(shift, deltas.abs())
     for i in range(20):
         shift.grad = 1e-3 * torch.randn(4, 5, generator=seeded(i), dtype=torch.float64)
         alpha.grad = deltas * shift.grad
-        step()
+        step(1e-2)
         plain.step()
         expected = ((alpha - 0.3) * deltas).sum(0).detach()
         torch.testing.assert_close(shift, expected, atol=1e-12 * expected.abs().max().item(), rtol=1e-9)
 
 
-def test_relative_steps_begin_at_the_said_size_and_end_at_zero():
-    """For a matrix and a vector: the step's root mean square is the size, whatever that of the gradient."""
-    for shape in ((30, 20), (40,)):
-        p = torch.zeros(shape)
-        step, before = relative_steps(p, 0.01, steps=4), torch.zeros(shape)
-        sizes = []
-        for i in range(4):
-            p.grad = 1e-5 * torch.randn(shape, generator=seeded(i))
-            step()
-            sizes.append((p - before).square().mean().sqrt().item())
-            before = p.clone()
-        assert sizes[0] == pytest.approx(0.01, rel=0.2) and sizes[1] > 0.004 and sizes[3] < 0.5 * sizes[0]
-    still = torch.ones(3)
-    still.grad = torch.ones(3)
-    relative_steps(still, 0.0, steps=4)()
-    assert torch.equal(still, torch.ones(3)), "what no expert moved stays"
+def test_a_speedup_divides_the_epochs_and_keeps_the_sum_of_the_rates():
+    """Rates told by a stepper that only notes them: 10 epochs of 2 batches, then 4 epochs whose rates fall to zero."""
+    noted = []
+
+    def start():
+        noted.clear()
+        return Trainable(random_params(0), dict, lambda name, p: noted.append)
+
+    x = torch.randn(8, 1, 3, generator=seeded(1))
+    _, whole = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10)
+    assert noted == [0.1] * 20 and len(whole) == 10
+    _, fewer = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10, speedup=2.5)
+    assert len(fewer) == 4 and noted == pytest.approx([0.5 * (1 - i / 8) for i in range(8)])
+    assert sum(noted) == pytest.approx(0.1 * 20, rel=0.2)
 
 
-def test_muon_on_the_weights_gets_further_in_fewer_epochs():
-    """From the base and from the mean of two experts; the learning rate is relative to the task vectors."""
-    theta_0, *thetas = (random_params(i) for i in range(3))
-    taus = [{"weight": theta_t["weight"] - theta_0["weight"]} for theta_t in thetas]
-    assert mean_size(taus)["weight"] == pytest.approx(torch.stack([t["weight"] for t in taus]).square().mean().sqrt())
-    axes = torch.eye(3)[:, None, None].expand(3, 4, 1, 3)
-    x, y = torch.cat([axes[0], axes[1]]), torch.cat([linear(t, axes[i]) for i, t in enumerate(thetas)])
-    mean = {"weight": theta_0["weight"] + (taus[0]["weight"] + taus[1]["weight"]) / 2}
-    for start in (theta_0, mean):
-        _, slow = fit(own_weights(start), x, y, epochs=50)
-        merged, fast = fit(relative_weights(start, mean_size(taus)), x, y, lr=0.4, epochs=10)
-        assert fast[-1] < slow[-1]
-        torch.testing.assert_close(merged["weight"][:, 0], thetas[0]["weight"][:, 0], atol=0.3, rtol=0)
+def test_a_fifth_of_the_epochs_comes_near_what_all_of_them_find():
+    theta_0, theta_t = random_params(0), random_params(1)
+    x = torch.randn(16, 2, 3, generator=seeded(2))
+    tau = {"weight": theta_t["weight"] - theta_0["weight"]}
+    for start in (lambda: own_weights(theta_0), lambda: coefficients(theta_0, [tau], [0.3])):
+        whole, (first, *_, last) = fit(start(), x, linear(theta_t, x), epochs=100)
+        merged, trace = fit(start(), x, linear(theta_t, x), epochs=100, speedup=5)
+        assert trace[-1] < 0.1 * first and len(trace) == 20
+        apart = (merged["weight"] - whole["weight"]).norm() / (whole["weight"] - theta_0["weight"]).norm()
+        assert apart < 0.2, last
 
 
 def test_the_warm_start_of_one_expert_is_the_expert():
