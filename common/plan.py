@@ -25,6 +25,7 @@ from common.lora import is_adapter, open_adapter
 from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
 from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
+from common.precision import in_precision
 from common.task_vectors import Params, add, lazy_task_vector
 
 GIB = 2**30
@@ -191,11 +192,12 @@ def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], c
     shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())
-    with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH):
+    lowered = in_precision(config.run.precision, torch.device("meta"))
+    with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH), lowered as answers:
         x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
         theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile
         _ahead += [blank(like) for _ in range(5 * (tasks - 1))]  # θ_t and τ, the same in one stack, θ_t of the next
-        settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk}
+        settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk, "answers": answers}
         matching_gradient(block, theta_0, theta_t, tau, x[:number], **settings)
     return ledger.operations * shape[0] / number / tasks, ledger
 

@@ -11,7 +11,7 @@ from common.checkpoints import Checkpoint, digest, read_header
 from common.config import Config, as_dict
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
 from common.figures import Traces, write_report
-from common.merged import PROVENANCE_FILE
+from common.merged import PROVENANCE_FILE, data_of
 from common.runtime import ROOT, Units, commit, recorded, spent
 
 RESULTS = "results.json"
@@ -84,7 +84,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
         made = json.loads(file.read_text())
-        method, used = made["start"]["method"], {"data": made["data"]} if "data" in made else {}
+        method, used = made["start"]["method"], data_of(file.parent)
         if "anchors" in made:
             adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
             made_by = {"label": made["adapt"]["label"], "epochs": made["adapt"]["epochs"]}
