@@ -37,7 +37,7 @@ def own_weights(theta: Params) -> Trainable:
 
 
 def weight_adam(p: Tensor) -> Callable[[float], None]:
-    """A step of torch's Adam, which drops its state with the tensor."""
+    """A step of torch's Adam on one tensor."""
     optimizer = torch.optim.Adam([p], fused=True)
 
     def step(lr: float) -> None:

@@ -37,7 +37,8 @@ def units(pico_inputs):
 @pytest.mark.parametrize(
     ("optimizer", "lr", "precision", "apart"), [("adamw", 0.05, "float32", 1e-5), ("muon", 0.3, "bf16", 5e-3)]
 )
-def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precision, apart):
+def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precision, apart, monkeypatch):
+    monkeypatch.setattr("common.precision.FEW", 0)
     block, theta_0, made = units
     how = {"steps": 30, "lr": lr, "optimizer": optimizer, "schedule": "linear", "precision": precision}
     alone = [optimise_anchors(block, theta_0, unit, **how) for unit in made]

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common import precision
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.matching import matching_gradient, side_by_side
@@ -14,6 +15,11 @@ from common.runtime import prepare
 from common.task_vectors import subtract
 
 CPU = prepare("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_maps_too(monkeypatch):
+    monkeypatch.setattr(precision, "FEW", 0)
 
 
 def linear(params, x):
@@ -92,3 +98,13 @@ def test_torchs_linear_is_itself_again_also_after_a_failure():
         answers(fails, {"weight": torch.ones(2, 2)}, {"weight": torch.ones(2, 2)}, torch.ones(1, 1, 2))
     assert F.linear is usual
     assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_small_maps_stay_in_float32(monkeypatch):
+    monkeypatch.setattr(precision, "FEW", 5)
+    x, weight = torch.tensor([[[1 + 2**-9]]]), {"weight": torch.ones(4, 1)}
+    with in_precision("bf16", CPU) as answers:
+        assert all(y[..., 0].item() == 1 + 2**-9 for y in answers(linear, weight, weight, x))
+    monkeypatch.setattr(precision, "FEW", 4)
+    with in_precision("bf16", CPU) as answers:
+        assert answers(linear, weight, weight, x)[0][..., 0].item() == 1
