@@ -132,8 +132,7 @@ def fit_block(
     """Train `start` so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
 
     Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. A speedup divides
-    the epochs, and the learning rate falls linearly to zero, from so high that the rates of all steps add up to the
-    same. `progress` is told the part of the epochs done, and the loss.
+    the epochs; see `rates_of`. `progress` is told the part of the epochs done, and the loss.
     Returns: the parameters, detached, and the mean loss per anchor in each epoch.
     Raises: InputError if the batch is larger than the anchors; FloatingPointError at a loss that is not finite.
     """
@@ -145,7 +144,7 @@ def fit_block(
     hooks = [step_when_ready(p, lambda name=name: steppers[name](rate)) for name, p in free.items()]
     epochs = shortened(epochs, speedup)
     steps, trace = epochs * -(-anchors // batch_size), []
-    rates = iter([lr] * steps if speedup == 1 else [2 * speedup * lr * (1 - i / steps) for i in range(steps)])
+    rates = iter(rates_of(steps, lr, speedup))
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
         for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(batch_size):
@@ -166,6 +165,17 @@ def fit_block(
 def shortened(epochs: int, speedup: float) -> int:
     """How many epochs a speedup leaves, none of none."""
     return math.ceil(epochs / speedup)
+
+
+def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
+    """The learning rate of each step: `lr`, or with a speedup a rise from 0 to twice its multiple, and a fall to 0.
+
+    All steps' rates add up to those of the steps that were saved. Begun with its highest rate, Adam would spend many
+    steps on undoing the first ones, whose size no gradient has told it yet.
+    """
+    if speedup == 1:
+        return [lr] * steps
+    return [2 * speedup * lr * (1 - abs(2 * i + 1 - steps) / steps) for i in range(steps)]
 
 
 def step_when_ready(p: Tensor, step: Callable[[], Any]) -> RemovableHandle:

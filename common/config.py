@@ -130,7 +130,7 @@ class Adapt:
         distance: Between the merged block's outputs and the expert's.
         lr: Learning rate of Adam.
         epochs: Passes over the anchors of all tasks.
-        speedup: Divides the epochs; the learning rate then falls linearly to zero, from so high that the rates of all
+        speedup: Divides the epochs; the learning rate then rises and falls linearly, so high that the rates of all
             steps add up to the same. 1: the constant rate of the paper.
         batch_size: Anchors per step.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
