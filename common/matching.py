@@ -140,10 +140,11 @@ def misalignment_and_slope(gradients: Sequence[Tensor], tau: Params) -> tuple[Te
     """The same, and its derivative by every gradient g, (τ/‖τ‖ − cos(g, τ) g/‖g‖) / ‖g‖: faster than a graph."""
     cosines, slopes = [], []
     for g, t in zip(gradients, tau.values(), strict=True):
-        cosine = direction_cosine(g, t)
-        slope = g * (-cosine / squared_norm(g).clamp_min(torch.finfo(g.dtype).tiny))
-        slopes.append(slope.add_(t / product_of_norms(g, t)))
-        cosines.append(cosine)
+        squared_g = dot(g, g)
+        norms = product_of_norms(squared_g, dot(t, t))
+        cosines.append(dot(g, t) / norms)
+        slope = g * (-cosines[-1] / squared_g.clamp_min(torch.finfo(g.dtype).tiny))
+        slopes.append(slope.add_(t / norms))
     return 1 + torch.stack(cosines), slopes
 
 
@@ -152,16 +153,17 @@ def direction_cosine(g: Tensor, tau: Tensor) -> Tensor:
 
     torch's own clamps each norm at 1e-8, under which the gradients of small tensors fall.
     """
-    return g.flatten() @ tau.flatten() / product_of_norms(g, tau)
+    return dot(g, tau) / product_of_norms(dot(g, g), dot(tau, tau))
 
 
-def product_of_norms(g: Tensor, tau: Tensor) -> Tensor:
-    """‖g‖ ‖τ‖, never 0."""
-    return (squared_norm(g) * squared_norm(tau)).clamp_min(torch.finfo(g.dtype).tiny).sqrt()
+def product_of_norms(squared_g: Tensor, squared_tau: Tensor) -> Tensor:
+    """‖g‖ ‖τ‖ of their squares, never 0."""
+    return (squared_g * squared_tau).clamp_min(torch.finfo(squared_g.dtype).tiny).sqrt()
 
 
-def squared_norm(g: Tensor) -> Tensor:
-    return g.flatten() @ g.flatten()
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors of one shape."""
+    return a.flatten() @ b.flatten()
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cos": cosine, "mse": squared, "l1": absolute}

@@ -156,7 +156,7 @@ def inputs_of(experiment: Experiment) -> dict[str, Any]:
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     """What decides an adapted model: settings, seed, start, the experts and every anchor."""
     config = experiment.config
-    settings = as_dict(config.adapt.for_start(config.start.method))
+    settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
     del settings["by_start"]
     anchors = [
         fingerprint(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
@@ -167,11 +167,9 @@ def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
         "run": {"seed": config.run.seed},
         "anchors": {"init": config.anchors.init, "files": digest(anchors)},
         "inputs": inputs_of(experiment),
-    } | data_of(start.path)
+    } | data_of(json.loads(made.read_text()) if made.is_file() else {})
 
 
-def data_of(folder: Path) -> dict[str, Any]:
-    """Under "data" what inputs of the tasks a start was made with, if it was with any; {} otherwise."""
-    file = folder / PROVENANCE_FILE
-    made = json.loads(file.read_text()) if file.is_file() else {}
+def data_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Under "data" what inputs of the tasks a model of this provenance was made with, if with any; {} otherwise."""
     return {"data": made["data"]} if "data" in made else {}

@@ -45,20 +45,16 @@ def in_differences(block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor
 
     For what `matching` does alone: derivatives are taken by θ₀, and then, where x requires a gradient, of those by x.
     """
-    by_x, usual = x_ATD.requires_grad, F.linear
+    by_x = x_ATD.requires_grad
     met: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []
 
     def pretrained(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.numel() < FEW:
-            return usual(x, weight, bias)
         weight_low = weight.detach().to(LOW)
         y = _Linear.apply(x, weight, weight_low, bias, by_x)
         met.append((x, weight.detach(), weight_low, bias, y))
         return y
 
     def expert(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.numel() < FEW:
-            return usual(x, weight, bias)
         x_0, weight_0, weight_0_low, bias_0, y = met.pop(0)  # a block calls its maps in one order
         difference = product(x - x_0, weight_0_low).add_(product(x, (weight.detach() - weight_0).to(LOW)))
         if bias is not None and bias_0 is not None:
@@ -84,8 +80,16 @@ def _rows(x: Tensor) -> Tensor:
 
 @contextmanager
 def _linear_is(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let all modules call this for torch's linear; its function modes do not see into nn.MultiheadAttention."""
-    usual, F.linear = F.linear, function
+    """Let all modules call this for torch's linear, of all but small maps.
+
+    Torch's function modes would not see into nn.MultiheadAttention.
+    """
+    usual = F.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (usual if weight.numel() < FEW else function)(x, weight, bias)
+
+    F.linear = linear
     try:
         yield
     finally:

@@ -84,7 +84,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
         made = json.loads(file.read_text())
-        method, used = made["start"]["method"], data_of(file.parent)
+        method, used = made["start"]["method"], data_of(made)
         if "anchors" in made:
             adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
             made_by = {"label": made["adapt"]["label"], "epochs": made["adapt"]["epochs"]}

@@ -185,19 +185,21 @@ def adapt(
     def loss(theta: Params) -> float:
         return DISTANCES["cos"](of.block(theta, x), y).item() / len(x)
 
+    def apart(theta: Params, expected: Params) -> float:
+        """How far two results lie apart, in parts of how far the expected one moved."""
+        far, moved_by = (sum((p - other[n]).square().sum() for n, p in expected.items()) for other in (theta, theta_0))
+        return (far / moved_by).sqrt().item()
+
     report: dict[str, Any] = {}
     for start in rates:
         plain, engine, fast = Clock(device), Clock(device), Clock(device)
         given = deltas if start == "ta" else []
         expected = plain(plain_fit, of.block, theta_0, given, x, y, rates[start], epochs, batch, TA_SCALE)
         found, sooner = engine(fit, start), fast(fit, start, preset("adapt")["speedup"])
-        apart = sum((found[n] - expected[n]).square().sum() for n in found).sqrt()
-        apart_fast = sum((sooner[n] - expected[n]).square().sum() for n in found).sqrt()
-        moved_by = sum((expected[n] - theta_0[n]).square().sum() for n in found).sqrt()
         report[start] = {
             "ratio": ratios(plain, engine),
-            "difference_of_result": (apart / moved_by).item(),
-            "fast_difference_of_result": (apart_fast / moved_by).item(),
+            "difference_of_result": apart(found, expected),
+            "fast_difference_of_result": apart(sooner, expected),
             "fast_ratio": ratios(plain, fast),
             "loss": {"base": loss(theta_0), "reference": loss(expected), "engine": loss(found), "fast": loss(sooner)},
             "seconds": {"reference": plain.seconds, "engine": engine.seconds, "fast": fast.seconds},
