@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.matching import Block, matching_gradient
-from common.precision import in_precision
+from common.precision import answers_in, in_precision
 from common.task_vectors import Params
 
 Step = Callable[[Params, Params, Params, Tensor], tuple[Tensor, Tensor]]
@@ -54,8 +54,9 @@ def mapped(
     """The step over a leading dimension of θ_t, τ and x, for tensors of these shapes."""
 
     def step(theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-        with in_precision(precision, device) as answers, sdpa_kernel(SDPBackend.MATH):
-            return matching_gradient(block, theta_0, theta_t, tau, x_ATD, distance=distance, answers=answers)
+        settings = {"distance": distance, "answers": answers_in(precision)}
+        with sdpa_kernel(SDPBackend.MATH):
+            return matching_gradient(block, theta_0, theta_t, tau, x_ATD, **settings)
 
     def blank(like: Like) -> Params:
         return {name: torch.empty(shape, device=device) for name, shape in like}

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.batching import together
 from common.blocks import moved
 from common.matching import Block, matching_gradient, matching_value
-from common.precision import in_precision
+from common.precision import answers_in, in_precision
 from common.task_vectors import Params
 
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
@@ -78,9 +78,10 @@ def optimise_anchors(
     Raises: FloatingPointError at the first step whose loss is not finite.
     """
     unit, settings = unit.without_rest(), {"distance": distance, "chunk": chunk}
+    answers = answers_in(precision)
 
     def measure(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        with in_precision(precision, xs[0].device) as answers:
+        with in_precision(precision, xs[0].device):
             return [unit.ask(matching_gradient, block, theta_0, x, answers=answers, **settings) for x in xs]
 
     value = partial(unit.ask, matching_value, block, theta_0, **settings)

@@ -25,14 +25,13 @@ from common.lora import is_adapter, open_adapter
 from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
 from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
-from common.precision import in_precision
+from common.precision import answers_in
 from common.task_vectors import Params, add, lazy_task_vector
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
 HOLES = 0.5  # of the heap in use lie between buffers; measured with blocks of a ViT, a RoBERTa and a Llama
-# Besides their results these need so many copies of the matrix, and of a square of its smaller side; measured on a CPU.
-LAPACK = {torch.ops.aten._linalg_svd: (1, 3), torch.ops.aten._linalg_eigh: (0, 2)}
+EIGH_COPIES = 2  # of the matrix, besides the results; measured on a CPU
 SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 
@@ -156,8 +155,7 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share it
                 self.alive[storage] = storage.nbytes()
-        own, squares = LAPACK.get(func.overloadpacket, (0, 0))
-        hidden = own * args[0].nbytes + squares * min(args[0].shape) ** 2 * args[0].itemsize if own or squares else 0
+        hidden = EIGH_COPIES * args[0].nbytes if func.overloadpacket == torch.ops.aten._linalg_eigh else 0
         sizes = list(self.alive.values())
         large = sum(size for size in sizes if size >= HEAP_BYTES)
         self.peak = max(self.peak, sum(sizes) + hidden)
@@ -192,8 +190,8 @@ def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], c
     shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())
-    lowered = in_precision(config.run.precision, torch.device("meta"))
-    with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH), lowered as answers:
+    answers = answers_in(config.run.precision)
+    with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH):
         x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
         theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile
         _ahead += [blank(like) for _ in range(5 * (tasks - 1))]  # θ_t and τ, the same in one stack, θ_t of the next

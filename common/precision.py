@@ -12,6 +12,7 @@ Shapes: R rows, all dimensions of an input but the last; D its width, O that of 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,49 +24,78 @@ from common.matching import Answers, Block, side_by_side
 from common.task_vectors import Params, leaves
 
 LOW = torch.bfloat16
-FEW = 2**17  # weights of a map: bf16 makes one of fewer no faster (CPU; widths 128 and 384 on either side)
+FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; rows of widths 128 and 384 on either side)
 
 
 @contextmanager
-def in_precision(precision: str, device: torch.device) -> Iterator[Answers]:
-    """How two blocks answer with linear maps in bf16, or all matrix products in tf32 (on CUDA; elsewhere float32).
-
-    Derivatives are to be taken inside the context as well. Parameters, their gradients and outputs are float32 always.
-    """
+def in_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """All matrix products in tf32, if that is it (on CUDA; elsewhere float32). Derivatives are to be taken inside."""
     if precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     try:
-        yield in_differences if precision == "bf16" else side_by_side
+        yield
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-def in_differences(block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
+def answers_in(precision: str) -> Answers:
+    """How the blocks of one θ₀ and one θ_t answer, with linear maps in bf16 if that is the precision.
+
+    Parameters, their gradients and outputs are float32 always.
+    """
+    return InDifferences() if precision == "bf16" else side_by_side
+
+
+class InDifferences:
     """φ(θ₀; x) and φ(θ_t; x), their difference and its derivatives by x as exact as bf16 can tell them.
 
     For what `matching` does alone: derivatives are taken by θ₀, and then, where x requires a gradient, of those by x.
+    The rounded weights are kept for the next x.
     """
-    by_x = x_ATD.requires_grad
-    met: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []
 
-    def pretrained(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight_low = weight.detach().to(LOW)
-        y = _Linear.apply(x, weight, weight_low, bias, by_x)
-        met.append((x, weight.detach(), weight_low, bias, y))
-        return y
+    def __init__(self) -> None:
+        self.low: dict[tuple[str, int], Tensor] = {}  # by the number of the map, in the order of calls
 
-    def expert(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x_0, weight_0, weight_0_low, bias_0, y = met.pop(0)  # a block calls its maps in one order
-        difference = product(x - x_0, weight_0_low).add_(product(x, (weight.detach() - weight_0).to(LOW)))
-        if bias is not None and bias_0 is not None:
-            difference += (bias - bias_0).detach()
-        return y + difference
+    def __call__(self, block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
+        by_x, usual, numbers = x_ATD.requires_grad, F.linear, count()
+        met: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
-    with _linear_is(pretrained):
-        y_0 = block(theta_0, x_ATD)
-    with _linear_is(expert):
-        y_t = block(leaves(theta_t), x_ATD)
-    return y_0, _LastPassOnly.apply(y_t) if by_x else y_t.detach()
+        def pretrained(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if is_small(x, weight):
+                y = usual(x, weight, bias)
+            else:
+                weight_low = self.rounded("base", len(met), weight.detach)
+                y = _Linear.apply(x, weight, weight_low, bias, by_x)
+            met.append((x, weight.detach(), bias, y))
+            return y
+
+        def expert(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            number = next(numbers)  # a block calls its maps in one order
+            if is_small(x, weight):
+                return usual(x, weight, bias)
+            x_0, weight_0, bias_0, y = met[number]
+            moved_low = self.rounded("moved", number, lambda: weight.detach() - weight_0)
+            difference = product(x - x_0, self.low["base", number]).add_(product(x, moved_low))
+            if bias is not None and bias_0 is not None:
+                difference += (bias - bias_0).detach()
+            return y + difference
+
+        with _linear_is(pretrained):
+            y_0 = block(theta_0, x_ATD)
+        with _linear_is(expert):
+            y_t = block(leaves(theta_t), x_ATD)
+        return y_0, _LastPassOnly.apply(y_t) if by_x else y_t.detach()
+
+    def rounded(self, what: str, number: int, weight: Callable[[], Tensor]) -> Tensor:
+        """A weight in bf16, made once."""
+        if (what, number) not in self.low:
+            self.low[what, number] = weight().to(LOW)
+        return self.low[what, number]
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether bf16 would gain nothing on x Wᵀ."""
+    return x.numel() * weight.shape[0] < FEW
 
 
 def product(x: Tensor, weight_low: Tensor) -> Tensor:
@@ -80,16 +110,9 @@ def _rows(x: Tensor) -> Tensor:
 
 @contextmanager
 def _linear_is(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let all modules call this for torch's linear, of all but small maps.
-
-    Torch's function modes would not see into nn.MultiheadAttention.
-    """
+    """Let all modules call this for torch's linear. Torch's function modes would not see into nn.MultiheadAttention."""
     usual = F.linear
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return (usual if weight.numel() < FEW else function)(x, weight, bias)
-
-    F.linear = linear
+    F.linear = function
     try:
         yield
     finally:

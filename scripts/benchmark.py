@@ -39,7 +39,7 @@ from common.matching import DISTANCES, Block, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.plan import Ledger
-from common.precision import in_precision
+from common.precision import answers_in, in_precision
 from common.runtime import certificate, prepare
 from common.task_vectors import Params, subtract
 
@@ -75,10 +75,10 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
     unit = of.block, theta_0, theta_t
-    plain, warm_up = Reference(*unit, x_init), Reference(*unit, x_init)
+    plain, warm_up, answers = Reference(*unit, x_init), Reference(*unit, x_init), answers_in(precision)
 
     def engine_step() -> None:
-        with in_precision(precision, device) as answers:
+        with in_precision(precision, device):
             matching_gradient(*unit, tau, x_init, answers=answers)
 
     def run_engine(**changes: Any) -> Any:

@@ -10,7 +10,7 @@ from common import precision
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.matching import matching_gradient, side_by_side
-from common.precision import in_precision
+from common.precision import answers_in, in_precision
 from common.runtime import prepare
 from common.task_vectors import subtract
 
@@ -40,13 +40,20 @@ def block_and_tasks(relative):
 def test_bf16_rounds_products_and_nothing_else():
     """2⁻⁸ is lost beside 1 in bfloat16: the product sees 1, the sum that is no product sees all."""
     x, weight = torch.tensor([[[1 + 2**-9]]]), {"weight": torch.ones(1, 1)}
-    with in_precision("bf16", CPU) as answers:
-        y, _ = answers(linear, weight, weight, x)
-        assert y.item() == 1 and y.dtype == torch.float32
-        y, _ = answers(lambda params, x: x + params["weight"], weight, weight, x)
-        assert y.item() == 1 + 1 + 2**-9
-    with in_precision("float32", CPU) as answers:
-        assert answers is side_by_side
+    y, _ = answers_in("bf16")(linear, weight, weight, x)
+    assert y.item() == 1 and y.dtype == torch.float32
+    y, _ = answers_in("bf16")(lambda params, x: x + params["weight"], weight, weight, x)
+    assert y.item() == 1 + 1 + 2**-9
+    assert answers_in("float32") is answers_in("tf32") is side_by_side
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [("tf32", "cuda", "high"), ("tf32", "cpu", "highest"), ("bf16", "cuda", "highest")],
+)
+def test_tf32_is_switched_on_for_a_gpu_and_off_again(precision, device, expected):
+    with in_precision(precision, torch.device(device)):
+        assert torch.get_float32_matmul_precision() == expected
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -54,8 +61,7 @@ def test_a_task_vector_below_the_rounding_of_its_weights_is_seen():
     """θ_t is bf16's 1 throughout, and x is exact, so an answer of its own would be that of θ₀."""
     theta_0, theta_t = {"weight": torch.ones(4, 4)}, {"weight": torch.ones(4, 4) + 2**-12 * torch.eye(4)}
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    with in_precision("bf16", CPU) as answers:
-        y_0, y_t = answers(linear, theta_0, theta_t, x)
+    y_0, y_t = answers_in("bf16")(linear, theta_0, theta_t, x)
     assert torch.equal(y_t - y_0, 2**-12 * x)
 
 
@@ -66,8 +72,7 @@ def test_the_matching_gradient_is_that_of_float32_however_small_the_task_vector(
     setting = block, theta_0, theta_t, subtract(theta_t, theta_0), x
     with sdpa_kernel(SDPBackend.MATH):
         loss_P, expected = matching_gradient(*setting)
-        with in_precision("bf16", CPU) as answers:
-            low_P, found = matching_gradient(*setting, chunk=chunk, answers=answers)
+        low_P, found = matching_gradient(*setting, chunk=chunk, answers=answers_in("bf16"))
     assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
     torch.testing.assert_close(low_P, loss_P, rtol=0, atol=0.02)
 
@@ -94,17 +99,39 @@ def test_torchs_linear_is_itself_again_also_after_a_failure():
         F.linear(x, params["weight"])
         raise ValueError
 
-    with in_precision("bf16", CPU) as answers, pytest.raises(ValueError):
-        answers(fails, {"weight": torch.ones(2, 2)}, {"weight": torch.ones(2, 2)}, torch.ones(1, 1, 2))
+    with pytest.raises(ValueError):
+        answers_in("bf16")(fails, {"weight": torch.ones(2, 2)}, {"weight": torch.ones(2, 2)}, torch.ones(1, 1, 2))
     assert F.linear is usual
     assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
 
 
-def test_small_maps_stay_in_float32(monkeypatch):
-    monkeypatch.setattr(precision, "FEW", 5)
-    x, weight = torch.tensor([[[1 + 2**-9]]]), {"weight": torch.ones(4, 1)}
-    with in_precision("bf16", CPU) as answers:
-        assert all(y[..., 0].item() == 1 + 2**-9 for y in answers(linear, weight, weight, x))
-    monkeypatch.setattr(precision, "FEW", 4)
-    with in_precision("bf16", CPU) as answers:
-        assert answers(linear, weight, weight, x)[0][..., 0].item() == 1
+def test_small_products_stay_in_float32(monkeypatch):
+    x, weight = torch.tensor([[[1 + 2**-9]] * 2]), {"weight": torch.ones(4, 1)}
+    for few, expected in ((9, 1 + 2**-9), (8, 1)):
+        monkeypatch.setattr(precision, "FEW", few)
+        for y in answers_in("bf16")(linear, weight, weight, x):
+            assert y.unique().item() == expected
+
+
+def test_chunks_too_small_for_bf16_find_the_weights_of_their_maps(monkeypatch):
+    """Of chunks of 4 and 2 anchors the second leaves some of the maps in float32; all are told by their own weights."""
+    block, theta_0, theta_t, x = block_and_tasks(1e-2)
+    setting = block, theta_0, theta_t, subtract(theta_t, theta_0), x
+    monkeypatch.setattr(precision, "FEW", 10 * 64 * 4 * 64 + 1)  # of 2 anchors' rows, the MLP's
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = matching_gradient(*setting)
+        answers = answers_in("bf16")
+        for _ in range(2):
+            _, found = matching_gradient(*setting, chunk=4, answers=answers)
+            assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_weights_are_rounded_once(monkeypatch):
+    block, theta_0, theta_t, x = block_and_tasks(1e-2)
+    answers = answers_in("bf16")
+    first = answers(block, theta_0, theta_t, x)
+    kept = {key: (low.data_ptr(), low.dtype) for key, low in answers.low.items()}
+    again = answers(block, theta_0, theta_t, x)
+    assert {key: (low.data_ptr(), low.dtype) for key, low in answers.low.items()} == kept
+    assert {dtype for _, dtype in kept.values()} == {torch.bfloat16} and len(kept) == 2 * 4
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
