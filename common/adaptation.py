@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from common.errors import InputError
 from common.matching import DISTANCES, Block
@@ -22,23 +21,23 @@ RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of
 class Trainable:
     """A block's parameters as a function of what is trained, and how that is trained.
 
-    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(name, p) gives the
-    function that moves the tensor p = free[name] by its gradient, at a learning rate.
+    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(free) gives the
+    function that moves by its gradient what has one, at a learning rate.
     """
 
     free: Params
     build: Callable[[Params], Params]
-    stepper: Callable[[str, Tensor], Callable[[float], Any]]
+    stepper: Callable[[Params], Callable[[float], Any]]
 
 
 def own_weights(theta: Params) -> Trainable:
     """The weights themselves are trained, from `theta` on (paper Eq. 5), with Adam."""
-    return Trainable({name: p.clone() for name, p in theta.items()}, dict, lambda name, p: weight_adam(p))
+    return Trainable({name: p.clone() for name, p in theta.items()}, dict, weight_adam)
 
 
-def weight_adam(p: Tensor) -> Callable[[float], None]:
-    """A step of torch's Adam on one tensor."""
-    optimizer = torch.optim.Adam([p], fused=True)
+def weight_adam(free: Params) -> Callable[[float], None]:
+    """A step of torch's Adam."""
+    optimizer = torch.optim.Adam(free.values(), fused=True)
 
     def step(lr: float) -> None:
         optimizer.param_groups[0]["lr"] = lr
@@ -63,8 +62,17 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
     def build(shift: Params) -> Params:
         return {name: start[name] + shift[name] for name in start}
 
-    free = {name: torch.zeros_like(p) for name, p in theta_0.items()}
-    return Trainable(free, build, lambda name, p: coefficient_adam(p, sizes[name]))
+    def stepper(free: Params) -> Callable[[float], None]:
+        each = [(p, coefficient_adam(p, sizes[name])) for name, p in free.items()]
+
+        def step(lr: float) -> None:
+            for p, one in each:
+                if p.grad is not None:
+                    one(lr)
+
+        return step
+
+    return Trainable({name: torch.zeros_like(p) for name, p in theta_0.items()}, build, stepper)
 
 
 def coefficient_adam(shift: Tensor, sizes_S: Tensor) -> Callable[[float], None]:
@@ -140,24 +148,22 @@ def fit_block(
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
     free = leaves(start.free)
-    steppers = {name: start.stepper(name, p) for name, p in free.items()}
-    hooks = [step_when_ready(p, lambda name=name: steppers[name](rate)) for name, p in free.items()]
-    epochs = shortened(epochs, speedup)
+    step, epochs = start.stepper(free), shortened(epochs, speedup)
     steps, trace = epochs * -(-anchors // batch_size), []
     rates = iter(rates_of(steps, lr, speedup))
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
         for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(batch_size):
-            rate = next(rates)
             loss = DISTANCES[distance](block(start.build(free), inputs_ATD[batch]), targets_ATD[batch])
             loss.backward()
+            step(next(rates))
+            for p in free.values():
+                p.grad = None
             total += loss.detach()
         trace.append(total.item() / anchors)
         if not torch.isfinite(total):
             raise FloatingPointError(f"the adaptation loss is {trace[-1]} in epoch {epoch}")
         progress((epoch + 1) / epochs, trace[-1])
-    for hook in hooks:
-        hook.remove()
     with torch.no_grad():
         return {name: p.detach().clone() for name, p in start.build(free).items()}, trace
 
@@ -176,13 +182,3 @@ def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
     if speedup == 1:
         return [lr] * steps
     return [2 * speedup * lr * (1 - abs(2 * i + 1 - steps) / steps) for i in range(steps)]
-
-
-def step_when_ready(p: Tensor, step: Callable[[], Any]) -> RemovableHandle:
-    """Let the backward pass step a parameter as soon as its gradient is there, and drop that: one is held at a time."""
-
-    def take(p: Tensor) -> None:
-        step()
-        p.grad = None
-
-    return p.register_post_accumulate_grad_hook(take)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from common.adaptation import coefficients, own_weights, shortened, step_when_ready
+from common.adaptation import coefficients, own_weights, shortened
 from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
@@ -26,7 +26,7 @@ from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
 from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
 from common.precision import answers_in
-from common.task_vectors import Params, add, lazy_task_vector
+from common.task_vectors import Params, add, lazy_task_vector, leaves
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
@@ -216,11 +216,11 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         else:
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
-        for name, p in start.free.items():
-            step = (lambda: None) if weights else partial(start.stepper(name, p), settings.lr)
-            step_when_ready(p.requires_grad_(), step)
+        free = leaves(start.free)
+        step = (lambda lr: None) if weights else start.stepper(free)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
-        DISTANCES[settings.distance](block(start.build(start.free), x_ATD), y_ATD).backward()
+        DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()
+        step(settings.lr)
     return ledger
 
 

@@ -20,6 +20,8 @@ from common.errors import InputError
 from common.pipeline import adapt, construct
 from Vision import domain
 
+UNUSED = {"unused": torch.ones(3)}
+
 
 def linear(params, x_ATD):
     return x_ATD @ params["weight"].T
@@ -84,6 +86,15 @@ def test_a_loss_that_is_not_finite_names_its_epoch():
         fit(own_weights(random_params(0)), x, torch.full((4, 1, 4), torch.inf))
 
 
+@pytest.mark.parametrize("start", [own_weights, lambda theta: coefficients(theta, [random_params(1) | UNUSED], [0.3])])
+def test_parameters_that_the_block_does_not_use_stay(start):
+    x = torch.randn(8, 1, 3, generator=seeded(2))
+    start = start(random_params(0) | UNUSED)
+    merged, (first, *_, last) = fit(start, x, linear(random_params(1), x), epochs=10)
+    assert last < first
+    assert torch.equal(merged["unused"], start.build(start.free)["unused"])
+
+
 def test_adam_on_the_sum_is_adam_on_every_coefficient():
     """Against torch's own Adam on α of θ = Σ α_i ⊙ δ_i, whose gradients are G as δ_i ⊙ G; some δ are zero."""
     deltas = torch.randn(3, 4, 5, generator=seeded(0), dtype=torch.float64) * 1e-4
@@ -107,7 +118,7 @@ def test_a_speedup_divides_the_epochs_and_keeps_the_sum_of_the_rates():
 
     def start():
         noted.clear()
-        return Trainable(random_params(0), dict, lambda name, p: noted.append)
+        return Trainable(random_params(0), dict, lambda free: noted.append)
 
     x = torch.randn(8, 1, 3, generator=seeded(1))
     _, whole = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10)
