@@ -213,7 +213,8 @@ class Run:
         device: auto, cpu, cuda or cuda:N.
         precision: Of the matrix products while anchors are optimised. tf32 is for CUDA. bf16 takes the linear maps
             alone, rounds how two blocks differ, not what each answers, and is fast on new CPUs too, where blocks are
-            large. The loss that chooses the best anchors, and adaptation, are always float32.
+            large; a CPU that would have to emulate it takes float32. The loss that chooses the best anchors, and
+            adaptation, are always float32.
         seed: Every draw derives from it, the task and the block.
         blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
         score: Score the merged model at the end of adapt.

@@ -13,6 +13,7 @@ from common.config import Config
 from common.construction import Unit, optimise_anchors, optimise_together
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
 from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
+from common.precision import available
 from common.runtime import UnitBar, read_ahead, recorded, written_behind
 from common.scoring import score_run
 from common.task_vectors import Params, subtract
@@ -40,7 +41,7 @@ def construct_units(
     write: Callable[..., None],
 ) -> None:
     """Make the anchors of one block for every task whose θ_t is given, unless all their files are there already."""
-    config, precision = experiment.config.anchors, experiment.config.run.precision
+    config, precision = experiment.config.anchors, available(experiment.config.run.precision, experiment.device)
     files = {task: experiment.anchor_file(task, index) for task in thetas}
     provenance = {task: experiment.anchor_provenance(task, index, theta_0, theta_t) for task, theta_t in thetas.items()}
     there = [task for task, file in files.items() if file.is_file()]

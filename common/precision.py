@@ -26,6 +26,14 @@ from common.task_vectors import Params, leaves
 LOW = torch.bfloat16
 FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; rows of widths 128 and 384 on either side)
 
+NATIVE = ("amx_bf16", "avx512_bf16")  # what a CPU has that multiplies in bf16; another one emulates it
+
+
+def available(precision: str, device: torch.device) -> str:
+    """The precision, but float32 for bf16 on a CPU that has to emulate it: that took eight times as long as AMX."""
+    native = device.type != "cpu" or any(torch.cpu.get_capabilities().get(flag) for flag in NATIVE)
+    return "float32" if precision == "bf16" and not native else precision
+
 
 @contextmanager
 def in_precision(precision: str, device: torch.device) -> Iterator[None]:

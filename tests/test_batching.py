@@ -96,6 +96,18 @@ def test_the_fast_preset_gives_the_same_bytes_each_time(pico_config, tmp_path):
     assert first["run"]["precision"] == "bf16" and first["trace"][-1] < first["trace"][0]
 
 
+@pytest.mark.parametrize(("flags", "same"), [({}, True), ({"amx_bf16": True}, False)])
+def test_construct_takes_float32_where_bf16_would_be_emulated(pico_config, tmp_path, monkeypatch, flags, same):
+    monkeypatch.setattr("common.precision.FEW", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    traces = []
+    for precision in ("float32", "bf16"):
+        construct(replace(pico_config, run=replace(pico_config.run, name=precision, precision=precision)), domain)
+        file = tmp_path / precision / "anchors" / "weight" / "MNIST" / "block_00.safetensors"
+        traces.append(read_header(file)["trace"])
+    assert (traces[0] == traces[1]) is same
+
+
 def test_chunks_and_tasks_together_exclude_each_other(pico_config):
     settings = replace(pico_config.anchors, together="eager", chunk=2)
     with pytest.raises(InputError, match="anchors.chunk cannot be set with it"):

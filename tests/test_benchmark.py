@@ -62,7 +62,7 @@ def test_construction_is_measured(pico, tmp_path, monkeypatch):
 
 def test_adaptation_ends_where_the_plain_loop_ends(pico):
     of, thetas = pico
-    told = benchmark.adapt(of, thetas, {"pretrained": 1e-5, "ta": 1e-2}, Namespace(epochs=20), CPU)
+    told = benchmark.adapt(of, thetas, {"pretrained": 1e-5, "ta": 1e-2}, Namespace(epochs=20, repeats=2), CPU)
     assert told["steps"] == 20 and told["tasks"] == 2
     assert all(told[s]["loss"]["fast"] < 0.9 * told[s]["loss"]["base"] for s in ("pretrained", "ta"))
     assert told["pretrained"]["difference_of_result"] < 1e-2 and told["ta"]["difference_of_result"] < 1e-2

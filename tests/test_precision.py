@@ -10,7 +10,7 @@ from common import precision
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.matching import matching_gradient, side_by_side
-from common.precision import answers_in, in_precision
+from common.precision import answers_in, available, in_precision
 from common.runtime import prepare
 from common.task_vectors import subtract
 
@@ -90,6 +90,20 @@ def test_autocast_would_not_do():
         _, expected = matching_gradient(block, theta_0, theta_t, tau, x)
         _, found = matching_gradient(rounded, theta_0, theta_t, tau, x)
     assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "flags", "expected"),
+    [
+        ("bf16", "cpu", {"avx2": True, "amx_bf16": False}, "float32"),
+        ("bf16", "cpu", {"avx512_bf16": True}, "bf16"),
+        ("bf16", "cuda", {}, "bf16"),
+        ("tf32", "cpu", {}, "tf32"),
+    ],
+)
+def test_a_cpu_does_not_emulate_bf16(asked, device, flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert available(asked, torch.device(device)) == expected
 
 
 def test_torchs_linear_is_itself_again_also_after_a_failure():
