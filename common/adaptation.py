@@ -10,11 +10,11 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.matching import DISTANCES, Block
-from common.merging.regmean import input_grams
+from common.merging.regmean import input_grams, regression_mean
 from common.task_vectors import Params, leaves
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
-RIDGE = 1e-6  # of the trace of a float32 Gram matrix: its smaller eigenvalues are rounding
+RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -111,26 +111,16 @@ def warmed(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tenso
     """
     with torch.no_grad():
         theta = start.build(start.free)
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    taus: dict[str, list[Tensor]] = {}
+    grams: dict[str, list[Tensor]] = {}
     for theta_t, x_ATD in experts:
         for name, gram_DD in input_grams(block, theta_t, x_ATD).items():
-            gram_DD = gram_DD.double()
-            target_RD = (theta_t[name] - theta[name]).double() @ gram_DD
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = target_RD + before[0], gram_DD + before[1]
-    if not sums:
+            taus.setdefault(name, []).append(theta_t[name] - theta[name])
+            grams.setdefault(name, []).append(gram_DD)
+    if not taus:
         raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
-    free = dict(start.free)
-    for name, (target_RD, gram_DD) in sums.items():
-        free[name] = free[name] + ridge_regression(target_RD, gram_DD, RIDGE).to(free[name].dtype)
-    return replace(start, free=free)
-
-
-def ridge_regression(target_RD: Tensor, gram_DD: Tensor, share: float) -> Tensor:
-    """target (G + r I)⁻¹ with r = `share` of the trace of G: near to the pseudo-inverse, in much less time."""
-    ridge = share * gram_DD.trace() + torch.finfo(gram_DD.dtype).tiny
-    lower = torch.linalg.cholesky(gram_DD + ridge * torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device))
-    return torch.cholesky_solve(target_RD.mT, lower).mT
+    moves = {name: regression_mean(taus[name], grams[name], RANK_TOLERANCE) for name in taus}
+    return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
 
 
 def fit_block(

@@ -217,8 +217,6 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
     with Ledger() as ledger:
         held = [torch.empty((tasks * shape[0], *shape[1:]), device="meta") for _ in range(4)]  # in lists, and joined
         theta_0 = blank(like)
-        if settings.warm_start == "regmean":
-            hold_sums_of_squares(like)
         if weights:
             start = own_weights(theta_0)
             held += [moment for _ in range(2) for moment in blank(start.free).values()]  # of torch's Adam
@@ -231,14 +229,6 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()
         step(settings.lr)
     return ledger
-
-
-def hold_sums_of_squares(like: Params) -> None:
-    """What a warm start holds of every matrix in float64, its target and its Gram matrix, and what solves the last."""
-    matrices = [p for p in like.values() if p.ndim == 2]
-    held = [torch.empty(p.shape, dtype=torch.float64, device="meta") for p in matrices]
-    held += [p.new_empty(p.shape[1], p.shape[1]) for p in held]
-    held += [torch.empty_like(held[-1]) for _ in range(2)]
 
 
 def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:

@@ -25,7 +25,6 @@ from common.task_vectors import Params, leaves
 
 LOW = torch.bfloat16
 FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; rows of widths 128 and 384 on either side)
-
 NATIVE = ("amx_bf16", "avx512_bf16")  # what a CPU has that multiplies in bf16; another one emulates it
 
 

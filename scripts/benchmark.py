@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.adaptation import coefficients, fit_block, own_weights, warmed
+from common.adaptation import coefficients, fit_block, own_weights
 from common.anchors import initial_anchors, seeded
 from common.batching import together
 from common.blocks import moved
@@ -160,8 +160,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Compare the fit of one block to experts thetas[1:] with a plain loop, from the pretrained weights and from TA.
 
-    rates: learning rate of each start. Twice: with the same epochs, where both do the same sums; and with what the fast
-    preset says, where the loss at the end says what that costs.
+    rates: learning rate of each start. Twice: with the same epochs, where both do the same sums; and with the speedup
+    of the fast preset, where the loss at the end says what that costs.
     """
     theta_0, experts = thetas[0], thetas[1:]
     deltas = [subtract(theta_t, theta_0) for theta_t in experts]
@@ -174,12 +174,10 @@ def adapt(
     x, y = torch.cat(inputs), torch.cat(targets)
     epochs, batch = args.epochs, min(128, len(x))
 
-    def fit(start: str, warm_start: str = "none", speedup: float = 1) -> Params:
+    def fit(start: str, speedup: float = 1) -> Params:
         trained = (
             own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [TA_SCALE] * len(deltas))
         )
-        if warm_start == "regmean":
-            trained = warmed(of.block, trained, zip(experts, inputs, strict=True))
         settings = {"distance": "cos", "lr": rates[start], "epochs": epochs, "batch_size": batch, "speedup": speedup}
         return fit_block(of.block, trained, x, y, generator=seeded(0), **settings)[0]
 
@@ -198,7 +196,7 @@ def adapt(
         given = deltas if start == "ta" else []
         for _ in range(args.repeats):  # in turns: what else the machine does meanwhile slows all alike
             expected = plain(plain_fit, of.block, theta_0, given, x, y, rates[start], epochs, batch, TA_SCALE)
-            found, sooner = engine(fit, start), fast(fit, start, **preset("adapt"))
+            found, sooner = engine(fit, start), fast(fit, start, preset("adapt")["speedup"])
         report[start] = {
             "ratio": ratios(plain, engine),
             "difference_of_result": apart(found, expected),

@@ -299,10 +299,7 @@ def streamed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
-    """At most 2.5 GB for a base and four experts of 1 GB, or what the dry run says, which is within a fifth of it.
-
-    Steps are cut to two.
-    """
+    """At most 2.5 GB for a base and four experts of 1 GB, or what the dry run says. Steps are cut to two."""
     config = {
         "domain": "nlg",
         "model": {"root": str(streamed), "base": "base", "expert": "{task}"},
@@ -321,7 +318,7 @@ def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
     took = time.monotonic() - began
     print(f"\n{method:14} {peak / 1e6:6.0f} MB at most, {foreseen / 1e6:6.0f} MB foreseen, {took:5.0f} s")
     assert peak < max(2.5e9, foreseen)
-    assert abs(peak - foreseen) < 0.2 * foreseen
+    assert abs(peak - foreseen) < 0.2 * (foreseen - LIBRARIES) + 0.1e9
 
 
 # --- the door --------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_chunks_too_small_for_bf16_find_the_weights_of_their_maps(monkeypatch):
             assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
 
 
-def test_weights_are_rounded_once(monkeypatch):
+def test_weights_are_rounded_once():
     block, theta_0, theta_t, x = block_and_tasks(1e-2)
     answers = answers_in("bf16")
     first = answers(block, theta_0, theta_t, x)
