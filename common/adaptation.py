@@ -13,7 +13,8 @@ from common.matching import DISTANCES, Block
 from common.merging.regmean import input_grams, regression_mean
 from common.task_vectors import Params, leaves
 
-BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's; torch's defaults
+Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's; torch's defaults
 RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
@@ -21,13 +22,13 @@ RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of
 class Trainable:
     """A block's parameters as a function of what is trained, and how that is trained.
 
-    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(free) gives the
+    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(free, betas) gives the
     function that moves by its gradient what has one, at a learning rate.
     """
 
     free: Params
     build: Callable[[Params], Params]
-    stepper: Callable[[Params], Callable[[float], Any]]
+    stepper: Callable[[Params, Betas], Callable[[float], Any]]
 
 
 def own_weights(theta: Params) -> Trainable:
@@ -35,9 +36,9 @@ def own_weights(theta: Params) -> Trainable:
     return Trainable({name: p.clone() for name, p in theta.items()}, dict, weight_adam)
 
 
-def weight_adam(free: Params) -> Callable[[float], None]:
+def weight_adam(free: Params, betas: Betas) -> Callable[[float], None]:
     """A step of torch's Adam."""
-    optimizer = torch.optim.Adam(free.values(), fused=True)
+    optimizer = torch.optim.Adam(free.values(), betas=betas, fused=True)
 
     def step(lr: float) -> None:
         optimizer.param_groups[0]["lr"] = lr
@@ -62,8 +63,8 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
     def build(shift: Params) -> Params:
         return {name: start[name] + shift[name] for name in start}
 
-    def stepper(free: Params) -> Callable[[float], None]:
-        each = [(p, coefficient_adam(p, sizes[name])) for name, p in free.items()]
+    def stepper(free: Params, betas: Betas) -> Callable[[float], None]:
+        each = [(p, coefficient_adam(p, sizes[name], betas)) for name, p in free.items()]
 
         def step(lr: float) -> None:
             for p, one in each:
@@ -75,7 +76,7 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
     return Trainable({name: torch.zeros_like(p) for name, p in theta_0.items()}, build, stepper)
 
 
-def coefficient_adam(shift: Tensor, sizes_S: Tensor) -> Callable[[float], None]:
+def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas = BETAS) -> Callable[[float], None]:
     """A step of Adam on every α_i of Σ_i α_i ⊙ δ_i, told as what it does to the sum; sizes_S (S, ...): the |δ_i|.
 
     With G the gradient of the sum, that of α_i is δ_i ⊙ G, so its moments are δ_i ⊙ m and δ_i² ⊙ v with m and v those
@@ -83,20 +84,20 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor) -> Callable[[float], None]:
     moments serves all tasks.
     """
     m, v = torch.zeros_like(shift), torch.zeros_like(shift)
-    steps = 0
+    steps, (beta_1, beta_2) = 0, betas
 
     @torch.no_grad()
     def step(lr: float) -> None:
         nonlocal steps
         steps += 1
         gradient = cast(Tensor, shift.grad)
-        m.lerp_(gradient, 1 - BETA_1)
-        v.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
-        root = (v / (1 - BETA_2**steps)).sqrt_()
+        m.lerp_(gradient, 1 - beta_1)
+        v.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+        root = (v / (1 - beta_2**steps)).sqrt_()
         reach = torch.zeros_like(shift)  # not kept: a block can fill a machine, one tensor of it does not
         for size in sizes_S:
             reach.addcdiv_(size.square(), (size * root).add_(EPSILON))
-        shift.addcmul_(m, reach, value=-lr / (1 - BETA_1**steps))
+        shift.addcmul_(m, reach, value=-lr / (1 - beta_1**steps))
 
     return step
 
@@ -148,7 +149,7 @@ def fit_block(
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
     free = leaves(start.free)
-    step, epochs = start.stepper(free), shortened(epochs, speedup)
+    step, epochs = start.stepper(free, betas_of(speedup)), shortened(epochs, speedup)
     steps, trace = epochs * -(-anchors // batch_size), []
     rates = iter(rates_of(steps, lr, speedup))
     for epoch in range(epochs):
@@ -174,11 +175,20 @@ def shortened(epochs: int, speedup: float) -> int:
 
 
 def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
-    """The learning rate of each step: `lr`, or with a speedup a rise from 0 to twice its multiple, and a fall to 0.
-
-    All steps' rates add up to those of the steps that were saved. Begun with its highest rate, Adam would spend many
-    steps on undoing the first ones, whose size no gradient has told it yet.
+    """The learning rate of each step: `lr`, or with a speedup a rise in the first tenth, the same rate, and a fall in
+    the last tenth, which add up to the rates of all the steps before some were saved.
     """
     if speedup == 1:
         return [lr] * steps
-    return [2 * speedup * lr * (1 - abs(2 * i + 1 - steps) / steps) for i in range(steps)]
+    shape = [min(1, 10 * (i + 0.5) / steps, 10 * (steps - i - 0.5) / steps) for i in range(steps)]
+    return [speedup * lr * steps * part / sum(shape) for part in shape]
+
+
+def betas_of(speedup: float) -> Betas:
+    """Adam's β, each step's share 1 − β times the root of the speedup.
+
+    A step that goes so many times as far overshoots on gradients as old, and on as few as would be as far back it
+    follows their noise. Between the two a block ends nearest to where all the steps would have led it.
+    """
+    beta_1, beta_2 = (max(0.0, 1 - (1 - beta) * math.sqrt(speedup)) for beta in BETAS)
+    return beta_1, beta_2

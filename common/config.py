@@ -130,8 +130,8 @@ class Adapt:
         distance: Between the merged block's outputs and the expert's.
         lr: Learning rate of Adam.
         epochs: Passes over the anchors of all tasks.
-        speedup: Divides the epochs; the learning rate then rises and falls linearly, so high that the rates of all
-            steps add up to the same. 1: the constant rate of the paper.
+        speedup: Divides the epochs and multiplies the learning rate, with Adam's moments shorter to match. 1: the
+            paper's.
         batch_size: Anchors per step.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
             that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from common.adaptation import coefficients, own_weights, shortened
+from common.adaptation import BETAS, coefficients, own_weights, shortened
 from common.blocks import BlockFamily
 from common.checkpoints import Checkpoint
 from common.config import Config, as_dict
@@ -224,7 +224,7 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
         free = leaves(start.free)
-        step = (lambda lr: None) if weights else start.stepper(free)
+        step = (lambda lr: None) if weights else start.stepper(free, BETAS)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
         DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()
         step(settings.lr)

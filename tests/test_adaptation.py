@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.adaptation import (
+    BETAS,
     Trainable,
     coefficient_adam,
     coefficients,
@@ -95,14 +96,15 @@ def test_parameters_that_the_block_does_not_use_stay(start):
     assert torch.equal(merged["unused"], start.build(start.free)["unused"])
 
 
-def test_adam_on_the_sum_is_adam_on_every_coefficient():
+@pytest.mark.parametrize("betas", [BETAS, (0.7, 0.98)])
+def test_adam_on_the_sum_is_adam_on_every_coefficient(betas):
     """Against torch's own Adam on α of θ = Σ α_i ⊙ δ_i, whose gradients are G as δ_i ⊙ G; some δ are zero."""
     deltas = torch.randn(3, 4, 5, generator=seeded(0), dtype=torch.float64) * 1e-4
     deltas[:, 0], deltas[1, 1] = 0, 0
     alpha = torch.full((3, 4, 5), 0.3, dtype=torch.float64, requires_grad=True)
-    plain = torch.optim.Adam([alpha], lr=1e-2)
+    plain = torch.optim.Adam([alpha], lr=1e-2, betas=betas)
     shift = torch.zeros(4, 5, dtype=torch.float64)
-    step = coefficient_adam(shift, deltas.abs())
+    step = coefficient_adam(shift, deltas.abs(), betas)
     for i in range(20):
         shift.grad = 1e-3 * torch.randn(4, 5, generator=seeded(i), dtype=torch.float64)
         alpha.grad = deltas * shift.grad
@@ -113,19 +115,18 @@ def test_adam_on_the_sum_is_adam_on_every_coefficient():
 
 
 def test_a_speedup_divides_the_epochs_and_keeps_the_sum_of_the_rates():
-    """Rates told by a stepper that only notes them: 10 epochs of 2 batches, then 4 epochs, up and down."""
+    """Rates told by a stepper that only notes them: 10 epochs of 2 batches, then 5 of them, with a rise and a fall."""
     noted = []
 
     def start():
         noted.clear()
-        return Trainable(random_params(0), dict, lambda free: noted.append)
+        return Trainable(random_params(0), dict, lambda free, betas: noted.append)
 
     x = torch.randn(8, 1, 3, generator=seeded(1))
     _, whole = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10)
     assert noted == [0.1] * 20 and len(whole) == 10
-    _, fewer = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10, speedup=2.5)
-    rise = [0.5 * part / 8 for part in (1, 3, 5, 7)]
-    assert len(fewer) == 4 and noted == pytest.approx(rise + rise[::-1])
+    _, fewer = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10, speedup=2)
+    assert len(fewer) == 5 and noted == pytest.approx([1 / 9, *[2 / 9] * 8, 1 / 9])
     assert sum(noted) == pytest.approx(0.1 * 20)
 
 
