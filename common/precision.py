@@ -34,6 +34,12 @@ def available(precision: str, device: torch.device) -> str:
     return "float32" if precision == "bf16" and not native else precision
 
 
+def worth_it(precision: str, theta: Params, x_ATD: Tensor) -> str:
+    """The precision, but float32 for bf16 where all products of the block would stay in float32."""
+    few = all(is_small(x_ATD, p) for p in theta.values() if p.ndim == 2)
+    return "float32" if precision == "bf16" and few else precision
+
+
 @contextmanager
 def in_precision(precision: str, device: torch.device) -> Iterator[None]:
     """All matrix products in tf32, if that is it (on CUDA; elsewhere float32). Derivatives are to be taken inside."""
@@ -102,7 +108,7 @@ class InDifferences:
 
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether bf16 would gain nothing on x Wᵀ."""
-    return x.numel() * weight.shape[0] < FEW
+    return x.shape[:-1].numel() * weight.numel() < FEW
 
 
 def product(x: Tensor, weight_low: Tensor) -> Tensor:

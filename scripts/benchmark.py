@@ -39,7 +39,7 @@ from common.matching import DISTANCES, Block, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.plan import Ledger
-from common.precision import answers_in, available, in_precision
+from common.precision import answers_in, available, in_precision, worth_it
 from common.runtime import certificate, prepare
 from common.task_vectors import Params, subtract
 
@@ -57,7 +57,6 @@ def preset(section: str) -> dict[str, Any]:
 def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare one unit of construction; `base` and `expert` are whole checkpoints."""
     settings = {name: value for name, value in preset("anchors").items() if name in SEARCH_SETTINGS}
-    precision = available(preset("run")["precision"], device)
     settings["steps"] = args.steps or max(20, round(settings["steps"] * args.reference_steps / PAPER_STEPS))
     prefix = of.prefixes[min(TOY_BLOCK, len(of.prefixes) - 1)]
     clocks = {who: {what: Clock(device) for what in ("load", "step", "run")} for who in ("reference", "engine")}
@@ -74,6 +73,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     theta_0, theta_t = clocks["engine"]["load"](load_block)
     tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
+    precision = worth_it(available(preset("run")["precision"], device), theta_0, x_init)
     unit = of.block, theta_0, theta_t
     plain, warm_up, answers = Reference(*unit, x_init), Reference(*unit, x_init), answers_in(precision)
 

@@ -10,7 +10,7 @@ from common import precision
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.matching import matching_gradient, side_by_side
-from common.precision import answers_in, available, in_precision
+from common.precision import answers_in, available, in_precision, worth_it
 from common.runtime import prepare
 from common.task_vectors import subtract
 
@@ -125,6 +125,8 @@ def test_small_products_stay_in_float32(monkeypatch):
         monkeypatch.setattr(precision, "FEW", few)
         for y in answers_in("bf16")(linear, weight, weight, x):
             assert y.unique().item() == expected
+        assert worth_it("bf16", weight, x) == ("float32" if few == 9 else "bf16")
+        assert worth_it("tf32", weight, x) == "tf32"
 
 
 def test_chunks_too_small_for_bf16_find_the_weights_of_their_maps(monkeypatch):
