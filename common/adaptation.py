@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.matching import DISTANCES, Block
-from common.merging.regmean import input_grams, regression_mean
-from common.task_vectors import Params, leaves
+from common.merging.regmean import input_grams, least_squares, normal_equations
+from common.task_vectors import Params, leaves, subtract
 
 Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's; torch's defaults
@@ -112,15 +112,10 @@ def warmed(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tenso
     """
     with torch.no_grad():
         theta = start.build(start.free)
-    taus: dict[str, list[Tensor]] = {}
-    grams: dict[str, list[Tensor]] = {}
-    for theta_t, x_ATD in experts:
-        for name, gram_DD in input_grams(block, theta_t, x_ATD).items():
-            taus.setdefault(name, []).append(theta_t[name] - theta[name])
-            grams.setdefault(name, []).append(gram_DD)
-    if not taus:
+    sums = normal_equations((subtract(theta_t, theta), input_grams(block, theta_t, x)) for theta_t, x in experts)
+    if not sums:
         raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
-    moves = {name: regression_mean(taus[name], grams[name], RANK_TOLERANCE) for name in taus}
+    moves = {name: least_squares(*pair, RANK_TOLERANCE).to(theta[name].dtype) for name, pair in sums.items()}
     return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
 
 

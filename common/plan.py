@@ -99,6 +99,8 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
     epochs = shortened(settings.epochs, settings.speedup)
+    warm = settings.warm_start == "regmean"
+    closed = memory_of_warm_start(modules[0], 2 * len(config.tasks) * anchors) if warm else 0
     rows = {
         "block": f"{size_of(modules[0]) / 2**20:.0f} MiB in {len(list(modules[0].parameters()))} tensors, "
         f"{len(modules)} blocks",
@@ -112,9 +114,9 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(
-            adaptation.peak,
+            max(adaptation.peak, closed),
             max(2 * size_of(modules[0]) + 2 * anchors, passing),
-            adaptation.resident,
+            max(adaptation.resident, closed),
         ),
         **memory_of_merge(config, merged, f"{family.blocks}.", passing),
         **memory_with_data(config, sum(weights)),
@@ -229,6 +231,16 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()
         step(settings.lr)
     return ledger
+
+
+def memory_of_warm_start(module: nn.Module, held: int) -> int:
+    """Bytes while adapt.warm_start is solved for the matrix that needs most: those held, four blocks in float32 (θ and
+    what moves it, θ_t, τ), and in float64 the sums of all matrices, the eigenvectors and products of one.
+    """
+    matrices = [p.shape for p in module.parameters() if p.ndim == 2]
+    sums = sum(8 * (rows * width + width**2) for rows, width in matrices)
+    solved = max((8 * ((1 + EIGH_COPIES) * width**2 + 2 * rows * width) for rows, width in matrices), default=0)
+    return held + 4 * size_of(module) + sums + solved
 
 
 def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:

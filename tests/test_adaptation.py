@@ -19,6 +19,7 @@ from common.anchors import seeded
 from common.checkpoints import read_header
 from common.errors import InputError
 from common.pipeline import adapt, construct
+from common.plan import Ledger, memory_of_warm_start
 from Vision import domain
 
 UNUSED = {"unused": torch.ones(3)}
@@ -140,6 +141,18 @@ def test_a_fifth_of_the_epochs_comes_near_what_all_of_them_find():
         assert trace[-1] < 0.1 * first and len(trace) == 20
         apart = (merged["weight"] - whole["weight"]).norm() / (whole["weight"] - theta_0["weight"]).norm()
         assert apart < 0.2, last
+
+
+@pytest.mark.parametrize(("width", "rows"), [(400, 100), (100, 400)])
+def test_the_dry_run_foresees_the_memory_of_a_warm_start(width, rows):
+    """Against the bytes alive at once, told by a ledger of all operations; three experts."""
+    theta_0, *thetas = ({"weight": torch.randn(rows, width, generator=seeded(i))} for i in range(4))
+    xs = [torch.randn(8, 2, width, generator=seeded(i)) for i in range(3)]
+    module = torch.nn.Linear(width, rows, bias=False)
+    with Ledger() as ledger:
+        warmed(linear, own_weights(theta_0), zip(thetas, xs, strict=True))
+    given = 4 * rows * width  # θ_t, made before the ledger was on
+    assert ledger.peak + given == pytest.approx(memory_of_warm_start(module, held=0), rel=0.2)
 
 
 def test_the_warm_start_of_one_expert_is_the_expert():

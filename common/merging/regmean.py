@@ -37,23 +37,30 @@ def regmean(
 
 
 def regression_means(deltas: Sequence[Params], grams: Iterable[Params], alpha: float) -> dict[str, Tensor]:
-    """For each tensor the `regression_mean` of the τᵢ if there are Gram matrices of that name, else their mean.
+    """For each tensor the least-squares mean of the τᵢ if there are Gram matrices of that name, else their mean.
 
     `grams` are those of one task after the other; they are consumed one by one.
     """
-    gram: dict[str, Any] = {}
-    target: dict[str, Any] = {}
-    for delta, of_task in zip(deltas, grams, strict=True):
-        for name, gram_DD in of_task.items():
-            gram_DD = shrunk(gram_DD.double(), alpha)
-            gram[name] = gram.get(name, 0) + gram_DD
-            target[name] = target.get(name, 0) + delta[name].double() @ gram_DD
+    sums = normal_equations(zip(deltas, grams, strict=True), alpha)
     return {
-        name: least_squares(target[name], gram[name]).to(tau.dtype)
-        if name in gram
+        name: least_squares(*sums[name]).to(tau.dtype)
+        if name in sums
         else weighted([delta[name] for delta in deltas], None)
         for name, tau in deltas[0].items()
     }
+
+
+def normal_equations(tasks: Iterable[tuple[Params, Params]], alpha: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (Σ τᵢGᵢ, ΣGᵢ)} in float64 of each task's τᵢ and Gᵢ, for the names of the Gᵢ; tasks are consumed one by one."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for tau, grams in tasks:
+        for name, gram_DD in grams.items():
+            gram_DD = shrunk(gram_DD.double(), alpha)
+            target = tau[name].double() @ gram_DD
+            if name in sums:
+                target, gram_DD = sums[name][0].add_(target), sums[name][1].add_(gram_DD)
+            sums[name] = target, gram_DD
+    return sums
 
 
 def mean_grams(answer: Callable[..., Any], theta: Params, calls: Iterable[tuple]) -> dict[str, Tensor]:
@@ -129,4 +136,6 @@ def least_squares(target: Tensor, gram_DD: Tensor, rtol: float | None = None) ->
 
 def shrunk(gram_DD: Tensor, alpha: float = 0.9) -> Tensor:
     """A Gram matrix with α times what is off its diagonal."""
-    return alpha * gram_DD + (1 - alpha) * gram_DD.diagonal().diag()
+    scaled_DD = alpha * gram_DD
+    scaled_DD.diagonal().add_(gram_DD.diagonal(), alpha=1 - alpha)
+    return scaled_DD
