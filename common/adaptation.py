@@ -170,12 +170,12 @@ def shortened(epochs: int, speedup: float) -> int:
 
 
 def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
-    """The learning rate of each step: `lr`, or with a speedup a rise in the first tenth, the same rate, and a fall in
-    the last tenth, which add up to the rates of all the steps before some were saved.
+    """The learning rate of each step: `lr`, or with a speedup a rise in the first fifth, the same rate, and a fall in
+    the last fifth, which add up to the rates of all the steps before some were saved.
     """
     if speedup == 1:
         return [lr] * steps
-    shape = [min(1, 10 * (i + 0.5) / steps, 10 * (steps - i - 0.5) / steps) for i in range(steps)]
+    shape = [min(1, 5 * (i + 0.5) / steps, 5 * (steps - i - 0.5) / steps) for i in range(steps)]
     return [speedup * lr * steps * part / sum(shape) for part in shape]
 
 

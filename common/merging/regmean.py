@@ -51,7 +51,7 @@ def regression_means(deltas: Sequence[Params], grams: Iterable[Params], alpha: f
 
 
 def normal_equations(tasks: Iterable[tuple[Params, Params]], alpha: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (Σ τᵢGᵢ, ΣGᵢ)} in float64 of each task's τᵢ and Gᵢ, for the names of the Gᵢ; tasks are consumed one by one."""
+    """{name: (Σ τᵢGᵢ, ΣGᵢ)} in float64 over the tasks, which are consumed one by one; the names are those of the Gᵢ."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for tau, grams in tasks:
         for name, gram_DD in grams.items():
