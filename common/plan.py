@@ -25,7 +25,7 @@ from common.lora import is_adapter, open_adapter
 from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
 from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
-from common.precision import answers_in, available
+from common.precision import answers_in, available, worth_it
 from common.task_vectors import Params, add, lazy_task_vector, leaves
 
 GIB = 2**30
@@ -107,7 +107,7 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
-        "construct, in": arithmetic(config),
+        "construct, in": arithmetic(config, modules[0], shape),
         "construct, memory": in_words(
             construction.peak, host_of_construction(modules[0], width, anchors), construction.resident
         ),
@@ -177,10 +177,12 @@ def in_words(gpu: float, host: float, alone: float) -> str:
     return f"about {a} on a GPU and {b} of its host; {c} on a CPU alone"
 
 
-def arithmetic(config: Config) -> str:
+def arithmetic(config: Config, module: nn.Module, shape: tuple[int, int, int]) -> str:
     """The precision that construction would have on this machine."""
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    return available(config.run.precision, torch.device("cpu" if on_cpu else "cuda"))
+    precision = available(config.run.precision, torch.device("cpu" if on_cpu else "cuda"))
+    x = torch.empty(shape, device="meta")[: config.anchors.chunk]
+    return worth_it(precision, dict(module.named_parameters()), x)
 
 
 def size_of(module: nn.Module) -> int:
@@ -196,10 +198,10 @@ def blank(like: Params) -> Params:
 def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> tuple[float, Ledger]:
     """Operations and memory of a construction step of one unit; two chunks stand for all."""
     tasks = len(config.tasks) if config.anchors.together != "no" else 1
+    answers = answers_in(arithmetic(config, module, shape))
     shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())
-    answers = answers_in(arithmetic(config))
     with Ledger() as ledger, sdpa_kernel(SDPBackend.MATH):
         x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
         theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile

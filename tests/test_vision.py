@@ -375,6 +375,14 @@ def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
     assert "Needs: not known yet" in describe(change(pico_config, "model", root="/nowhere"), domain)
 
 
+@pytest.mark.parametrize(("few", "expected"), [(2**25, "float32"), (0, "bf16")])
+def test_the_dry_run_names_the_precision_that_pays(pico_config, monkeypatch, few, expected):
+    monkeypatch.setattr("common.precision.FEW", few)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    text = describe(change(pico_config, "run", precision="bf16", device="cpu"), domain)
+    assert f"construct, in      {expected}\n" in text
+
+
 def test_an_unknown_architecture_is_named():
     with pytest.raises(InputError, match="open_clip cannot build model.arch 'ViT-X'"):
         domain.skeleton(Model(arch="ViT-X"))
