@@ -56,7 +56,8 @@ class BlockFamily:
         called = _Called(module.eval(), self.call)
 
         def block(params: Params, x_ATD: Tensor) -> Tensor:
-            return torch.func.functional_call(called, {f"module.{n}": p for n, p in params.items()}, (x_ATD,))
+            named = {f"module.{n}": p for n, p in params.items()}
+            return torch.func.functional_call(called, named, (x_ATD,), tie_weights=False)  # no block ties any
 
         return block
 

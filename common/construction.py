@@ -174,7 +174,6 @@ def search(
         return OptimisedAnchors(x_init, [], 0, {})
     rows = x_init.detach().flatten(0, 1).clone().requires_grad_()
     stepper = OPTIMIZERS[optimizer]([rows], lr=lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: SCHEDULES[schedule](step / max(1, steps)))
     best_P = torch.full((len(tau),), torch.inf, device=x_init.device, dtype=x_init.dtype)
     best_x, best_step = x_init, torch.zeros((), dtype=torch.long, device=x_init.device)
     losses, is_enough = [], stopping_rule(stop_loss, patience)
@@ -197,8 +196,8 @@ def search(
             if is_enough(step, seen) or step == steps:
                 break
         rows.grad = gradient_ATD.flatten(0, 1)
+        stepper.param_groups[0]["lr"] = lr * SCHEDULES[schedule](step / steps)
         stepper.step()
-        scheduler.step()
 
     trace = torch.stack(losses).tolist()
     return OptimisedAnchors(best_x, trace, int(best_step), dict(zip(tau, best_P.tolist(), strict=True)))
