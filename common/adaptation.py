@@ -180,10 +180,10 @@ def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
 
 
 def betas_of(speedup: float) -> Betas:
-    """Adam's β, each step's share 1 − β times the root of the speedup.
+    """Adam's β of both moments: with a speedup s a new gradient counts √s times as much as without.
 
-    A step that goes so many times as far overshoots on gradients as old, and on as few as would be as far back it
-    follows their noise. Between the two a block ends nearest to where all the steps would have led it.
+    Large steps overshoot where they follow old gradients, and follow noise where they average few of them. With a share
+    of 1 (the same β) or of s (as many epochs remembered) blocks end further from where all epochs would lead them.
     """
     beta_1, beta_2 = (max(0.0, 1 - (1 - beta) * math.sqrt(speedup)) for beta in BETAS)
     return beta_1, beta_2
