@@ -76,7 +76,7 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
     return Trainable({name: torch.zeros_like(p) for name, p in theta_0.items()}, build, stepper)
 
 
-def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas = BETAS) -> Callable[[float], None]:
+def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas) -> Callable[[float], None]:
     """A step of Adam on every α_i of Σ_i α_i ⊙ δ_i, told as what it does to the sum; sizes_S (S, ...): the |δ_i|.
 
     With G the gradient of the sum, that of α_i is δ_i ⊙ G, so its moments are δ_i ⊙ m and δ_i² ⊙ v with m and v those
@@ -176,7 +176,8 @@ def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
     if speedup == 1:
         return [lr] * steps
     shape = [min(1, 5 * (i + 0.5) / steps, 5 * (steps - i - 0.5) / steps) for i in range(steps)]
-    return [speedup * lr * steps * part / sum(shape) for part in shape]
+    total = sum(shape)
+    return [speedup * lr * steps * part / total for part in shape]
 
 
 def betas_of(speedup: float) -> Betas:
