@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.batching import together
 from common.blocks import moved
 from common.matching import Block, matching_gradient, matching_value
-from common.precision import answers_in, in_precision, worth_it
+from common.precision import answers_in, in_precision
 from common.task_vectors import Params
 
 # Both work on the anchors unfolded to (A·T, D). Muon orthogonalises the step, so that no direction of D is left behind.
@@ -78,7 +78,6 @@ def optimise_anchors(
     Raises: FloatingPointError at the first step whose loss is not finite.
     """
     unit, settings = unit.without_rest(), {"distance": distance, "chunk": chunk}
-    precision = worth_it(precision, theta_0, unit.x_init[:chunk])
     answers = answers_in(precision)
 
     def measure(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -106,7 +105,6 @@ def optimise_together(
     In memory are the anchors, θ_t and τ of all. Experts that moved unlike sets of tensors are not mixed.
     """
     units = [unit.without_rest() for unit in units]
-    precision = worth_it(precision, theta_0, units[0].x_init)
     found: dict[int, OptimisedAnchors] = {}
     with sdpa_kernel(SDPBackend.MATH):
         for names in dict.fromkeys(tuple(unit.tau) for unit in units):

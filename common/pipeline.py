@@ -13,7 +13,7 @@ from common.config import Config
 from common.construction import Unit, optimise_anchors, optimise_together
 from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
 from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
-from common.precision import available
+from common.precision import chosen
 from common.runtime import UnitBar, read_ahead, recorded, written_behind
 from common.scoring import score_run
 from common.task_vectors import Params, subtract
@@ -41,7 +41,7 @@ def construct_units(
     write: Callable[..., None],
 ) -> None:
     """Make the anchors of one block for every task whose θ_t is given, unless all their files are there already."""
-    config, precision = experiment.config.anchors, available(experiment.config.run.precision, experiment.device)
+    config, run = experiment.config.anchors, experiment.config.run
     files = {task: experiment.anchor_file(task, index) for task in thetas}
     provenance = {task: experiment.anchor_provenance(task, index, theta_0, theta_t) for task, theta_t in thetas.items()}
     there = [task for task, file in files.items() if file.is_file()]
@@ -50,7 +50,8 @@ def construct_units(
     if len(there) == len(files):
         return bar.keep(len(files))
     units = [unit_of(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
-    how: dict[str, Any] = {key: getattr(config, key) for key in SEARCH_SETTINGS} | {"precision": precision}
+    how: dict[str, Any] = {key: getattr(config, key) for key in SEARCH_SETTINGS}
+    how["precision"] = chosen(run.precision, experiment.device, theta_0, units[0].x_init[: config.chunk])
     how["progress"] = lambda step, loss: bar.advance(len(units) * step / config.steps, loss)
     if config.together == "no":
         found = [optimise_anchors(experiment.block, theta_0, unit, chunk=config.chunk, **how) for unit in units]

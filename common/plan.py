@@ -25,7 +25,7 @@ from common.lora import is_adapter, open_adapter
 from common.matching import DISTANCES, Block, matching_gradient
 from common.merged import result_dir
 from common.merging import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
-from common.precision import answers_in, available, worth_it
+from common.precision import answers_in, chosen
 from common.task_vectors import Params, add, lazy_task_vector, leaves
 
 GIB = 2**30
@@ -91,7 +91,8 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
     anchors, blocks = math.prod(shape) * 4, len(config.run.blocks or modules)
     units = blocks * len(config.tasks)
-    operations, construction = cost_of_step(family.pure(modules[0]), modules[0], shape, config)
+    precision = arithmetic(config, modules[0], shape)
+    operations, construction = cost_of_step(family.pure(modules[0]), modules[0], shape, config, precision)
     adaptation = cost_of_fit(family.pure(modules[0]), modules[0], shape, config)
     dtype = getattr(torch, config.model.dtype or "float32")
     merged = {n: tuple(p.shape) for n, p in sorted(skeleton.named_parameters()) if n.startswith(family.scope)}
@@ -107,7 +108,7 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
-        "construct, in": arithmetic(config, modules[0], shape),
+        "construct, in": precision,
         "construct, memory": in_words(
             construction.peak, host_of_construction(modules[0], width, anchors), construction.resident
         ),
@@ -180,9 +181,9 @@ def in_words(gpu: float, host: float, alone: float) -> str:
 def arithmetic(config: Config, module: nn.Module, shape: tuple[int, int, int]) -> str:
     """The precision that construction would have on this machine."""
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    precision = available(config.run.precision, torch.device("cpu" if on_cpu else "cuda"))
     x = torch.empty(shape, device="meta")[: config.anchors.chunk]
-    return worth_it(precision, dict(module.named_parameters()), x)
+    device = torch.device("cpu" if on_cpu else "cuda")
+    return chosen(config.run.precision, device, dict(module.named_parameters()), x)
 
 
 def size_of(module: nn.Module) -> int:
@@ -195,10 +196,12 @@ def blank(like: Params) -> Params:
     return {name: torch.empty(p.shape, device="meta") for name, p in like.items()}
 
 
-def cost_of_step(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> tuple[float, Ledger]:
+def cost_of_step(
+    block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config, precision: str
+) -> tuple[float, Ledger]:
     """Operations and memory of a construction step of one unit; two chunks stand for all."""
     tasks = len(config.tasks) if config.anchors.together != "no" else 1
-    answers = answers_in(arithmetic(config, module, shape))
+    answers = answers_in(precision)
     shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())

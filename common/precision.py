@@ -28,16 +28,13 @@ FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; ro
 NATIVE = ("amx_bf16", "avx512_bf16")  # what a CPU has that multiplies in bf16; another one emulates it
 
 
-def available(precision: str, device: torch.device) -> str:
-    """The precision, but float32 for bf16 on a CPU that has to emulate it: that took eight times as long as AMX."""
-    native = device.type != "cpu" or any(torch.cpu.get_capabilities().get(flag) for flag in NATIVE)
-    return "float32" if precision == "bf16" and not native else precision
-
-
-def worth_it(precision: str, theta: Params, x_ATD: Tensor) -> str:
-    """The precision, but float32 for bf16 where all products of the block would stay in float32."""
+def chosen(precision: str, device: torch.device, theta: Params, x_ATD: Tensor) -> str:
+    """The precision asked for, but float32 for bf16 where that gains nothing: on a CPU that has to emulate it, which
+    took eight times as long as AMX, and where all products of the block would stay in float32.
+    """
+    emulated = device.type == "cpu" and not any(torch.cpu.get_capabilities().get(flag) for flag in NATIVE)
     few = all(is_small(x_ATD, p) for p in theta.values() if p.ndim == 2)
-    return "float32" if precision == "bf16" and few else precision
+    return "float32" if precision == "bf16" and (emulated or few) else precision
 
 
 @contextmanager

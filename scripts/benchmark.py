@@ -39,7 +39,7 @@ from common.matching import DISTANCES, Block, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.plan import Ledger
-from common.precision import answers_in, available, in_precision, worth_it
+from common.precision import answers_in, chosen, in_precision
 from common.runtime import certificate, prepare
 from common.task_vectors import Params, subtract
 
@@ -73,7 +73,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     theta_0, theta_t = clocks["engine"]["load"](load_block)
     tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
-    precision = worth_it(available(preset("run")["precision"], device), theta_0, x_init)
+    precision = chosen(preset("run")["precision"], device, theta_0, x_init)
     unit = of.block, theta_0, theta_t
     plain, warm_up, answers = Reference(*unit, x_init), Reference(*unit, x_init), answers_in(precision)
 

@@ -10,7 +10,7 @@ from common import precision
 from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.matching import matching_gradient, side_by_side
-from common.precision import answers_in, available, in_precision, worth_it
+from common.precision import answers_in, chosen, in_precision
 from common.runtime import prepare
 from common.task_vectors import subtract
 
@@ -103,7 +103,7 @@ def test_autocast_would_not_do():
 )
 def test_a_cpu_does_not_emulate_bf16(asked, device, flags, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert available(asked, torch.device(device)) == expected
+    assert chosen(asked, torch.device(device), {"weight": torch.ones(1, 1)}, torch.ones(1, 1, 1)) == expected
 
 
 def test_torchs_linear_is_itself_again_also_after_a_failure():
@@ -125,8 +125,9 @@ def test_small_products_stay_in_float32(monkeypatch):
         monkeypatch.setattr(precision, "FEW", few)
         for y in answers_in("bf16")(linear, weight, weight, x):
             assert y.unique().item() == expected
-        assert worth_it("bf16", weight, x) == ("float32" if few == 9 else "bf16")
-        assert worth_it("tf32", weight, x) == "tf32"
+        gpu = torch.device("cuda")  # the answer for a CPU depends on its instructions
+        assert chosen("bf16", gpu, weight, x) == ("float32" if few == 9 else "bf16")
+        assert chosen("tf32", gpu, weight, x) == "tf32"
 
 
 def test_chunks_too_small_for_bf16_find_the_weights_of_their_maps(monkeypatch):
