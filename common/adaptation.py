@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from common.blocks import Block
 from common.errors import InputError
-from common.matching import DISTANCES, Block
-from common.merging.regmean import input_grams, least_squares, normal_equations
+from common.linalg import least_squares, normal_equations
+from common.linear_inputs import input_grams
+from common.matching import DISTANCES
 from common.task_vectors import Params, leaves, subtract
 
 Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step

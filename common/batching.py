@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.matching import Block, matching_gradient
+from common.blocks import Block
+from common.matching import matching_gradient
 from common.precision import answers_in, in_precision
 from common.task_vectors import Params
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from common.matching import Block
 from common.task_vectors import Params
+
+Block = Callable[[Params, Tensor], Tensor]
+"""A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
 
 
 def call_module(module: nn.Module, x_ATD: Tensor) -> Tensor:

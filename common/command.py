@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 from jsonargparse import ArgumentParser
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.domain import Domain
 from common.errors import InputError
-from common.experiment import Domain
 from common.plan import describe
 
 FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "presets"
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "configs" / "presets"
+PRETRAINED = "pretrained"  # the start that is no merge
 
 
 def for_task(template: str, task: str) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.batching import together
-from common.blocks import moved
-from common.matching import Block, matching_gradient, matching_value
+from common.blocks import Block, moved
+from common.matching import matching_gradient, matching_value
 from common.precision import answers_in, in_precision
 from common.task_vectors import Params
 

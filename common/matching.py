@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.blocks import Block
 from common.task_vectors import Params, leaves
 
-Block = Callable[[Params, Tensor], Tensor]
-"""A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
 Answers = Callable[[Block, Params, Params, Tensor], tuple[Tensor, Tensor]]
 """How two models' blocks are asked: answers(block, theta_0, theta_t, x_ATD) -> φ(θ₀; x), φ(θ_t; x)."""
 

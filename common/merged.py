@@ -15,11 +15,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from common.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
-from common.config import Config, as_dict
-from common.experiment import PRETRAINED, Domain, Experiment, ProbedDomain
+from common.config import PRETRAINED, Config, as_dict
+from common.domain import Domain, ProbedDomain
+from common.experiment import Experiment
 from common.merging import SCOPE_BLOCKS, WITH_DATA, merge
 from common.records import Sample
-from common.runtime import recorded
+from common.run_log import recorded
 from common.task_vectors import Params, add, lazy_task_vector, subtract
 
 PROVENANCE_FILE = "provenance.json"

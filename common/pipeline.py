@@ -7,15 +7,20 @@ from typing import Any
 import torch
 
 from common.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
-from common.anchors import initial_anchors, save_anchors, seeded
+from common.anchor_files import save_anchors
+from common.anchors import initial_anchors
+from common.background import read_ahead, written_behind
 from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
-from common.config import Config
+from common.config import PRETRAINED, Config
 from common.construction import Unit, optimise_anchors, optimise_together
-from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
+from common.domain import Domain
+from common.experiment import Experiment, open_experiment
 from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
 from common.precision import chosen
-from common.runtime import UnitBar, read_ahead, recorded, written_behind
+from common.progress import UnitBar
+from common.run_log import recorded
 from common.scoring import score_run
+from common.seeding import seeded
 from common.task_vectors import Params, subtract
 
 SEARCH_SETTINGS = ("distance", "steps", "lr", "optimizer", "schedule", "stop_loss", "patience")

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from common.matching import Answers, Block, side_by_side
+from common.blocks import Block
+from common.matching import Answers, side_by_side
 from common.task_vectors import Params, leaves
 
 LOW = torch.bfloat16

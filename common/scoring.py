@@ -8,11 +8,13 @@ import yaml
 
 from common import report
 from common.checkpoints import Checkpoint, digest, read_header
-from common.config import Config, as_dict
-from common.experiment import PRETRAINED, Domain, Experiment, open_experiment
+from common.config import PRETRAINED, ROOT, Config, as_dict
+from common.domain import Domain
+from common.experiment import Experiment, open_experiment
 from common.figures import Traces, write_report
 from common.merged import PROVENANCE_FILE, data_of
-from common.runtime import ROOT, Units, commit, recorded, spent
+from common.progress import Units
+from common.run_log import commit, recorded, spent
 
 RESULTS = "results.json"
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from common.checkpoints import digest, write_text
 from common.config import Config, as_dict
+from common.domain import Domain
 from common.errors import InputError
-from common.experiment import Domain, open_experiment
+from common.experiment import open_experiment
 from common.merged import inputs_of, merge_start
 from common.merging import check_hyper
-from common.runtime import commit
+from common.run_log import commit
 
 SPLIT = "validation_cut"
 

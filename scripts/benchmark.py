@@ -28,19 +28,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.adaptation import coefficients, fit_block, own_weights
-from common.anchors import initial_anchors, seeded
+from common.anchors import initial_anchors
 from common.batching import together
-from common.blocks import moved
+from common.blocks import Block, moved
 from common.checkpoints import Checkpoint
 from common.command import FOLDERS, parse
 from common.config import PRESETS
 from common.construction import Unit, optimise_anchors
-from common.matching import DISTANCES, Block, matching_gradient, matching_value
+from common.cost import Ledger
+from common.device import prepare
+from common.matching import DISTANCES, matching_gradient, matching_value
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
-from common.plan import Ledger
 from common.precision import answers_in, chosen, in_precision
-from common.runtime import certificate, prepare
+from common.run_log import certificate
+from common.seeding import seeded
 from common.task_vectors import Params, subtract
 
 PAPER_STEPS = 1200

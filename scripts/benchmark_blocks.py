@@ -9,10 +9,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from common.blocks import BlockFamily
+from common.blocks import Block, BlockFamily
 from common.checkpoints import write_tensors
 from common.config import Model
-from common.matching import Block
 from common.task_vectors import Params
 
 TOY_BLOCK = 2

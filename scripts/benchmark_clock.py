@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.precision import in_precision
-from common.runtime import peak_gib, reset_peak
+from common.run_log import peak_gib, reset_peak
 
 
 @dataclass

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from common.anchors import seeded
-from common.matching import DISTANCES, Block
+from common.blocks import Block
+from common.matching import DISTANCES
+from common.seeding import seeded
 from common.task_vectors import Params
 
 

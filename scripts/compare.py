@@ -9,14 +9,15 @@ from dataclasses import replace
 
 from common.command import run
 from common.config import Config
+from common.domain import Domain
 from common.errors import InputError
-from common.experiment import Domain, check_choices
 from common.merging import METHODS, WITH_DATA, hyperparameters
 from common.pipeline import adapt, construct
 from common.plan import describe
 from common.report import Row, write_results
 from common.scoring import RESULTS, publish, results_of, score_run
 from common.search import SPLIT, candidates, held_out, searched
+from common.validation import check_choices
 
 
 def compare(config: Config, domain: Domain) -> None:

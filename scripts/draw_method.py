@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from common.adaptation import fit_block, own_weights
-from common.anchors import initial_anchors, seeded
+from common.anchors import initial_anchors
 from common.construction import Unit, optimise_anchors
 from common.matching import squared
+from common.seeding import seeded
 
 COLOURS = ("#0072B2", "#D55E00")
 TAU = (torch.tensor([[2.0, 0.4]]), torch.tensor([[0.5, 1.8]]))  # the two task vectors; θ₀ is the origin

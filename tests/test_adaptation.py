@@ -15,11 +15,11 @@ from common.adaptation import (
     own_weights,
     warmed,
 )
-from common.anchors import seeded
 from common.checkpoints import read_header
+from common.cost import Ledger, memory_of_warm_start
 from common.errors import InputError
 from common.pipeline import adapt, construct
-from common.plan import Ledger, memory_of_warm_start
+from common.seeding import seeded
 from Vision import domain
 
 UNUSED = {"unused": torch.ones(3)}

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.anchors import initial_anchors, load_anchors, load_published, save_anchors, seeded
+from common.anchor_files import load_anchors, load_published, save_anchors
+from common.anchors import initial_anchors
 from common.errors import InputError
+from common.seeding import seeded
 
 
 def rows_of(x_ATD):

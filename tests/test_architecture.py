@@ -5,18 +5,21 @@ import subprocess
 
 import pytest
 
-from common.runtime import ROOT
+from common.config import ROOT
 
 # Each room may import those before it (and the packages of the parts list), never those behind it.
 ORDER = [
-    ["errors", "task_vectors"],
-    ["matching", "checkpoints", "config", "unpickling", "records", "metrics"],
-    ["blocks", "anchors", "probes", "merging", "precision", "runtime", "report"],
-    ["figures", "shards", "vocabulary", "lora"],
-    ["batching"],
+    ["errors", "task_vectors", "seeding"],
+    ["blocks"],
+    ["matching", "checkpoints", "config", "unpickling", "records", "metrics", "linalg", "linear_inputs"],
+    ["device", "background", "progress"],
+    ["run_log"],
+    ["anchors", "anchor_files", "probes", "merging", "precision", "report"],
+    ["figures", "shards", "vocabulary", "lora", "domain"],
+    ["batching", "validation"],
     ["construction", "adaptation"],
     ["experiment"],
-    ["merged", "plan"],
+    ["merged", "plan", "cost"],
     ["scoring", "search"],
     ["pipeline"],
     ["command"],

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 
-from common.anchors import seeded
 from common.blocks import BlockFamily
 from common.checkpoints import read_header
 from common.config import PRESETS, Model
 from common.construction import Unit, optimise_anchors, optimise_together
 from common.errors import InputError
 from common.pipeline import adapt, construct
+from common.seeding import seeded
 from common.task_vectors import subtract
 from Vision import domain
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.anchors import seeded
-from common.config import Model
+from common.config import ROOT, Model
 from common.matching import matching_gradient
-from common.runtime import ROOT
+from common.seeding import seeded
 from common.task_vectors import subtract
 
 sys.path.insert(0, str(ROOT / "scripts"))

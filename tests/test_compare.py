@@ -11,10 +11,9 @@ import pytest
 from pico_nlg import pico_config as pico_nlg_config
 
 from common.checkpoints import Checkpoint
-from common.config import Config
+from common.config import ROOT, Config
 from common.errors import InputError
 from common.report import row_name
-from common.runtime import ROOT
 from NLG import domain as nlg
 from Vision import domain
 

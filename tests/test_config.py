@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from common.command import parse
+from common.config import ROOT
 from common.errors import InputError
-from common.experiment import check_choices
-from common.runtime import ROOT
+from common.validation import check_choices
 from Vision import domain
 
 VISION = sorted((ROOT / "configs" / "vision").glob("*.yaml"))

@@ -9,8 +9,7 @@ import time
 import pytest
 import yaml
 
-from common.config import as_dict
-from common.runtime import ROOT
+from common.config import ROOT, as_dict
 
 pytestmark = pytest.mark.slow
 

@@ -17,12 +17,13 @@ from test_merging_formulas import MATRICES, SHAPES, assert_close, task_vectors
 from transformers import AutoModelForCausalLM
 
 from common.checkpoints import Checkpoint
+from common.config import ROOT
+from common.cost import tensors_held
 from common.errors import InputError
 from common.merging import METHODS, SCOPE_BLOCKS, check_hyper, hyperparameters, merge
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
-from common.plan import describe, tensors_held
-from common.runtime import ROOT
+from common.plan import describe
 from common.task_vectors import LazyParams
 from Vision import domain
 

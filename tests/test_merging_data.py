@@ -18,7 +18,6 @@ from transformers import AutoModel
 from common.checkpoints import Checkpoint
 from common.config import Eval
 from common.errors import InputError
-from common.experiment import check_choices
 from common.merging import METHODS, WITH_DATA, check_hyper, hyperparameters
 from common.merging.fisher import fisher_information
 from common.pipeline import adapt, construct, merge_alone
@@ -26,6 +25,7 @@ from common.plan import describe
 from common.probes import Entrance, Probe, entered, passed
 from common.records import Sample, load_sample, load_scored
 from common.task_vectors import add
+from common.validation import check_choices
 from NLG import domain as nlg
 from NLU import domain as nlu
 from Vision import domain as vision

@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoints import INDEX_FILE, Checkpoint, write_tensors
 from common.command import parse
-from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.config import ROOT, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.errors import InputError
 from common.matching import matching_gradient
 from common.pipeline import adapt, construct, merge_alone
 from common.plan import describe
-from common.runtime import ROOT
 from common.scoring import score_run
 from common.shards import publish_shards, stage_shards
 from common.task_vectors import subtract

@@ -17,9 +17,9 @@ from pico_nlg import pico_config, write_pico_models
 
 from common.checkpoints import Checkpoint
 from common.command import parse
+from common.config import ROOT
 from common.pipeline import adapt, construct, merge_alone
 from common.plan import describe
-from common.runtime import ROOT
 from common.shards import publish_shards, stage_shards
 from NLG import domain
 from NLG.split_model import split

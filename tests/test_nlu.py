@@ -30,17 +30,17 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from common.blocks import moved
 from common.checkpoints import Checkpoint, read_header, write_tensors
 from common.command import parse
-from common.config import Config
+from common.config import ROOT, Config
 from common.construction import Unit, optimise_anchors
 from common.errors import InputError
-from common.experiment import check_choices, open_experiment
+from common.experiment import open_experiment
 from common.matching import matching_loss
 from common.metrics import METRICS
 from common.pipeline import adapt, construct, merge_alone
 from common.plan import describe
-from common.runtime import ROOT
 from common.scoring import score_run
 from common.task_vectors import subtract
+from common.validation import check_choices
 from NLU import domain
 
 KEY_BIAS = "attention.self.key.bias"

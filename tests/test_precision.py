@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import precision
-from common.anchors import seeded
 from common.blocks import BlockFamily
+from common.device import prepare
 from common.matching import matching_gradient, side_by_side
 from common.precision import answers_in, chosen, in_precision
-from common.runtime import prepare
+from common.seeding import seeded
 from common.task_vectors import subtract
 
 CPU = prepare("cpu")

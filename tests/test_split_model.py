@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoints import INDEX_FILE, PICKLED_INDEX, Checkpoint
+from common.config import ROOT
 from common.errors import InputError
-from common.runtime import ROOT
 from common.shards import read_range, write_stored
 from NLG.split_model import main, part_of, split
 

@@ -99,7 +99,7 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(pico_config, monk
     for stage in (construct, adapt):
         for survived in (1, 2):
             with monkeypatch.context() as patch:
-                patch.setattr("common.runtime.UnitBar.advance", dying_after(survived))
+                patch.setattr("common.progress.UnitBar.advance", dying_after(survived))
                 with pytest.raises(KeyboardInterrupt):
                     stage(stopped, domain)
         stage(stopped, domain)

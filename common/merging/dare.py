@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.anchors import seeded
 from common.errors import InputError
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
+from common.seeding import seeded
 from common.task_vectors import LazyParams, Params, widen
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.linalg import leading_components
 from common.merging.magnitude import trim
 from common.merging.tensorwise import each_matrix, require_fraction, total
-from common.merging.tsv import leading_components
 from common.task_vectors import Params
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.anchors import seeded
 from common.errors import InputError
 from common.merging.tensorwise import require_examples
 from common.probes import Probe
+from common.seeding import seeded
 from common.task_vectors import Params, add, leaves
 
 

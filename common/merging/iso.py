@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.linalg import leading_components, nearest_isometry
 from common.merging.tensorwise import each_matrix, total
-from common.merging.tsv import leading_components, nearest_isometry
 from common.task_vectors import Params
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.linalg import leading_components
 from common.merging.tensorwise import each_tensor, require_fraction
-from common.merging.tsv import leading_components
 from common.task_vectors import Params
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.anchors import seeded
 from common.errors import InputError
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
 from common.probes import Entrance, Probe, entered, part, passed
+from common.seeding import seeded
 from common.task_vectors import Params, add, leaves
 
 Flow = Sequence[Entrance]  # what reaches a block, batch by batch

@@ -11,7 +11,8 @@ Deviation: what is behind the blocks (CLIP's last norm and projection) is averag
 
 from collections.abc import Sequence
 
-from common.merging.regmean import mean_grams, regression_means
+from common.linear_inputs import mean_grams
+from common.merging.regmean import regression_means
 from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
 from common.probes import Probe, entered, part, passed
 from common.task_vectors import Params, add

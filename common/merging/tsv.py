@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.linalg import leading_components, nearest_isometry
 from common.merging.tensorwise import each_matrix, require_fraction, weighted
 from common.task_vectors import Params
-
-ROWS = 1024  # of a matrix, in float64 at once
 
 
 def tsv(
@@ -55,37 +54,3 @@ def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:
     u, s, v = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
     del parts
     return (nearest_isometry(u) * s) @ nearest_isometry(v).mT
-
-
-def leading_components(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (rows, k), S (k,), V (columns, k) of the k ≤ `rank` leading singular values of x that are not zero."""
-    if x.shape[0] < x.shape[1]:
-        v, s, u = leading_components(x.mT, rank)
-        return u, s, v
-    s, v = right_components(x)
-    s, v = s[:rank], v[:, :rank]
-    return x @ (v / s).to(x.dtype), s.to(x.dtype), v.to(x.dtype)
-
-
-def nearest_isometry(x: Tensor) -> Tensor:
-    """P Qᵀ of x = P Σ Qᵀ over its nonzero singular values: orthonormal columns where those of x are independent."""
-    if x.shape[0] < x.shape[1]:
-        return nearest_isometry(x.mT).mT
-    s, v = right_components(x)
-    return x @ (v / s @ v.mT).to(x.dtype)
-
-
-def right_components(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nonzero singular values (k,) of x (R, D), falling, and their right vectors (D, k), both in float64.
-
-    From xᵀx, which is exact enough in float64 and takes less time and memory than the SVD of x. That fails besides on
-    columns that are orthonormal but for a few: LAPACK's does not converge where so many singular values are alike.
-    """
-    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for rows in x.split(ROWS):
-        wide = rows.double()
-        gram.addmm_(wide.mT, wide)
-    squares, v = torch.linalg.eigh(gram)
-    of_x, of_gram = (max(x.shape) * torch.finfo(dtype).eps for dtype in (x.dtype, torch.float64))
-    keep = squares > squares[-1] * max(of_x**2, of_gram)  # what exceeds the rounding of the largest one
-    return squares[keep].sqrt().flip(0), v[:, keep].flip(1)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from common.errors import InputError
-from common.merging.regmean import regression_mean
+from common.linalg import regression_mean
 from common.merging.tensorwise import each_matrix
 from common.task_vectors import Params
 

@@ -1,90 +1,28 @@
-"""The machine: device, precision, determinism, work in the background, and what a run notes of itself."""
+"""What a run notes of itself in run.json: config, commit, versions, machine, seconds and memory of every stage."""
 
-import ctypes
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.checkpoints import write_text
-from common.config import Config, as_dict
-from common.errors import InputError
+from common.config import ROOT, Config, as_dict
+from common.device import prepare
+from common.progress import Units
 
-ROOT = Path(__file__).resolve().parent.parent
-T = TypeVar("T")
 PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
+
+
 NOTES, FINISHED = "run.json", "finished"
 PROCESS = Path("/proc/self/status")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def prepare(device: str) -> torch.device:
-    """Choose the device and make arithmetic repeatable: full float32, deterministic kernels, no inference fast path."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes what it allocates
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
-    keep_freed_memory()
-    return torch.device(device)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors of up to 32 MiB leave behind: given back, every step gets it anew, page by page."""
-    with suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items in order, each made in a background thread while the caller works on the one before it.
-
-    What goes wrong in making one is raised when its turn comes.
-    """
-    source = iter(items)
-    end: Any = object()
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, source, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, source, end)
-            yield item
-
-
-@contextmanager
-def written_behind() -> Iterator[Callable[..., None]]:
-    """write(function, *arguments) calls the function in a background thread while the caller works on.
-
-    What goes wrong is raised by the next write, which waits for the one before, or at the end.
-    """
-    last: Future | None = None
-
-    def write(function: Callable[..., None], *arguments: Any) -> None:
-        nonlocal last
-        if last:
-            last.result()
-        last = thread.submit(function, *arguments)
-
-    with ThreadPoolExecutor(1) as thread:
-        yield write
-        if last:
-            last.result()
 
 
 def commit() -> str:
@@ -199,52 +137,3 @@ def spent(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
         "peak_gib": max(n["peak_gib"] for n in notes),
         "hardware": "; ".join(dict.fromkeys(machines)),
     }
-
-
-@dataclass
-class Units:
-    """How much of a stage this session did, and how much it found done."""
-
-    done: int = 0
-    kept: int = 0
-
-
-class UnitBar(Units):
-    """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
-
-    def __init__(self, stage: str, units: int):
-        layout = "{desc} |{bar:20}| {n:.1f}/{total} units [{elapsed} gone, {remaining} left{postfix}]"
-        self.bar = tqdm(total=units, desc=stage, bar_format=layout, mininterval=0.5, smoothing=0.05)
-        super().__init__()
-        self.stage = stage
-
-    @contextmanager
-    def unit(self, name: str, count: int = 1) -> Iterator[None]:
-        """One unit of work, or `count`; a loss that is not finite inside becomes an InputError that names it."""
-        self.bar.set_description_str(f"{self.stage}: {name}", refresh=False)
-        kept = self.kept
-        try:
-            yield
-        except FloatingPointError as error:
-            raise InputError(f"{self.stage}: {name}: {error}") from error
-        if self.kept == kept:
-            self.done += count
-            self.bar.update(self.done - self.bar.n)
-
-    def advance(self, fraction: float, loss: float) -> None:
-        """Say how many units are done of what is being worked on, and how large its loss is."""
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self.bar.update(self.done + fraction - self.bar.n)
-
-    def keep(self, count: int = 1) -> None:
-        """The work was done before: it takes no time and shall not count in the estimate of what is left."""
-        self.kept += count
-        self.bar.total -= count
-        self.bar.refresh()
-
-    def __enter__(self) -> "UnitBar":
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.bar.set_description_str(self.stage + (f" ({self.kept} kept)" if self.kept else ""))
-        self.bar.close()

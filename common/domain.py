@@ -1,0 +1,39 @@
+"""What a domain module (Vision/domain.py, ...) offers."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import BlockFamily
+from common.config import Config, Model
+from common.probes import Probe
+from common.records import Sample
+
+
+class Domain(Protocol):
+    """What a domain module (Vision/domain.py, ...) offers."""
+
+    NAME: str
+    FAMILIES: Mapping[str, BlockFamily]
+    TASKS: Mapping[str, Any]
+    PERCENT: bool
+
+    def skeleton(self, model: Model) -> nn.Module: ...
+    def token_shape(self, model: Model) -> tuple[int, int]: ...
+    def metric(self, task: str) -> str: ...
+    def check_export(self, model: Model) -> None: ...
+    def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
+    def score(
+        self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+    ) -> dict[str, tuple[float, int]]: ...
+
+
+class ProbedDomain(Domain, Protocol):
+    """What a domain offers where merge methods can have inputs of its tasks: those of a test set's, and the model under
+    the head that `score` puts on it.
+    """
+
+    def probe(self, config: Config, task: str, sample: Sample, device: torch.device) -> Probe: ...
