@@ -8,7 +8,7 @@ Deviation: it read 1,234,567 as 1234; here it is the whole number.
 import math
 import re
 
-from common.errors import InputError
+from common.core.errors import InputError
 
 MARKER = "The answer is: "
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?")

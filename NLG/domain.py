@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from common.blocks import BlockFamily
-from common.checkpoints import copy_files, opened, weight_files, write_text
 from common.config import Model
-from common.errors import InputError
-from common.shards import publish_shards, stage_shards
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
+from common.io.checkpoints import copy_files, opened, weight_files, write_text
+from common.io.shards import publish_shards, stage_shards
 from NLG.generation import VOCABULARIES
 from NLG.scoring import TASKS, metric, score
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from common.config import Model
-from common.errors import InputError
-from common.vocabulary import tokenizer_folder
+from common.core.errors import InputError
+from common.io.vocabulary import tokenizer_folder
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import InputError
+from common.core.errors import InputError
 
 TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 MODELS = {"lm-eval-hf": "hf", "lm-eval-vllm": "vllm"}  # eval.backend -> lm-eval's name for it

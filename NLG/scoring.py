@@ -14,11 +14,11 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from common.checkpoints import write_text
 from common.config import Config
-from common.errors import InputError
-from common.lora import LoraCheckpoint, is_adapter
-from common.records import first, load_records
+from common.core.errors import InputError
+from common.io.checkpoints import write_text
+from common.io.examples import first, load_records
+from common.io.lora import LoraCheckpoint, is_adapter
 from NLG.answers import is_right_expression, is_right_number
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.checkpoints import (
+from common.core.errors import InputError
+from common.io.checkpoints import (
     INDEX_FILE,
     PICKLED_INDEX,
     WEIGHT_FILES,
@@ -27,8 +28,7 @@ from common.checkpoints import (
     read_header,
     weight_files,
 )
-from common.errors import InputError
-from common.shards import Stored, stored_in, write_index, write_stored
+from common.io.shards import Stored, stored_in, write_index, write_stored
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, generation config, tokenizer
 

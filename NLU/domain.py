@@ -24,17 +24,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.blocks import BlockFamily
-from common.checkpoints import INDEX_FILE, copy_files, write_tensors, write_text
 from common.config import Config, Model
-from common.errors import InputError
-from common.lora import is_adapter, open_checkpoint
-from common.metrics import METRICS, REGRESSION
-from common.probes import Probe, probe_of
-from common.records import Sample, load_sample, load_scored
-from common.shards import write_stream
-from common.task_vectors import Params, require_same_shapes
-from common.vocabulary import tokenizer_folder
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
+from common.core.task_vectors import Params, require_same_shapes
+from common.evaluation.metrics import METRICS, REGRESSION
+from common.io.checkpoints import INDEX_FILE, copy_files, write_tensors, write_text
+from common.io.examples import Sample, load_sample, load_scored
+from common.io.lora import is_adapter, open_checkpoint
+from common.io.shards import write_stream
+from common.io.vocabulary import tokenizer_folder
+from common.merging.calibration import Probe, probe_of
 
 NAME = "nlu"
 PERCENT = False  # tables print fractions

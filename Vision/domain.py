@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.blocks import BlockFamily
-from common.checkpoints import Checkpoint, write_text
 from common.config import Config, Model
-from common.errors import InputError
-from common.lora import open_checkpoint
-from common.probes import Probe, probe_of
-from common.records import Sample, load_sample, load_scored
-from common.shards import write_stream
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint, write_text
+from common.io.examples import Sample, load_sample, load_scored
+from common.io.lora import open_checkpoint
+from common.io.shards import write_stream
+from common.merging.calibration import Probe, probe_of
 
 NAME = "vision"
 IMAGE_TOWER = "visual."

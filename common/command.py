@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 from jsonargparse import ArgumentParser
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.core.errors import InputError
 from common.domain import Domain
-from common.errors import InputError
-from common.plan import describe
+from common.planning.dry_run import describe
 
 FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}
 

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.blocks import BlockFamily
 from common.config import Config, Model
-from common.probes import Probe
-from common.records import Sample
+from common.core.blocks import BlockFamily
+from common.io.examples import Sample
+from common.merging.calibration import Probe
 
 
 class Domain(Protocol):

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import anchors
-from common.blocks import Block, BlockFamily, moved
-from common.checkpoints import Checkpoint, digest
 from common.config import Config, as_dict
-from common.device import prepare
+from common.core.blocks import Block, BlockFamily, moved
+from common.core.errors import InputError
+from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.domain import Domain
-from common.errors import InputError
-from common.lora import open_checkpoint
-from common.merging import hyperparameters
-from common.task_vectors import Params, require_same_shapes, subtract
+from common.fda.anchors import SCALES
+from common.io.anchor_files import load_anchors, load_published
+from common.io.checkpoints import Checkpoint, digest
+from common.io.lora import open_checkpoint
+from common.io.vocabulary import row_counts
+from common.merging.registry import hyperparameters
+from common.run.device import prepare
 from common.validation import check_choices
-from common.vocabulary import row_counts
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Experiment:
     def anchor_scale(self) -> float:
         """Factor on the initial anchors."""
         scale = self.config.anchors.scale
-        return anchors.SCALES[self.config.anchors.init] if scale is None else scale
+        return SCALES[self.config.anchors.init] if scale is None else scale
 
     def anchor_provenance(self, task: str, index: int, theta_0: Params, theta_t: Params) -> dict[str, Any]:
         """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
@@ -130,10 +131,10 @@ class Experiment:
         """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
         file = self.anchor_file(task, index)
         if self.config.anchors.source:
-            return anchors.load_published(file, self.family.published_axes, self.shape[2]).to(self.device)
+            return load_published(file, self.family.published_axes, self.shape[2]).to(self.device)
         if not file.is_file():
             raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
-        return anchors.load_anchors(file, self.anchor_provenance(task, index, theta_0, theta_t)).to(self.device)
+        return load_anchors(file, self.anchor_provenance(task, index, theta_0, theta_t)).to(self.device)
 
 
 def open_experiment(config: Config, domain: Domain) -> Experiment:

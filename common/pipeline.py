@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
-from common.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
-from common.anchor_files import save_anchors
-from common.anchors import initial_anchors
-from common.background import read_ahead, written_behind
-from common.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
+from common.assembly import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
 from common.config import PRETRAINED, Config
-from common.construction import Unit, optimise_anchors, optimise_together
+from common.core.seeding import seeded
+from common.core.task_vectors import Params, subtract
 from common.domain import Domain
+from common.evaluation.scoring import score_run
 from common.experiment import Experiment, open_experiment
-from common.merged import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
-from common.precision import chosen
-from common.progress import UnitBar
-from common.run_log import recorded
-from common.scoring import score_run
-from common.seeding import seeded
-from common.task_vectors import Params, subtract
+from common.fda.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
+from common.fda.anchors import initial_anchors
+from common.fda.construction import Unit, optimise_anchors, optimise_together
+from common.fda.precision import chosen
+from common.io.anchor_files import save_anchors
+from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
+from common.run.background import read_ahead, written_behind
+from common.run.progress import UnitBar
+from common.run.run_log import recorded
 
 SEARCH_SETTINGS = ("distance", "steps", "lr", "optimizer", "schedule", "stop_loss", "patience")
 

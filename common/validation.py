@@ -1,10 +1,10 @@
 """Choices refused by name, before anything is opened."""
 
-from common.blocks import BlockFamily
 from common.config import PRETRAINED, Config, Model
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
 from common.domain import Domain
-from common.errors import InputError
-from common.merging import METHODS, WITH_DATA, check_hyper
+from common.merging.registry import METHODS, WITH_DATA, check_hyper
 
 
 def check_data(config: Config, domain: Domain, method: str) -> None:

@@ -27,23 +27,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.adaptation import coefficients, fit_block, own_weights
-from common.anchors import initial_anchors
-from common.batching import together
-from common.blocks import Block, moved
-from common.checkpoints import Checkpoint
 from common.command import FOLDERS, parse
 from common.config import PRESETS
-from common.construction import Unit, optimise_anchors
-from common.cost import Ledger
-from common.device import prepare
-from common.matching import DISTANCES, matching_gradient, matching_value
+from common.core.blocks import Block, moved
+from common.core.seeding import seeded
+from common.core.task_vectors import Params, subtract
+from common.fda.adaptation import coefficients, fit_block, own_weights
+from common.fda.anchors import initial_anchors
+from common.fda.batching import together
+from common.fda.construction import Unit, optimise_anchors
+from common.fda.matching import DISTANCES, matching_gradient, matching_value
+from common.fda.precision import answers_in, chosen, in_precision
+from common.io.checkpoints import Checkpoint
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
-from common.precision import answers_in, chosen, in_precision
-from common.run_log import certificate
-from common.seeding import seeded
-from common.task_vectors import Params, subtract
+from common.planning.cost import Ledger
+from common.run.device import prepare
+from common.run.run_log import certificate
 
 PAPER_STEPS = 1200
 RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation

@@ -9,10 +9,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from common.blocks import Block, BlockFamily
-from common.checkpoints import write_tensors
 from common.config import Model
-from common.task_vectors import Params
+from common.core.blocks import Block, BlockFamily
+from common.core.task_vectors import Params
+from common.io.checkpoints import write_tensors
 
 TOY_BLOCK = 2
 

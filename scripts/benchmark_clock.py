@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from common.precision import in_precision
-from common.run_log import peak_gib, reset_peak
+from common.fda.precision import in_precision
+from common.run.run_log import peak_gib, reset_peak
 
 
 @dataclass

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from common.blocks import Block
-from common.matching import DISTANCES
-from common.seeding import seeded
-from common.task_vectors import Params
+from common.core.blocks import Block
+from common.core.seeding import seeded
+from common.core.task_vectors import Params
+from common.fda.matching import DISTANCES
 
 
 class Reference:

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from common.command import run
 from common.config import Config
+from common.core.errors import InputError
 from common.domain import Domain
-from common.errors import InputError
-from common.merging import METHODS, WITH_DATA, hyperparameters
+from common.evaluation.scoring import RESULTS, publish, results_of, score_run
+from common.evaluation.tables import Row, write_results
+from common.evaluation.tuning import SPLIT, candidates, held_out, searched
+from common.merging.registry import METHODS, WITH_DATA, hyperparameters
 from common.pipeline import adapt, construct
-from common.plan import describe
-from common.report import Row, write_results
-from common.scoring import RESULTS, publish, results_of, score_run
-from common.search import SPLIT, candidates, held_out, searched
+from common.planning.dry_run import describe
 from common.validation import check_choices
 
 

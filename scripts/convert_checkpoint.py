@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoints import opened, write_tensors
-from common.errors import InputError
-from common.unpickling import read_tensors
+from common.core.errors import InputError
+from common.io.checkpoints import opened, write_tensors
+from common.io.pickles import read_tensors
 
 # the mask follows from the context length; the numbers describe OpenAI's archive and are in open_clip's config
 LEFT_OUT = {"attn_mask", "input_resolution", "context_length", "vocab_size"}

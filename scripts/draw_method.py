@@ -8,11 +8,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from common.adaptation import fit_block, own_weights
-from common.anchors import initial_anchors
-from common.construction import Unit, optimise_anchors
-from common.matching import squared
-from common.seeding import seeded
+from common.core.seeding import seeded
+from common.fda.adaptation import fit_block, own_weights
+from common.fda.anchors import initial_anchors
+from common.fda.construction import Unit, optimise_anchors
+from common.fda.matching import squared
 
 COLOURS = ("#0072B2", "#D55E00")
 TAU = (torch.tensor([[2.0, 0.4]]), torch.tensor([[0.5, 1.8]]))  # the two task vectors; θ₀ is the origin

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import write_tensors
 from common.config import Model
+from common.io.checkpoints import write_tensors
 from Vision import domain
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoints import write_tensors
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.io.checkpoints import write_tensors
 
 PICO_CLIP = {
     "embed_dim": 8,

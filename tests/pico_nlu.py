@@ -19,8 +19,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from common.checkpoints import write_tensors
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start, for_task
+from common.io.checkpoints import write_tensors
 from NLU.domain import TASKS, Task
 
 WORDS = [f"w{i}" for i in range(40)]

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.adaptation import (
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.fda.adaptation import (
     BETAS,
     Trainable,
     coefficient_adam,
@@ -15,11 +17,9 @@ from common.adaptation import (
     own_weights,
     warmed,
 )
-from common.checkpoints import read_header
-from common.cost import Ledger, memory_of_warm_start
-from common.errors import InputError
+from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
-from common.seeding import seeded
+from common.planning.cost import Ledger, memory_of_warm_start
 from Vision import domain
 
 UNUSED = {"unused": torch.ones(3)}

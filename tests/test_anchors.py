@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.anchor_files import load_anchors, load_published, save_anchors
-from common.anchors import initial_anchors
-from common.errors import InputError
-from common.seeding import seeded
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.fda.anchors import initial_anchors
+from common.io.anchor_files import load_anchors, load_published, save_anchors
 
 
 def rows_of(x_ATD):

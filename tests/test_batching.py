@@ -6,14 +6,14 @@ import pytest
 import torch
 import yaml
 
-from common.blocks import BlockFamily
-from common.checkpoints import read_header
 from common.config import PRESETS, Model
-from common.construction import Unit, optimise_anchors, optimise_together
-from common.errors import InputError
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.core.task_vectors import subtract
+from common.fda.construction import Unit, optimise_anchors, optimise_together
+from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
-from common.seeding import seeded
-from common.task_vectors import subtract
 from Vision import domain
 
 
@@ -38,7 +38,7 @@ def units(pico_inputs):
     ("optimizer", "lr", "precision", "apart"), [("adamw", 0.05, "float32", 1e-5), ("muon", 0.3, "bf16", 5e-3)]
 )
 def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precision, apart, monkeypatch):
-    monkeypatch.setattr("common.precision.FEW", 0)
+    monkeypatch.setattr("common.fda.precision.FEW", 0)
     block, theta_0, made = units
     how = {"steps": 30, "lr": lr, "optimizer": optimizer, "schedule": "linear", "precision": precision}
     alone = [optimise_anchors(block, theta_0, unit, **how) for unit in made]
@@ -98,7 +98,7 @@ def test_the_fast_preset_gives_the_same_bytes_each_time(pico_config, tmp_path):
 
 @pytest.mark.parametrize(("flags", "same"), [({}, True), ({"amx_bf16": True}, False)])
 def test_construct_takes_float32_where_bf16_would_be_emulated(pico_config, tmp_path, monkeypatch, flags, same):
-    monkeypatch.setattr("common.precision.FEW", 0)
+    monkeypatch.setattr("common.fda.precision.FEW", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     traces = []
     for precision in ("float32", "bf16"):

@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.config import ROOT, Model
-from common.matching import matching_gradient
-from common.seeding import seeded
-from common.task_vectors import subtract
+from common.core.seeding import seeded
+from common.core.task_vectors import subtract
+from common.fda.matching import matching_gradient
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from common.blocks import BlockFamily, moved
 from common.config import Model
-from common.matching import cosine
+from common.core.blocks import BlockFamily, moved
+from common.fda.matching import cosine
 from Vision import domain
 
 

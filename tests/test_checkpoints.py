@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 
-from common.checkpoints import Checkpoint, check_provenance, digest, fingerprint, read_header, write_tensors, write_text
-from common.errors import InputError
+from common.core.errors import InputError
+from common.io.checkpoints import (
+    Checkpoint,
+    check_provenance,
+    digest,
+    fingerprint,
+    read_header,
+    write_tensors,
+    write_text,
+)
 
 
 @pytest.fixture

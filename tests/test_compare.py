@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from pico_nlg import pico_config as pico_nlg_config
 
-from common.checkpoints import Checkpoint
 from common.config import ROOT, Config
-from common.errors import InputError
-from common.report import row_name
+from common.core.errors import InputError
+from common.evaluation.tables import row_name
+from common.io.checkpoints import Checkpoint
 from NLG import domain as nlg
 from Vision import domain
 
@@ -59,7 +59,7 @@ def by_split(config, task, checkpoints, device):
 def no_figures(monkeypatch):
     """Figures take most of the time; other tests look at them."""
     for name in ("plot_accuracy", "plot_matching"):
-        monkeypatch.setattr(f"common.figures.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"common.evaluation.figures.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture

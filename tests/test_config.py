@@ -6,7 +6,7 @@ import pytest
 
 from common.command import parse
 from common.config import ROOT
-from common.errors import InputError
+from common.core.errors import InputError
 from common.validation import check_choices
 from Vision import domain
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from common.construction import Unit, optimise_anchors
-from common.matching import matching_loss
-from common.task_vectors import subtract
+from common.core.task_vectors import subtract
+from common.fda.construction import Unit, optimise_anchors
+from common.fda.matching import matching_loss
 
 
 def linear(params, x_ATD):
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_names_its_step(unit):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_in_bf16_the_kept_loss_is_the_float32_one_of_the_kept_anchors(unit, optimizer, monkeypatch):
-    monkeypatch.setattr("common.precision.FEW", 0)  # also so small a map
+    monkeypatch.setattr("common.fda.precision.FEW", 0)  # also so small a map
     theta_0, theta_t, x = unit
     settings = {"steps": 50, "lr": 0.1, "distance": "mse", "schedule": "linear", "optimizer": optimizer}
     exact = optimise_anchors(linear, theta_0, unit_of(theta_0, theta_t, x), **settings)

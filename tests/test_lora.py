@@ -16,15 +16,15 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from common.checkpoints import Checkpoint
+from common.assembly import inputs_of
 from common.config import Config, Model
-from common.errors import InputError
+from common.core.errors import InputError
+from common.evaluation.tables import read_results
 from common.experiment import open_experiment
-from common.lora import LoraCheckpoint, open_checkpoint
-from common.merged import inputs_of
+from common.io.checkpoints import Checkpoint
+from common.io.lora import LoraCheckpoint, open_checkpoint
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.report import read_results
+from common.planning.dry_run import describe
 from NLG import domain as nlg
 from NLG.scoring import open_model
 from NLU import domain as nlu

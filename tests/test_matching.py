@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.matching import DISTANCES, direction_cosine, matching_gradient, matching_loss, matching_value
-from common.task_vectors import subtract
+from common.core.task_vectors import subtract
+from common.fda.matching import DISTANCES, direction_cosine, matching_gradient, matching_loss, matching_value
 from Vision.domain import FAMILIES
 
 

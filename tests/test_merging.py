@@ -16,15 +16,15 @@ from pico_nlg import pico_architecture, pico_tokenizer, save
 from test_merging_formulas import MATRICES, SHAPES, assert_close, task_vectors
 from transformers import AutoModelForCausalLM
 
-from common.checkpoints import Checkpoint
 from common.config import ROOT
-from common.cost import tensors_held
-from common.errors import InputError
-from common.merging import METHODS, SCOPE_BLOCKS, check_hyper, hyperparameters, merge
+from common.core.errors import InputError
+from common.core.task_vectors import LazyParams
+from common.io.checkpoints import Checkpoint
+from common.merging.registry import METHODS, SCOPE_BLOCKS, check_hyper, hyperparameters, merge
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
-from common.plan import describe
-from common.task_vectors import LazyParams
+from common.planning.cost import tensors_held
+from common.planning.dry_run import describe
 from Vision import domain
 
 DEFAULTS = {

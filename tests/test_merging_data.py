@@ -15,16 +15,16 @@ from pico_nlu import CONFIGS, PICO_TASKS, pico_config, write_pico_encoders, writ
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from common.checkpoints import Checkpoint
 from common.config import Eval
-from common.errors import InputError
-from common.merging import METHODS, WITH_DATA, check_hyper, hyperparameters
+from common.core.errors import InputError
+from common.core.task_vectors import add
+from common.io.checkpoints import Checkpoint
+from common.io.examples import Sample, load_sample, load_scored
+from common.merging.calibration import Entrance, Probe, entered, passed
 from common.merging.fisher import fisher_information
+from common.merging.registry import METHODS, WITH_DATA, check_hyper, hyperparameters
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.probes import Entrance, Probe, entered, passed
-from common.records import Sample, load_sample, load_scored
-from common.task_vectors import add
+from common.planning.dry_run import describe
 from common.validation import check_choices
 from NLG import domain as nlg
 from NLU import domain as nlu

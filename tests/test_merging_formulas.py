@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.linalg import nearest_isometry, regression_mean, shrunk
-from common.merging import merge
+from common.core.linalg import nearest_isometry, regression_mean, shrunk
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
+from common.merging.registry import merge
 from common.merging.wudi import minimise_interference
 
 SHAPES = {"fc.weight": (12, 9), "fc.bias": (12,), "proj.weight": (9, 16), "conv.weight": (4, 3, 2, 2), "scale": ()}

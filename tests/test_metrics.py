@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.metrics import METRICS, REGRESSION, accuracy, accuracy_and_f1, matthews, pearson_and_spearman
+from common.evaluation.metrics import METRICS, REGRESSION, accuracy, accuracy_and_f1, matthews, pearson_and_spearman
 
 LABELS, ANSWERS = [1, 1, 1, 0, 0], [1, 1, 0, 0, 1]  # 2 true positives, 1 true negative, 1 false of each kind
 

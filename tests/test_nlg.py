@@ -22,16 +22,16 @@ from pico_nlg import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.checkpoints import INDEX_FILE, Checkpoint, write_tensors
 from common.command import parse
 from common.config import ROOT, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from common.errors import InputError
-from common.matching import matching_gradient
+from common.core.errors import InputError
+from common.core.task_vectors import subtract
+from common.evaluation.scoring import score_run
+from common.fda.matching import matching_gradient
+from common.io.checkpoints import INDEX_FILE, Checkpoint, write_tensors
+from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.scoring import score_run
-from common.shards import publish_shards, stage_shards
-from common.task_vectors import subtract
+from common.planning.dry_run import describe
 from NLG import domain
 from Vision import domain as vision
 
@@ -314,23 +314,23 @@ def dying(monkeypatch, where, survived):
 
 
 def test_interrupted_anywhere_it_goes_on_and_ends_with_the_same_bytes(config, monkeypatch):
-    monkeypatch.setattr("common.shards.stage_shards.__defaults__", (4000,))  # several shards
+    monkeypatch.setattr("common.io.shards.stage_shards.__defaults__", (4000,))  # several shards
     alone, stopped = (change(config, "run", name=name) for name in ("alone", "stopped"))
     for stage in (construct, merge_alone, adapt):
         stage(alone, domain)
     moments = {
         construct: [("common.pipeline.save_anchors", 1), ("common.pipeline.save_anchors", 2)],
         merge_alone: [
-            ("common.shards.write_stored", 2),
-            ("common.shards.os.replace", 1),
-            ("common.shards.write_text", 0),
-            ("common.merged.write_text", 0),
+            ("common.io.shards.write_stored", 2),
+            ("common.io.shards.os.replace", 1),
+            ("common.io.shards.write_text", 0),
+            ("common.assembly.write_text", 0),
         ],
         adapt: [
             ("common.pipeline.write_tensors", 1),
-            ("common.shards.write_stored", 1),
+            ("common.io.shards.write_stored", 1),
             ("NLG.domain.link_weights", 0),
-            ("common.merged.shutil.rmtree", 0),
+            ("common.assembly.shutil.rmtree", 0),
         ],
     }
     for stage, blows in moments.items():

@@ -12,7 +12,7 @@ import yaml
 from pico_nlg import pico_config, pico_model, pico_tokenizer, save, write_pico_tests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.errors import InputError
+from common.core.errors import InputError
 from NLG import scoring
 from NLG.answers import boxed, is_right_expression, is_right_number, normalised, stated_answer, stated_number
 from NLG.generation import before, complete, open_tokenizer

@@ -15,12 +15,12 @@ import pytest
 import torch
 from pico_nlg import pico_config, write_pico_models
 
-from common.checkpoints import Checkpoint
 from common.command import parse
 from common.config import ROOT
+from common.io.checkpoints import Checkpoint
+from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.shards import publish_shards, stage_shards
+from common.planning.dry_run import describe
 from NLG import domain
 from NLG.split_model import split
 

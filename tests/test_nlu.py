@@ -27,19 +27,19 @@ from pico_nlu import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
-from common.blocks import moved
-from common.checkpoints import Checkpoint, read_header, write_tensors
 from common.command import parse
 from common.config import ROOT, Config
-from common.construction import Unit, optimise_anchors
-from common.errors import InputError
+from common.core.blocks import moved
+from common.core.errors import InputError
+from common.core.task_vectors import subtract
+from common.evaluation.metrics import METRICS
+from common.evaluation.scoring import score_run
 from common.experiment import open_experiment
-from common.matching import matching_loss
-from common.metrics import METRICS
+from common.fda.construction import Unit, optimise_anchors
+from common.fda.matching import matching_loss
+from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.scoring import score_run
-from common.task_vectors import subtract
+from common.planning.dry_run import describe
 from common.validation import check_choices
 from NLU import domain
 

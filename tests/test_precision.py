@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import precision
-from common.blocks import BlockFamily
-from common.device import prepare
-from common.matching import matching_gradient, side_by_side
-from common.precision import answers_in, chosen, in_precision
-from common.seeding import seeded
-from common.task_vectors import subtract
+from common.core.blocks import BlockFamily
+from common.core.seeding import seeded
+from common.core.task_vectors import subtract
+from common.fda import precision
+from common.fda.matching import matching_gradient, side_by_side
+from common.fda.precision import answers_in, chosen, in_precision
+from common.run.device import prepare
 
 CPU = prepare("cpu")
 

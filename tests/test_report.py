@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from common.errors import InputError
-from common.figures import plot_accuracy, plot_matching, write_report
-from common.report import by_start, footnotes, read_results, row_name, table, upsert, write_results
+from common.core.errors import InputError
+from common.evaluation.figures import plot_accuracy, plot_matching, write_report
+from common.evaluation.tables import by_start, footnotes, read_results, row_name, table, upsert, write_results
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from common.background import read_ahead, written_behind
 from common.config import ROOT, as_dict
-from common.device import prepare
-from common.errors import InputError
-from common.progress import UnitBar, Units
-from common.run_log import read_notes, recorded, spent
+from common.core.errors import InputError
+from common.run.background import read_ahead, written_behind
+from common.run.device import prepare
+from common.run.progress import UnitBar, Units
+from common.run.run_log import read_notes, recorded, spent
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):

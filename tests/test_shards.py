@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import shards
-from common.checkpoints import INDEX_FILE, Checkpoint, read_header, write_tensors
-from common.errors import InputError
-from common.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored, write_stream
+from common.core.errors import InputError
+from common.io import shards
+from common.io.checkpoints import INDEX_FILE, Checkpoint, read_header, write_tensors
+from common.io.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored, write_stream
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(5)}  # 64 bytes each
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, step, 
             raise OSError(28, "No space left on device")
         return works(argument)
 
-    monkeypatch.setattr(f"common.shards.{step}", full)
+    monkeypatch.setattr(f"common.io.shards.{step}", full)
     with pytest.raises(InputError, match=sentence):
         write(TENSORS, tmp_path)
     after = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) if not name.startswith(".")}
@@ -124,7 +124,7 @@ def test_without_an_index_a_folder_is_no_checkpoint(tmp_path, monkeypatch, died_
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.shards.os.replace", dying)
+        patch.setattr("common.io.shards.os.replace", dying)
         with pytest.raises(KeyboardInterrupt):
             publish_shards(tmp_path)
     with pytest.raises(InputError, match="holds none of"):
@@ -159,7 +159,7 @@ def test_a_copy_that_does_not_read_back_is_refused_and_not_kept(tmp_path, monkey
 def test_a_large_tensor_is_read_in_pieces(tmp_path, monkeypatch, dtype):
     tensors = {"matrix": torch.randn(7, 5).to(dtype), "long": torch.arange(99).to(dtype), "none": torch.tensor(3.0)}
     write_tensors(tmp_path / "model.safetensors", tensors)
-    monkeypatch.setattr("common.checkpoints.PIECE", 12)
+    monkeypatch.setattr("common.io.checkpoints.PIECE", 12)
     for name, tensor in Checkpoint(tmp_path).read_under("").items():
         assert torch.equal(tensor, tensors[name].float()) and tensor.dtype == torch.float32
 

@@ -13,10 +13,10 @@ from pico_nlg import pico_model, pico_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.checkpoints import INDEX_FILE, PICKLED_INDEX, Checkpoint
 from common.config import ROOT
-from common.errors import InputError
-from common.shards import read_range, write_stored
+from common.core.errors import InputError
+from common.io.checkpoints import INDEX_FILE, PICKLED_INDEX, Checkpoint
+from common.io.shards import read_range, write_stored
 from NLG.split_model import main, part_of, split
 
 LAYOUTS = ["single", "sharded", "bin", "sharded bin"]
@@ -106,7 +106,7 @@ def test_an_interrupted_split_goes_on_and_ends_with_the_same_bytes(llama, tmp_pa
 
 def test_every_tensor_is_read_once(llama, tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr("common.shards.read_range", lambda *where: reads.append(where) or read_range(*where))
+    monkeypatch.setattr("common.io.shards.read_range", lambda *where: reads.append(where) or read_range(*where))
     split(tmp_path / "in", tmp_path / "out")
     assert len(reads) == len(set(reads)) == len(llama.state_dict())
 
@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_what_is_whole(llama, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.checkpoints.os.fsync", full)
+        patch.setattr("common.io.checkpoints.os.fsync", full)
         with pytest.raises(InputError, match="cannot write .*safetensors: .*No space left"):
             split(tmp_path / "in", tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 2

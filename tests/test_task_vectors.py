@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common.errors import InputError
-from common.task_vectors import add, is_finite, lazy_task_vector, require_same_shapes, subtract
+from common.core.errors import InputError
+from common.core.task_vectors import add, is_finite, lazy_task_vector, require_same_shapes, subtract
 
 
 def params(**tensors):

@@ -16,8 +16,8 @@ from numpy.lib import format as npy
 from torch import nn
 from torchvision import transforms
 
-from common.errors import InputError
-from common.unpickling import read_anchors, read_tensors
+from common.core.errors import InputError
+from common.io.pickles import read_anchors, read_tensors
 
 # ---- files as they were published ------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ REFUSED = [
     ("torch", "load"), ("torch.serialization", "load"), ("torch.hub", "load"), ("torch.jit", "load"),
     ("torch", "nn.Linear"), ("torch.nnx", "Linear"), ("torchvision", "transforms.Compose"), ("srcs.modeling", "X"),
     ("open_clip_evil", "CLIP"), ("numpy", "load"), ("numpy.core.multiarray", "fromfile"), ("functools", "partial"),
-    ("common.unpickling", "Record"), ("pickle", "loads"), ("torch._utils", "_rebuild_wrapper_subclass"),
+    ("common.io.pickles", "Record"), ("pickle", "loads"), ("torch._utils", "_rebuild_wrapper_subclass"),
 ]  # fmt: skip
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import PICO_TASKS
 
-from common.checkpoints import Checkpoint, write_tensors
 from common.config import Model
-from common.errors import InputError
+from common.core.errors import InputError
+from common.evaluation.scoring import score_run
+from common.io.checkpoints import Checkpoint, write_tensors
 from common.pipeline import adapt, construct, merge_alone
-from common.plan import describe
-from common.scoring import score_run
+from common.planning.dry_run import describe
 from Vision import domain
 
 
@@ -99,7 +99,7 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(pico_config, monk
     for stage in (construct, adapt):
         for survived in (1, 2):
             with monkeypatch.context() as patch:
-                patch.setattr("common.progress.UnitBar.advance", dying_after(survived))
+                patch.setattr("common.run.progress.UnitBar.advance", dying_after(survived))
                 with pytest.raises(KeyboardInterrupt):
                     stage(stopped, domain)
         stage(stopped, domain)
@@ -377,7 +377,7 @@ def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
 
 @pytest.mark.parametrize(("few", "expected"), [(2**25, "float32"), (0, "bf16")])
 def test_the_dry_run_names_the_precision_that_pays(pico_config, monkeypatch, few, expected):
-    monkeypatch.setattr("common.precision.FEW", few)
+    monkeypatch.setattr("common.fda.precision.FEW", few)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     text = describe(change(pico_config, "run", precision="bf16", device="cpu"), domain)
     assert f"construct, in      {expected}\n" in text

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.task_vectors import Params, add, leaves
+from common.merging.calibration import Batch, Probe
 from common.merging.tensorwise import require_examples, total
-from common.probes import Batch, Probe
-from common.task_vectors import Params, add, leaves
 
 
 def adamerging(

@@ -5,8 +5,8 @@ Source: Wortsman et al. 2022, "Model soups" (arXiv 2203.05482), the uniform soup
 
 from collections.abc import Sequence
 
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_tensor, weighted
-from common.task_vectors import Params
 
 
 def average(base: Params, deltas: Sequence[Params]) -> Params:

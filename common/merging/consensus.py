@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_tensor, total
-from common.task_vectors import Params
 
 
 def consensus_ta(

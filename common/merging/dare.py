@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.core.task_vectors import LazyParams, Params, widen
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
-from common.seeding import seeded
-from common.task_vectors import LazyParams, Params, widen
 
 
 def dare_ta(

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from common.linalg import leading_components
+from common.core.errors import InputError
+from common.core.linalg import leading_components
+from common.core.task_vectors import Params
 from common.merging.magnitude import trim
 from common.merging.tensorwise import each_matrix, require_fraction, total
-from common.task_vectors import Params
 
 
 def doge_ta(

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.core.task_vectors import Params, add, leaves
+from common.merging.calibration import Probe
 from common.merging.tensorwise import require_examples
-from common.probes import Probe
-from common.seeding import seeded
-from common.task_vectors import Params, add, leaves
 
 
 def fisher(

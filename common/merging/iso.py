@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from common.linalg import leading_components, nearest_isometry
+from common.core.errors import InputError
+from common.core.linalg import leading_components, nearest_isometry
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_matrix, total
-from common.task_vectors import Params
 
 
 def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others: float | None = None) -> Params:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.linalg import leading_components
+from common.core.linalg import leading_components
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_tensor, require_fraction
-from common.task_vectors import Params
 
 
 def opcm(base: Params, deltas: Sequence[Params], *, alpha: float = 0.5) -> Params:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.task_vectors import Params
 from common.merging.magnitude import largest, share
 from common.merging.tensorwise import each_tensor, require_fraction, total
-from common.task_vectors import Params
 
 
 def pcb(

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.core.task_vectors import Params, add, leaves
+from common.merging.calibration import Entrance, Probe, entered, part, passed
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
-from common.probes import Entrance, Probe, entered, part, passed
-from common.seeding import seeded
-from common.task_vectors import Params, add, leaves
 
 Flow = Sequence[Entrance]  # what reaches a block, batch by batch
 

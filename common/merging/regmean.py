@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from common.linalg import least_squares, normal_equations
-from common.linear_inputs import mean_grams
+from common.core.linalg import least_squares, normal_equations
+from common.core.linear_inputs import mean_grams
+from common.core.task_vectors import Params, add
+from common.merging.calibration import Probe
 from common.merging.tensorwise import require_examples, require_fraction, weighted
-from common.probes import Probe
-from common.task_vectors import Params, add
 
 
 def regmean(

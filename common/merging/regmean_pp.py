@@ -11,11 +11,11 @@ Deviation: what is behind the blocks (CLIP's last norm and projection) is averag
 
 from collections.abc import Sequence
 
-from common.linear_inputs import mean_grams
+from common.core.linear_inputs import mean_grams
+from common.core.task_vectors import Params, add
+from common.merging.calibration import Probe, entered, part, passed
 from common.merging.regmean import regression_means
 from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
-from common.probes import Probe, entered, part, passed
-from common.task_vectors import Params, add
 
 
 def regmean_pp(

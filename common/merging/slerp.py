@@ -16,9 +16,9 @@ from math import acos, sin
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.task_vectors import Params, widen
 from common.merging.tensorwise import Taus
-from common.task_vectors import Params, widen
 
 
 def slerp(

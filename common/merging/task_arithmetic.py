@@ -6,9 +6,9 @@ Default: λ = 0.3 for every task, the FDA paper's coefficient for all ViTs and R
 
 from collections.abc import Sequence
 
-from common.errors import InputError
+from common.core.errors import InputError
+from common.core.task_vectors import Params, widen
 from common.merging.tensorwise import total
-from common.task_vectors import Params, widen
 
 
 def task_arithmetic(base: Params, deltas: Sequence[Params], *, scale: float | Sequence[float] = 0.3) -> Params:

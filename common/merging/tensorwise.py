@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from common.errors import InputError
-from common.task_vectors import Params, widen
+from common.core.errors import InputError
+from common.core.task_vectors import Params, widen
 
 
 class Taus(Sequence[Tensor]):

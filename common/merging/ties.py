@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.core.task_vectors import Params
 from common.merging.magnitude import trim
 from common.merging.tensorwise import each_tensor, require_fraction, total
-from common.task_vectors import Params
 
 
 def ties(base: Params, deltas: Sequence[Params], *, density: float = 0.2, scale: float = 1.0) -> Params:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.linalg import leading_components, nearest_isometry
+from common.core.linalg import leading_components, nearest_isometry
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_matrix, require_fraction, weighted
-from common.task_vectors import Params
 
 
 def tsv(

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.core.task_vectors import Params, widen
 from common.merging.tensorwise import Taus, total
-from common.task_vectors import Params, widen
 
 
 def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0, calibration: float = 1.0) -> Params:

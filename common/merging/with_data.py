@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from common.core.task_vectors import Params
 from common.merging.adamerging import adamerging
 from common.merging.fisher import fisher
 from common.merging.prodistill import prodistill
 from common.merging.regmean import regmean
 from common.merging.regmean_pp import regmean_pp
-from common.task_vectors import Params
 
 
 @dataclass(frozen=True)

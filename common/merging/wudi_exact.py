@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from common.errors import InputError
-from common.linalg import regression_mean
+from common.core.errors import InputError
+from common.core.linalg import regression_mean
+from common.core.task_vectors import Params
 from common.merging.tensorwise import each_matrix
-from common.task_vectors import Params
 
 
 def wudi_exact(

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.checkpoints import write_tensors
+from common.io.checkpoints import write_tensors
 
 Weights = dict[str, Tensor]
 

@@ -24,7 +24,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from common.metrics import METRICS
+from common.evaluation.metrics import METRICS
 
 from . import kept, nlu_data
 from .kept import Weights

@@ -17,7 +17,7 @@ from open_clip.constants import OPENAI_DATASET_STD as STD
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoints import write_tensors
+from common.io.checkpoints import write_tensors
 
 from . import kept, vision_data
 from .kept import Weights

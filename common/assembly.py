@@ -1,0 +1,176 @@
+"""Merged checkpoints: the starts that methods of parameter space make, and the models that adaptation makes of them.
+
+runs/<name>/merged/<method>/                   a start: a checkpoint that stock libraries open
+runs/<name>/merged/fda-<method>-<init>/        the same, adapted; blocks/ holds its blocks while it is being made
+.../provenance.json                            written last: the folder is whole, and this is what it was made from
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from common.config import PRETRAINED, Config, as_dict
+from common.core.task_vectors import Params, add, lazy_task_vector, subtract
+from common.domain import Domain, ProbedDomain
+from common.experiment import Experiment
+from common.io.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
+from common.io.examples import Sample
+from common.merging.registry import SCOPE_BLOCKS, WITH_DATA, merge
+from common.run.run_log import recorded
+
+PROVENANCE_FILE = "provenance.json"
+KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
+
+
+def result_dir(config: Config) -> Path:
+    """Folder of the adapted model."""
+    parts = ["fda", config.start.method, config.anchors.init, config.adapt.label]
+    return config.run.dir / "merged" / "-".join(part for part in parts if part)
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """Where an adapted block waits until all are there."""
+    return folder / "blocks" / f"block_{index:02d}.safetensors"
+
+
+def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
+    """The checkpoint of the start: the base itself, or what the merge method makes, unless it is on disk already."""
+    method = experiment.config.start.method
+    if method == PRETRAINED:
+        return experiment.base
+    if experiment.config.start.checkpoint:
+        return experiment.given_start()
+    folder = experiment.config.run.dir / "merged" / method
+    provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
+    if not is_finished(folder, provenance):
+        with recorded(experiment.config, f"merge {method}"):
+            if method in WITH_DATA:
+                tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+            else:
+                tensors = merged_tensors(experiment, method)
+            finish(experiment, domain, tensors, folder, provenance)
+    return Checkpoint(folder)
+
+
+def merged_with_data(
+    experiment: Experiment, domain: Domain, method: str
+) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
+    """The same of a method that uses inputs of the tasks, all models in memory; and how much of which split it used."""
+    config, use, hyper = experiment.config, WITH_DATA[method], experiment.hyper(method)
+    sample = Sample(use.split, hyper["examples"], use.batch, hyper.get("seed", 0))
+    probed = cast(ProbedDomain, domain)  # check_choices sees to it
+    tests = {task: next(test for test, owner in config.tests.items() if owner == task) for task in config.tasks}
+    probes = {task: probed.probe(config, test, sample, experiment.device) for task, test in tests.items()}
+    names = experiment.base.names(experiment.family.scope)
+    theta_0 = experiment.read(experiment.base, names)
+    deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
+    theta = add(theta_0, use.method(theta_0, deltas, list(probes.values()), **hyper))
+    data = {"split": use.split, "examples": {task: probe.examples for task, probe in probes.items()}}
+    return ((name, theta[name].cpu()) for name in names), data
+
+
+def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the merged model under a merge method, one at a time."""
+    for name in experiment.base.names(experiment.family.scope):
+        yield name, merged_tensor(experiment, method, name)  # a variable would keep it while the next is made
+
+
+def merged_tensor(experiment: Experiment, method: str, name: str) -> Tensor:
+    """One tensor of the merged model, on the CPU. Each expert's is read when the method asks for its task vector."""
+    theta = experiment.read(experiment.base, [name])
+    if name.startswith(f"{experiment.family.blocks}.") or method not in SCOPE_BLOCKS:
+        readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
+        deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
+        if theta[name].numel() <= KEPT:
+            deltas = [dict(delta) for delta in deltas]
+        theta = add(theta, merge(method, theta, deltas, experiment.hyper(method)))
+    return theta[name].cpu()
+
+
+def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor, on the device."""
+    return experiment.read(checkpoint, [name])[name]
+
+
+def assemble(
+    experiment: Experiment, domain: Domain, start: Checkpoint, folder: Path, provenance: Mapping[str, Any]
+) -> bool:
+    """Put the adapted blocks and the rest together; False if blocks are missing because they are made elsewhere."""
+    missing = [i for i in range(experiment.depth) if not block_file(folder, i).is_file()]
+    if missing:
+        print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
+        return False
+    finish(experiment, domain, adapted_tensors(experiment, start, folder), folder, provenance)
+    remove_blocks(folder)
+    return True
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove the adapted blocks of a model that is put together; they may be gone already."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
+
+
+def adapted_tensors(experiment: Experiment, start: Checkpoint, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
+    rest = start if experiment.config.adapt.rest == "start" else experiment.base
+    for name in experiment.rest_names():
+        yield from rest.read([name]).items()
+    for index in range(experiment.depth):
+        block = Checkpoint(block_file(folder, index)).read_under("")
+        yield from ((experiment.family.prefix(index) + name, tensor) for name, tensor in block.items())
+
+
+def finish(
+    experiment: Experiment,
+    domain: Domain,
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint and, when it is whole, its provenance."""
+    domain.export(experiment.config.model, tensors, folder)
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+
+
+def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return False
+    check_provenance(file, json.loads(file.read_text()), provenance)
+    return True
+
+
+def inputs_of(experiment: Experiment) -> dict[str, Any]:
+    """What identifies the checkpoints that are merged, in the order of the tasks."""
+    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
+    model = experiment.config.model
+    written = {"vocabulary": model.vocabulary, "dtype": model.dtype, "tokenizers": model.tokenizers}
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
+
+
+def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
+    """What decides an adapted model: settings, seed, start, the experts and every anchor."""
+    config = experiment.config
+    settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
+    del settings["by_start"]
+    anchors = [
+        fingerprint(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
+    ]
+    return {
+        "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
+        "adapt": settings,
+        "run": {"seed": config.run.seed},
+        "anchors": {"init": config.anchors.init, "files": digest(anchors)},
+        "inputs": inputs_of(experiment),
+    } | data_of(json.loads(made.read_text()) if made.is_file() else {})
+
+
+def data_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Under "data" what inputs of the tasks a model of this provenance was made with, if with any; {} otherwise."""
+    return {"data": made["data"]} if "data" in made else {}

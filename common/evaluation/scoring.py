@@ -1,0 +1,112 @@
+"""Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from common.assembly import PROVENANCE_FILE, data_of
+from common.config import PRETRAINED, ROOT, Config, as_dict
+from common.domain import Domain
+from common.evaluation.figures import Traces, write_report
+from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
+from common.experiment import Experiment, open_experiment
+from common.io.checkpoints import Checkpoint, digest, read_header
+from common.run.progress import Units
+from common.run.run_log import commit, recorded, spent
+
+RESULTS = "results.json"
+
+
+def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
+    """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
+
+    The examples of a task are read once for all models that are to be scored on it. A row of `others`, results of other
+    runs with these data, is taken over where it is of the same checkpoint.
+    """
+    if not config.tests:
+        return print("nothing is scored: eval.tests has no test set for any task")
+    experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
+    rows, units = results_of(config), Units()
+    with recorded(config, "score", units):
+        for test, task in config.tests.items():
+            pending = {}
+            for model, checkpoint in scored_models(experiment, task):
+                row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
+                row["checkpoint"] = checkpoint.fingerprint()
+                cost = cost_of(config, model, checkpoint)
+                known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)
+                if known:
+                    rows = upsert(rows, {**known, **cost})
+                    units.kept += 1
+                else:
+                    pending[row_name(row)] = (row | cost, checkpoint.path)
+            if pending:
+                paths = {name: path for name, (_, path) in pending.items()}
+                for name, (value, n) in domain.score(config, test, paths, experiment.device).items():
+                    result = {"metric": domain.metric(test), "value": value, "n": n}
+                    birth = {"config": digest(as_dict(config)), "commit": commit()}
+                    rows = upsert(rows, pending[name][0] | result | birth)
+                    units.done += 1
+            write_results(file, rows, list(config.tests))
+    publish(config, domain, rows, traces(experiment))
+
+
+def results_of(config: Config) -> list[Row]:
+    """The rows that a run has so far."""
+    file = config.run.dir / RESULTS
+    return read_results(file)[0] if file.is_file() else []
+
+
+def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, Traces]) -> None:
+    """Write table.md and the figures of the rows of eval.split, and print the table."""
+    rows, tests = [row for row in rows if row["split"] == config.eval.split], list(config.tests)
+    style = {"percent": domain.PERCENT, "published": published(config)}
+    write_report(config.run.dir, rows, tests, curves, **style)
+    print(table(rows, tests, **style))
+    print(f"\n{config.run.dir}: {RESULTS}, table.md and the figures")
+
+
+def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware."""
+    if checkpoint.path.parent != config.run.dir / "merged":
+        return {}
+    made = checkpoint.path.name
+    stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
+    return spent(config.run.dir, stages)
+
+
+def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
+    """What is scored on the test sets of a task: (method, start, init, label) of the row, and the checkpoint."""
+    row = {"method": PRETRAINED, "start": None, "init": None, "label": ""}
+    yield row, experiment.base
+    yield row | {"method": "individual"}, experiment.experts[task]
+    if experiment.config.start.checkpoint:
+        yield row | {"method": experiment.config.start.method}, experiment.given_start()
+    for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
+        made = json.loads(file.read_text())
+        method, used = made["start"]["method"], data_of(made)
+        if "anchors" in made:
+            adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
+            made_by = {"label": made["adapt"]["label"], "epochs": made["adapt"]["epochs"]}
+            yield row | adapted | used | made_by, Checkpoint(file.parent)
+        else:
+            yield row | used | {"method": method}, Checkpoint(file.parent)
+
+
+def traces(experiment: Experiment) -> dict[str, Traces]:
+    """The matching losses that the run's anchor files hold: {init: {(task, block): loss before each step}}."""
+    found = {}
+    for file in sorted((experiment.config.run.dir / "anchors").glob("*/*/block_*.safetensors")):
+        header = read_header(file)
+        unit = (header["run"]["task"], header["run"]["block"])
+        found.setdefault(header["anchors"]["init"], {})[unit] = header["trace"]
+    return found
+
+
+def published(config: Config) -> dict[str, Any] | None:
+    """The paper's table for the config's model, if the config names one."""
+    if not config.eval.paper_table:
+        return None
+    return yaml.safe_load((ROOT / "configs" / "paper_results.yaml").read_text())[config.eval.paper_table]

@@ -1,0 +1,96 @@
+"""Hyperparameters of merge methods, chosen on held-out examples: the validation cut, never a test set."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from common.assembly import inputs_of, merge_start
+from common.config import Config, as_dict
+from common.core.errors import InputError
+from common.domain import Domain
+from common.experiment import open_experiment
+from common.io.checkpoints import digest, write_text
+from common.merging.registry import check_hyper
+from common.run.run_log import commit
+
+SPLIT = "validation_cut"
+
+
+def candidates(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """{method: every combination of the values that compare.search lists for it}.
+
+    Raises InputError, before anything is opened, on a method or hyperparameter that does not exist, a value that does
+    not fit, an empty list, and a method that compare does not merge.
+    """
+    grids = {}
+    for method, lists in config.compare.search.items():
+        if not config.tests:
+            raise InputError(f"compare.search cannot choose for {method}: eval.tests has no test set for any task")
+        empty = [name for name, values in lists.items() if not values]
+        if empty or not lists:
+            raise InputError(f"compare.search.{'.'.join([method, *empty[:1]])} lists no value to try")
+        grids[method] = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+        for chosen in grids[method]:
+            check_hyper(method, config.start.hyper.get(method, {}) | chosen, len(config.tasks))
+        given = config.start.method if config.start.checkpoint else None
+        if method not in config.compare.starts or method == given:
+            raise InputError(f"compare.search names {method}, which no start of compare.starts is merged by")
+    return grids
+
+
+def held_out(config: Config) -> Config:
+    """The same experiment scored on the validation cut."""
+    return replace(config, eval=replace(config.eval, split=SPLIT))
+
+
+def searched(config: Config, domain: Domain) -> Config:
+    """The config with the best candidate of each method, by the mean score over all test sets, put into start.hyper.
+
+    Every candidate is a row of search.json; one that is there already, of the same inputs, is not scored again.
+    """
+    hyper = dict(config.start.hyper)
+    for method, grid in candidates(config).items():
+        rows = [candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen) for chosen in grid]
+        best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
+        hyper[method] = hyper.get(method, {}) | grid[best]
+        record(config, choice={method: hyper[method]})
+        print(f"search {method}: {grid[best]} is best of {len(grid)} on {SPLIT}, Avg {rows[best]['avg']:.4f}")
+    return replace(config, start=replace(config.start, hyper=hyper))
+
+
+def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """What search.json says of a merge with these hyperparameters, which is made and scored if it says nothing yet."""
+    folder, run = config.run.dir / "search", replace(config.run, name=f"{config.run.name}/search")
+    trial = replace(config, start=replace(config.start, hyper={method: hyper}), run=run).at_start(method)
+    experiment = open_experiment(trial, domain)
+    row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
+    row["id"] = digest([row, config.tests, inputs_of(experiment)])
+    known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
+    if known:
+        return known[0]
+    shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
+    domain.check_export(config.model)
+    path = {method: merge_start(experiment, domain).path}
+    scores = {test: domain.score(trial, test, path, experiment.device)[method] for test in config.tests}
+    shutil.rmtree(folder)
+    row |= {"scores": {test: {"value": value, "n": n} for test, (value, n) in scores.items()}}
+    row |= {"avg": sum(value for value, _ in scores.values()) / len(scores)}
+    row |= {"config": digest(as_dict(config)), "commit": commit()}
+    record(config, candidate=row)
+    return row
+
+
+def read_search(config: Config) -> dict[str, Any]:
+    """What search.json of a run says so far."""
+    file = config.run.dir / "search.json"
+    return json.loads(file.read_text()) if file.is_file() else {"split": SPLIT, "candidates": [], "choices": {}}
+
+
+def record(config: Config, candidate: dict[str, Any] | None = None, choice: dict[str, Any] | None = None) -> None:
+    """Put a candidate or a choice into search.json."""
+    found = read_search(config)
+    found["candidates"] += [candidate] if candidate else []
+    found["choices"] |= choice or {}
+    write_text(config.run.dir / "search.json", json.dumps(found, indent=2, sort_keys=True) + "\n")

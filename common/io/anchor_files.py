@@ -1,0 +1,37 @@
+"""Anchors on disk: files of ours with their provenance, and the released ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.core.errors import InputError
+from common.io.checkpoints import check_provenance, opened, read_header, write_tensors
+from common.io.pickles import read_anchors
+
+
+def save_anchors(file: Path, x_ATD: Tensor, header: Mapping[str, Any]) -> None:
+    """Write anchors with their provenance in the header of the file."""
+    write_tensors(file, {"anchors": x_ATD}, header)
+
+
+def load_anchors(file: Path, provenance: Mapping[str, Any]) -> Tensor:
+    """Anchors x_ATD from a file of ours; InputError names the first field that is not as in `provenance`."""
+    check_provenance(file, read_header(file), provenance)
+    with opened(file) as handle:
+        return handle.get_tensor("anchors")
+
+
+def load_published(file: Path, axes: str, width: int) -> Tensor:
+    """Anchors x_ATD from a released .npy file, whose axes are `axes`: ATD, TAD or AD. Nothing in it is executed."""
+    if not file.is_file():
+        raise InputError(f"there is no anchor file {file}")
+    x = torch.from_numpy(read_anchors(file)["input"]).float()
+    if x.ndim != len(axes) or x.shape[-1] != width:
+        wanted = f"{len(axes)} axes with width {width} are expected"
+        raise InputError(f"{file} holds anchors of shape {tuple(x.shape)}; {wanted}")
+    if not x.isfinite().all():
+        raise InputError(f"{file} holds NaN or Inf")
+    return {"ATD": x, "TAD": x.transpose(0, 1), "AD": x[:, None]}[axes].contiguous()

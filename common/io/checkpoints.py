@@ -1,0 +1,246 @@
+"""Checkpoints on disk: read a tensor or a block at a time, write whole files or none."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.core.errors import InputError
+from common.core.task_vectors import Params, is_finite
+
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PAGE = 4096
+PIECE = 8 * 2**20  # weights
+HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
+
+
+class Checkpoint:
+    """The tensors of one model: a .safetensors file, or a folder as Hugging Face or open_clip lay it out.
+
+    Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
+    is what was read last. Its names are what `names` makes of the stored ones; tensors it gives None for are left out.
+    Matrices can be had with more or fewer rows than are stored, see `resize`.
+    """
+
+    def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
+        for file in weight_files(self.path):
+            with opened(file) as handle:
+                for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    name = names(stored)
+                    if name is not None:
+                        self.shapes[name] = tuple(handle.get_slice(stored).get_shape())
+                        self._stored[name] = (file, stored)
+
+    def resize(self, rows: Mapping[str, int]) -> None:
+        """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
+        for name in rows.keys() & self.shapes.keys():
+            self.shapes[name] = (rows[name], *self.shapes[name][1:])
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that begin with `prefix`, in order."""
+        return sorted(name for name in self.shapes if name.startswith(prefix))
+
+    def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of the tensors whose name begins with `prefix`."""
+        return {name: self.shapes[name] for name in self.names(prefix)}
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
+        tensors = {}
+        for name in names:
+            if name not in self._stored:
+                raise InputError(f"{self.path} lacks the tensor {name}")
+            file, stored = self._stored[name]
+            tensor = read_tensor(file, stored)
+            tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
+            if not is_finite(tensors[name]):
+                raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
+        return tensors
+
+    def read_under(self, prefix: str) -> Params:
+        """All tensors whose name begins with `prefix`, the prefix taken off."""
+        return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
+
+    def fingerprint(self) -> str:
+        """Identifies the contents without reading all of it; see `fingerprint`."""
+        return digest([[file.name, fingerprint(file)] for file in sorted({file for file, _ in self._stored.values()})])
+
+
+def read_tensor(file: Path, stored: str) -> Tensor:
+    """A tensor of a file in float32. Of a large one a piece at a time is mapped: what is mapped is memory in use."""
+    with opened(file) as handle:
+        shape = handle.get_slice(stored).get_shape()
+        if math.prod(shape) <= PIECE:
+            return handle.get_tensor(stored).to(torch.float32, copy=True)
+    tensor, rows = torch.empty(shape), max(1, PIECE * shape[0] // math.prod(shape))
+    for begin in range(0, shape[0], rows):
+        with opened(file) as handle:
+            tensor[begin : begin + rows] = handle.get_slice(stored)[begin : begin + rows]
+    return tensor
+
+
+def with_rows(matrix: Tensor, rows: int) -> Tensor:
+    """A matrix cut to `rows` rows, or filled up to them with the mean of its own."""
+    if rows <= len(matrix):
+        return matrix[:rows]
+    return torch.cat([matrix, matrix.mean(0, keepdim=True).expand(rows - len(matrix), -1)])
+
+
+def fingerprint(file: Path) -> str:
+    """16 hexadecimal digits of a file's size and 64 pages spread over it: enough to tell one training from another."""
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    size = file.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as handle:
+        for page in range(64):
+            handle.seek(page * max(0, size - PAGE) // 63)
+            sha.update(handle.read(PAGE))
+    return sha.hexdigest()[:16]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint. InputError says what was looked for."""
+    if path.is_dir():
+        if (path / INDEX_FILE).is_file():
+            return indexed_files(path / INDEX_FILE)
+        for name in WEIGHT_FILES:
+            if (path / name).is_file():
+                return [path / name]
+        hint = ""
+        if (path / "pytorch_model.bin").is_file():
+            hint = "; scripts/convert_checkpoint.py makes safetensors of pytorch_model.bin"
+        if (path / PICKLED_INDEX).is_file():
+            hint = f"; NLG/split_model.py makes safetensors of the files in {PICKLED_INDEX}"
+        if (path / "adapter_config.json").is_file():
+            hint = "; it holds an adapter, which can be an expert only"
+        raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}{hint}")
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path}")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no .safetensors file; scripts/convert_checkpoint.py makes one of a pickled module")
+    return [path]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, in order.
+
+    InputError if it is none, names one outside its folder, or fewer than the shards' own names count (x-1-of-3).
+    """
+    try:
+        shards = sorted({Path(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of shards, JSON with a weight_map ({error!r})") from error
+    for shard in shards:
+        if shard.is_absolute() or ".." in shard.parts:
+            raise InputError(f"{index} names the shard {shard}, which lies outside its folder")
+        numbered = re.fullmatch(r".+-\d+-of-(\d+)\.\w+", shard.name)
+        if numbered and int(numbered[1]) > len(shards):
+            raise InputError(f"{index} names only {len(shards)} of {int(numbered[1])} shards, {shard} among them")
+    return [index.parent / shard for shard in shards]
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file open for lazy reads; a file that is missing, truncated or damaged is an InputError."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {file}") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or no safetensors file ({error})") from error
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What this project wrote into the header of one of its files; empty if the file is not one of them."""
+    with opened(file) as handle:
+        return json.loads((handle.metadata() or {}).get(HEADER_KEY, "{}"))
+
+
+def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
+    for field, value in flattened(expected).items():
+        was = flattened(found).get(field)
+        if was != value:
+            raise InputError(
+                f"{file} was made with {field} = {was}, now it is {value}; "
+                "choose another run.name, or remove the file to have it made anew"
+            )
+
+
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings, as JSON would give them back."""
+    flat = {}
+    for key, value in json.loads(json.dumps(nested)).items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file that is either whole or not there. The same contents give the same bytes."""
+    metadata = {"format": "pt"} if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
+    with replacing(file) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that exist."""
+    for name in names:
+        if (source / name).is_file():
+            with replacing(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` that takes its place when the block ends well; else nothing changes."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in file.parent.glob(f".{file.name}.*.tmp"):
+            left_by_a_kill.unlink()
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {file}: {error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def digest(value: Params | Any) -> str:
+    """16 hexadecimal digits that identify tensors by name, type, shape and bytes, or anything that JSON can say."""
+    sha = hashlib.sha256()
+    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+        for name in sorted(value):
+            tensor = value[name].detach().cpu().contiguous()
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    else:
+        sha.update(json.dumps(value, sort_keys=True).encode())
+    return sha.hexdigest()[:16]

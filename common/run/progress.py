@@ -1,0 +1,58 @@
+"""The progress of a stage over its units of work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common.core.errors import InputError
+
+
+@dataclass
+class Units:
+    """How much of a stage this session did, and how much it found done."""
+
+    done: int = 0
+    kept: int = 0
+
+
+class UnitBar(Units):
+    """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
+
+    def __init__(self, stage: str, units: int):
+        layout = "{desc} |{bar:20}| {n:.1f}/{total} units [{elapsed} gone, {remaining} left{postfix}]"
+        self.bar = tqdm(total=units, desc=stage, bar_format=layout, mininterval=0.5, smoothing=0.05)
+        super().__init__()
+        self.stage = stage
+
+    @contextmanager
+    def unit(self, name: str, count: int = 1) -> Iterator[None]:
+        """One unit of work, or `count`; a loss that is not finite inside becomes an InputError that names it."""
+        self.bar.set_description_str(f"{self.stage}: {name}", refresh=False)
+        kept = self.kept
+        try:
+            yield
+        except FloatingPointError as error:
+            raise InputError(f"{self.stage}: {name}: {error}") from error
+        if self.kept == kept:
+            self.done += count
+            self.bar.update(self.done - self.bar.n)
+
+    def advance(self, fraction: float, loss: float) -> None:
+        """Say how many units are done of what is being worked on, and how large its loss is."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(self.done + fraction - self.bar.n)
+
+    def keep(self, count: int = 1) -> None:
+        """The work was done before: it takes no time and shall not count in the estimate of what is left."""
+        self.kept += count
+        self.bar.total -= count
+        self.bar.refresh()
+
+    def __enter__(self) -> "UnitBar":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.bar.set_description_str(self.stage + (f" ({self.kept} kept)" if self.kept else ""))
+        self.bar.close()

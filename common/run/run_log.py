@@ -1,0 +1,139 @@
+"""What a run notes of itself in run.json: config, commit, versions, machine, seconds and memory of every stage."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import ROOT, Config, as_dict
+from common.io.checkpoints import write_text
+from common.run.device import prepare
+from common.run.progress import Units
+
+PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
+
+
+NOTES, FINISHED = "run.json", "finished"
+PROCESS = Path("/proc/self/status")
+
+
+def commit() -> str:
+    """The project's git commit, with "+" behind it if the tree differs from it; "unknown" outside a checkout."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def certificate() -> dict[str, Any]:
+    """Commit, versions, machine and time: what a number needs to be believed."""
+
+    def version_of(part: str) -> str:
+        try:
+            return version(part)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {part: version_of(part) for part in PARTS},
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin anew to watch the peak of memory; where the system cannot, it goes on counting from the process's start."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory taken since `reset_peak`, in GiB: by tensors on a CUDA device, or on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if PROCESS.is_file():
+        return int(PROCESS.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@contextmanager
+def recorded(config: Config, stage: str, units: "Units | None" = None) -> Iterator[None]:
+    """Note in the run's run.json when and where a stage was done, from which config and commit, how it ended, and its
+    seconds and peak memory in GiB.
+
+    A stage that keeps units adds to what was noted of the session that did them: that they are of the same settings is
+    known from their provenance. Where all is kept the note stays as it is.
+    """
+    device = prepare(config.run.device)
+    reset_peak(device)
+    began, ended = time.monotonic(), FINISHED
+    try:
+        yield
+    except BaseException as error:
+        ended = type(error).__name__
+        raise
+    finally:
+        session = {"seconds": time.monotonic() - began, "peak_gib": peak_gib(device), "ended": ended}
+        done, kept = (units.done, units.kept) if units else (1, 0)
+        note(config, stage, session | {"device": str(device)}, done, kept)
+
+
+def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int) -> None:
+    """Put one session of a stage, which did some units and kept others, into run.json."""
+    notes = read_notes(config.run.dir)
+    before = notes.get(stage, {})
+    last = before.get("ended", FINISHED) if before else session["ended"]
+    if not done and last == FINISHED:
+        return  # there was nothing left to do
+    counted = before if kept else {}
+    session["seconds"] = round(session["seconds"] + counted.get("seconds", 0), 3)
+    session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
+    session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
+    notes[stage] = session | certificate() | {"config": as_dict(config)}
+    write_text(config.run.dir / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
+
+
+def read_notes(run_dir: Path) -> dict[str, Any]:
+    """What run.json says of each stage; empty if there is none."""
+    file = run_dir / NOTES
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def spent(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """What stages of a run took together: {"seconds", "peak_gib", "hardware"}.
+
+    Empty if there are none, or if run.json does not know all of one: it was cut off, or done in part elsewhere.
+    """
+    notes = [read_notes(run_dir).get(stage, {}) for stage in stages]
+    whole = (n.get("ended") == FINISHED and n["units"] >= n["units_of"] for n in notes)
+    if not notes or not all(whole) or any(n["config"]["run"]["blocks"] for n in notes):
+        return {}
+    machines = (f"{n['gpu'] if n['device'] != 'cpu' else 'CPU'}, {n['threads']} threads, {n['machine']}" for n in notes)
+    return {
+        "seconds": round(sum(n["seconds"] for n in notes), 3),
+        "peak_gib": max(n["peak_gib"] for n in notes),
+        "hardware": "; ".join(dict.fromkeys(machines)),
+    }
