@@ -34,7 +34,7 @@ from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import is_adapter, open_checkpoint
 from common.io.shards import write_stream
 from common.io.vocabulary import tokenizer_folder
-from common.merging.calibration import Probe, probe_of
+from common.merging.calibration import CalibrationTask, calibration_task_of
 
 NAME = "nlu"
 PERCENT = False  # tables print fractions
@@ -208,7 +208,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
     return tokenizer(*map(list, texts), truncation=True, max_length=length, padding=True, return_tensors="pt")
 
 
-def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Probe:
+def probe(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
     classifier = open_classifier(config.model, config.tests[task]).to(device)
     vocabulary = classifier.get_input_embeddings().num_embeddings
@@ -221,7 +221,7 @@ def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Pr
         examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
     )
     family, prefix = FAMILIES[config.model.family_of(FAMILIES)], f"{classifier.base_model_prefix}."
-    return probe_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
+    return calibration_task_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
 
 
 def check_export(model: Model) -> None:

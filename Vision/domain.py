@@ -25,7 +25,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.shards import write_stream
-from common.merging.calibration import Probe, probe_of
+from common.merging.calibration import CalibrationTask, calibration_task_of
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -180,14 +180,14 @@ class Classifier(nn.Module):
         return classified(self.visual(images), self.head)
 
 
-def probe(config: Config, task: str, sample: Sample, device: torch.device) -> Probe:
+def probe(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The images of a task and its classifier, for merge methods that use data."""
     records, pixels = load_sample(config.eval, task, TASKS[task], ("image",), sample), preprocessing(config.model)
     classifier = Classifier(deepcopy(skeleton(config.model).visual), zero_shot_head(config.model, task).to(device))
     batches = torch.utils.data.DataLoader(
         records, sample.batch, collate_fn=lambda rows: {"images": pixels(rows)}, num_workers=config.eval.workers
     )
-    return probe_of(classifier, FAMILIES["open_clip"], batches, len(records), device)
+    return calibration_task_of(classifier, FAMILIES["open_clip"], batches, len(records), device)
 
 
 def image_tower(model: Model, path: Path) -> nn.Module:

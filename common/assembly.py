@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.config import PRETRAINED, Config, as_dict
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
-from common.domain import Domain, ProbedDomain
+from common.domain import CalibratedDomain, Domain
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
 from common.io.examples import Sample
@@ -63,7 +63,7 @@ def merged_with_data(
     """The same of a method that uses inputs of the tasks, all models in memory; and how much of which split it used."""
     config, use, hyper = experiment.config, WITH_DATA[method], experiment.hyper(method)
     sample = Sample(use.split, hyper["examples"], use.batch, hyper.get("seed", 0))
-    probed = cast(ProbedDomain, domain)  # check_choices sees to it
+    probed = cast(CalibratedDomain, domain)  # check_choices sees to it
     tests = {task: next(test for test, owner in config.tests.items() if owner == task) for task in config.tasks}
     probes = {task: probed.probe(config, test, sample, experiment.device) for task, test in tests.items()}
     names = experiment.base.names(experiment.family.scope)

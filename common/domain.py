@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.io.examples import Sample
-from common.merging.calibration import Probe
+from common.merging.calibration import CalibrationTask
 
 
 class Domain(Protocol):
@@ -31,9 +31,9 @@ class Domain(Protocol):
     ) -> dict[str, tuple[float, int]]: ...
 
 
-class ProbedDomain(Domain, Protocol):
+class CalibratedDomain(Domain, Protocol):
     """What a domain offers where merge methods can have inputs of its tasks: those of a test set's, and the model under
     the head that `score` puts on it.
     """
 
-    def probe(self, config: Config, task: str, sample: Sample, device: torch.device) -> Probe: ...
+    def probe(self, config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask: ...

@@ -13,10 +13,10 @@ from common.core.task_vectors import Params, subtract
 from common.domain import Domain
 from common.evaluation.scoring import score_run
 from common.experiment import Experiment, open_experiment
-from common.fda.adaptation import Trainable, coefficients, fit_block, own_weights, warmed
+from common.fda.adaptation import Trainable, coefficients, fit_block, own_weights, regmean_warm_start
 from common.fda.anchors import initial_anchors
 from common.fda.construction import Unit, optimise_anchors, optimise_together
-from common.fda.precision import chosen
+from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.run.background import read_ahead, written_behind
@@ -56,7 +56,7 @@ def construct_units(
         return bar.keep(len(files))
     units = [unit_of(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
     how: dict[str, Any] = {key: getattr(config, key) for key in SEARCH_SETTINGS}
-    how["precision"] = chosen(run.precision, experiment.device, theta_0, units[0].x_init[: config.chunk])
+    how["precision"] = effective_precision(run.precision, experiment.device, theta_0, units[0].x_init[: config.chunk])
     how["progress"] = lambda step, loss: bar.advance(len(units) * step / config.steps, loss)
     if config.together == "no":
         found = [optimise_anchors(experiment.block, theta_0, unit, chunk=config.chunk, **how) for unit in units]
@@ -133,7 +133,7 @@ def adapt_unit(
     del theta_0, theta_t  # a block can fill a machine; fitting holds several of its size
     if settings.warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
-        trained = warmed(experiment.block, trained, zip(thetas, inputs, strict=True))
+        trained = regmean_warm_start(experiment.block, trained, zip(thetas, inputs, strict=True))
     merged, trace = fit_block(
         experiment.block,
         trained,

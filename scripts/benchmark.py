@@ -34,16 +34,16 @@ from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
 from common.fda.adaptation import coefficients, fit_block, own_weights
 from common.fda.anchors import initial_anchors
-from common.fda.batching import together
+from common.fda.batching import batched_matching_gradient
 from common.fda.construction import Unit, optimise_anchors
 from common.fda.matching import DISTANCES, matching_gradient, matching_value
-from common.fda.precision import answers_in, chosen, in_precision
+from common.fda.precision import answers_in, effective_precision, in_precision
 from common.io.checkpoints import Checkpoint
 from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.planning.cost import Ledger
 from common.run.device import prepare
-from common.run.run_log import certificate
+from common.run.run_log import environment_info
 
 PAPER_STEPS = 1200
 RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation
@@ -75,7 +75,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
     theta_0, theta_t = clocks["engine"]["load"](load_block)
     tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
-    precision = chosen(preset("run")["precision"], device, theta_0, x_init)
+    precision = effective_precision(preset("run")["precision"], device, theta_0, x_init)
     unit = of.block, theta_0, theta_t
     plain, warm_up, answers = Reference(*unit, x_init), Reference(*unit, x_init), answers_in(precision)
 
@@ -143,7 +143,7 @@ def tasks_together(
     how = {"distance": "cos", "precision": precision}
     alone, joint = Clock(x_init.device), Clock(x_init.device)
     one, all_of_them = (
-        together(block, theta_0, [unit] * number, **how, compiler=compiler)
+        batched_matching_gradient(block, theta_0, [unit] * number, **how, compiler=compiler)
         for number, compiler in ((1, "eager"), (args.together, args.compiler))
     )
     first = Clock(x_init.device)
@@ -256,7 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, device, Path(folder))
     told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    text = json.dumps({"command": told, **certificate(), "result": result}, indent=1)
+    text = json.dumps({"command": told, **environment_info(), "result": result}, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

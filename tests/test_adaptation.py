@@ -15,7 +15,7 @@ from common.fda.adaptation import (
     fit_block,
     input_grams,
     own_weights,
-    warmed,
+    regmean_warm_start,
 )
 from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
@@ -150,7 +150,7 @@ def test_the_dry_run_foresees_the_memory_of_a_warm_start(width, rows):
     xs = [torch.randn(8, 2, width, generator=seeded(i)) for i in range(3)]
     module = torch.nn.Linear(width, rows, bias=False)
     with Ledger() as ledger:
-        warmed(linear, own_weights(theta_0), zip(thetas, xs, strict=True))
+        regmean_warm_start(linear, own_weights(theta_0), zip(thetas, xs, strict=True))
     given = 4 * rows * width  # θ_t, made before the ledger was on
     assert ledger.peak + given == pytest.approx(memory_of_warm_start(module, held=0), rel=0.2)
 
@@ -160,7 +160,7 @@ def test_the_warm_start_of_one_expert_is_the_expert():
     x = torch.randn(8, 2, 3, generator=seeded(2))
     tau = {"weight": theta_t["weight"] - theta_0["weight"]}
     for start in (own_weights(theta_0), coefficients(theta_0, [tau], [0.3])):
-        warm = warmed(linear, start, [(theta_t, x)])
+        warm = regmean_warm_start(linear, start, [(theta_t, x)])
         torch.testing.assert_close(warm.build(warm.free)["weight"], theta_t["weight"], atol=1e-5, rtol=0)
 
 
@@ -168,7 +168,7 @@ def test_the_warm_start_answers_every_expert_on_its_own_directions_and_leaves_th
     """Expert 1 has anchors along axis 0, expert 2 along axis 1, nobody along axis 2."""
     theta_0, *thetas = (random_params(i) for i in range(3))
     axes = torch.eye(3)
-    warm = warmed(linear, own_weights(theta_0), [(t, axes[i].view(1, 1, 3)) for i, t in enumerate(thetas)])
+    warm = regmean_warm_start(linear, own_weights(theta_0), [(t, axes[i].view(1, 1, 3)) for i, t in enumerate(thetas)])
     expected = torch.stack([thetas[0]["weight"][:, 0], thetas[1]["weight"][:, 1], theta_0["weight"][:, 2]], dim=1)
     torch.testing.assert_close(warm.build(warm.free)["weight"], expected)
 
@@ -190,7 +190,7 @@ def test_the_inputs_of_a_fused_projection_are_seen():
 
 def test_a_block_without_linear_maps_has_no_warm_start():
     with pytest.raises(InputError, match="adapt.warm_start is regmean, but"):
-        warmed(
+        regmean_warm_start(
             lambda p, x: x * p["scale"],
             own_weights({"scale": torch.ones(3)}),
             [({"scale": torch.ones(3)}, torch.ones(1, 1, 3))],

@@ -20,7 +20,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import add
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
-from common.merging.calibration import Entrance, Probe, entered, passed
+from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs
 from common.merging.fisher import fisher_information
 from common.merging.registry import METHODS, WITH_DATA, check_hyper, hyperparameters
 from common.pipeline import adapt, construct, merge_alone
@@ -72,7 +72,7 @@ def network(tasks, size=0.3):
 
 
 def enter(theta, batch):
-    return Entrance(F.linear(batch["x"], theta["embed"]), (), {})
+    return BlockInputs(F.linear(batch["x"], theta["embed"]), (), {})
 
 
 def block(theta, entrance):
@@ -90,7 +90,7 @@ def probe(seed, classes=CLASSES, batches=2, examples=8):
         return F.linear(entrance.x_ATD.mean(1), head)
 
     inputs = [{"x": draw(2000 + 10 * seed + i, examples, TOKENS, WIDTH)} for i in range(batches)]
-    return Probe(answer, enter, block, ["blocks.0.", "blocks.1."], inputs, batches * examples)
+    return CalibrationTask(answer, enter, block, ["blocks.0.", "blocks.1."], inputs, batches * examples)
 
 
 def merged(method, base, deltas, probes, **hyper):
@@ -103,7 +103,7 @@ def merged(method, base, deltas, probes, **hyper):
 def softmax_classifier(seed, classes, examples=6):
     """logits = x Wᵀ: its Fisher information is known."""
     inputs = [{"x": draw(seed + i, 1, WIDTH)} for i in range(examples)]
-    return Probe(lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], inputs, examples)
+    return CalibrationTask(lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], inputs, examples)
 
 
 def fisher_by_hand(w, inputs):
@@ -141,7 +141,9 @@ def test_fisher_of_a_regression_is_the_squared_gradient():
 def test_drawn_labels_give_the_fisher_information_on_average():
     """3000 draws for one input: off by a fiftieth of the largest entry, six times that nowhere."""
     w, x = draw(1, 3, WIDTH), draw(2, 1, WIDTH)
-    task = Probe(lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], [{"x": x}] * 3000, 3000)
+    task = CalibrationTask(
+        lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], [{"x": x}] * 3000, 3000
+    )
     drawn = fisher_information({"w": w}, task, exact=2, generator=torch.Generator().manual_seed(0))["w"]
     exact = fisher_by_hand(w.numpy(), [x[0].numpy()])
     assert 0 < np.abs(drawn.numpy() - exact).max() < 6 / 3000**0.5 * exact.max()
@@ -366,9 +368,11 @@ def test_a_probes_answers_and_blocks_are_those_of_stock_transformers(nlu_inputs,
     assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 1] and task.examples == 9
     assert any((batch["attention_mask"] == 0).any() for batch in batches)
     with torch.no_grad():
-        flow = entered(task, theta)
+        flow = first_block_inputs(task, theta)
         for prefix in task.prefixes:
-            flow = passed(task, {n.removeprefix(prefix): p for n, p in theta.items() if n.startswith(prefix)}, flow)
+            flow = next_block_inputs(
+                task, {n.removeprefix(prefix): p for n, p in theta.items() if n.startswith(prefix)}, flow
+            )
         for batch, entrance in zip(batches, flow, strict=True):
             torch.testing.assert_close(task.answer(theta, batch), classifier(**batch).logits)
             torch.testing.assert_close(entrance.x_ATD, encoder(**batch).last_hidden_state)

@@ -11,7 +11,7 @@ from common.core.seeding import seeded
 from common.core.task_vectors import subtract
 from common.fda import precision
 from common.fda.matching import matching_gradient, side_by_side
-from common.fda.precision import answers_in, chosen, in_precision
+from common.fda.precision import answers_in, effective_precision, in_precision
 from common.run.device import prepare
 
 CPU = prepare("cpu")
@@ -103,7 +103,9 @@ def test_autocast_would_not_do():
 )
 def test_a_cpu_does_not_emulate_bf16(asked, device, flags, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert chosen(asked, torch.device(device), {"weight": torch.ones(1, 1)}, torch.ones(1, 1, 1)) == expected
+    assert (
+        effective_precision(asked, torch.device(device), {"weight": torch.ones(1, 1)}, torch.ones(1, 1, 1)) == expected
+    )
 
 
 def test_torchs_linear_is_itself_again_also_after_a_failure():
@@ -126,8 +128,8 @@ def test_small_products_stay_in_float32(monkeypatch):
         for y in answers_in("bf16")(linear, weight, weight, x):
             assert y.unique().item() == expected
         gpu = torch.device("cuda")  # the answer for a CPU depends on its instructions
-        assert chosen("bf16", gpu, weight, x) == ("float32" if few == 9 else "bf16")
-        assert chosen("tf32", gpu, weight, x) == "tf32"
+        assert effective_precision("bf16", gpu, weight, x) == ("float32" if few == 9 else "bf16")
+        assert effective_precision("tf32", gpu, weight, x) == "tf32"
 
 
 def test_chunks_too_small_for_bf16_find_the_weights_of_their_maps(monkeypatch):

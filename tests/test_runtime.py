@@ -17,7 +17,7 @@ from common.core.errors import InputError
 from common.run.background import read_ahead, written_behind
 from common.run.device import prepare
 from common.run.progress import UnitBar, Units
-from common.run.run_log import read_notes, recorded, spent
+from common.run.run_log import read_notes, recorded, total_cost
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
@@ -76,24 +76,24 @@ def session(pico_config, monkeypatch):
 def test_sessions_of_one_stage_add_up_and_a_repeat_changes_nothing(session, pico_config):
     first = session(10, done=3, error=KeyboardInterrupt)
     assert (first["seconds"], first["ended"]) == (10, "KeyboardInterrupt")
-    assert spent(pico_config.run.dir, ["work"]) == {}
+    assert total_cost(pico_config.run.dir, ["work"]) == {}
     whole = session(5, done=1, kept=3)
     assert (whole["seconds"], whole["ended"], whole["units"], whole["units_of"]) == (15, "finished", 4, 4)
     assert whole["peak_gib"] >= first["peak_gib"] > 0.1
     assert session(0.5, kept=4) == whole
     assert session(0.5, error=InputError) == whole  # another config, refused at its first unit
-    found = spent(pico_config.run.dir, ["work"])
+    found = total_cost(pico_config.run.dir, ["work"])
     assert (found["seconds"], found["peak_gib"]) == (15, whole["peak_gib"]) and found["hardware"].startswith("CPU, ")
-    assert spent(pico_config.run.dir, ["work", "other"]) == spent(pico_config.run.dir, []) == {}
+    assert total_cost(pico_config.run.dir, ["work", "other"]) == total_cost(pico_config.run.dir, []) == {}
     assert session(7, done=4)["seconds"] == 7  # made anew
 
 
 def test_units_that_nobody_timed_leave_the_time_unknown(session, pico_config):
     """After a power cut three units are there and no note; blocks done by themselves are a part of the work."""
     assert session(0.5, kept=3) is None
-    assert session(5, done=1, kept=3)["seconds"] == 5 and spent(pico_config.run.dir, ["work"]) == {}
+    assert session(5, done=1, kept=3)["seconds"] == 5 and total_cost(pico_config.run.dir, ["work"]) == {}
     session(5, done=4, config=replace(pico_config, run=replace(pico_config.run, blocks=[1])))
-    assert spent(pico_config.run.dir, ["work"]) == {}
+    assert total_cost(pico_config.run.dir, ["work"]) == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is reset on Linux alone")

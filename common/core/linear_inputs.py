@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.core.blocks import Block
-from common.core.task_vectors import Params, leaves
+from common.core.task_vectors import Params, as_leaf_tensors
 
 
 def mean_grams(answer: Callable[..., Any], theta: Params, calls: Iterable[tuple]) -> dict[str, Tensor]:
     """XᵀX / rows (D, D) of the inputs X, one row a token, that answer(θ, *call) brings over all calls to every linear
     map x Wᵀ, by the name of W.
     """
-    trained = leaves(theta)  # a matrix that needs no gradient is not always multiplied as one
+    trained = as_leaf_tensors(theta)  # a matrix that needs no gradient is not always multiplied as one
     seen = _LinearInputs(trained)
     for call in calls:
         with seen:
@@ -25,7 +25,7 @@ def mean_grams(answer: Callable[..., Any], theta: Params, calls: Iterable[tuple]
 
 def input_grams(block: Block, theta: Params, x_ATD: Tensor) -> dict[str, Tensor]:
     """XᵀX (D, D) of the inputs X, one row a token, of every linear map x Wᵀ of the block, by the name of W."""
-    trained = leaves(theta)
+    trained = as_leaf_tensors(theta)
     with _LinearInputs(trained) as seen:
         block(trained, x_ATD)
     return seen.grams

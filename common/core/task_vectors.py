@@ -35,12 +35,12 @@ class LazyParams(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def leaves(theta: Params) -> dict[str, Tensor]:
+def as_leaf_tensors(theta: Params) -> dict[str, Tensor]:
     """The same tensors, without a past and requiring gradients."""
     return {name: p.detach().requires_grad_() for name, p in theta.items()}
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32, or as it is where it is wider: half precision is a storage format here, never an arithmetic one."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -71,7 +71,7 @@ def require_same_shapes(found: Shapes, expected: Shapes, who: str = "") -> None:
 def subtract(theta: Params, theta_0: Params) -> dict[str, Tensor]:
     """The task vector τ = θ − θ₀, float32 or wider. InputError where names or shapes differ."""
     require_same_tensors(theta, theta_0)
-    return {name: widen(tensor) - widen(theta_0[name]) for name, tensor in theta.items()}
+    return {name: upcast(tensor) - upcast(theta_0[name]) for name, tensor in theta.items()}
 
 
 def lazy_task_vector(read: Callable[[str], Tensor], theta_0: Params) -> LazyParams:
@@ -82,4 +82,4 @@ def lazy_task_vector(read: Callable[[str], Tensor], theta_0: Params) -> LazyPara
 def add(theta_0: Params, delta: Params, scale: float = 1.0) -> dict[str, Tensor]:
     """θ₀ + scale·δ, float32 or wider. InputError where names or shapes differ."""
     require_same_tensors(delta, theta_0)
-    return {name: torch.add(widen(tensor), widen(delta[name]), alpha=scale) for name, tensor in theta_0.items()}
+    return {name: torch.add(upcast(tensor), upcast(delta[name]), alpha=scale) for name, tensor in theta_0.items()}

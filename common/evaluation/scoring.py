@@ -14,7 +14,7 @@ from common.evaluation.tables import Row, read_results, row_name, table, upsert,
 from common.experiment import Experiment, open_experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.run.progress import Units
-from common.run.run_log import commit, recorded, spent
+from common.run.run_log import commit, recorded, total_cost
 
 RESULTS = "results.json"
 
@@ -74,7 +74,7 @@ def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) ->
         return {}
     made = checkpoint.path.name
     stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
-    return spent(config.run.dir, stages)
+    return total_cost(config.run.dir, stages)
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:

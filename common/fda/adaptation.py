@@ -12,7 +12,7 @@ from common.core.blocks import Block
 from common.core.errors import InputError
 from common.core.linalg import least_squares, normal_equations
 from common.core.linear_inputs import input_grams
-from common.core.task_vectors import Params, leaves, subtract
+from common.core.task_vectors import Params, as_leaf_tensors, subtract
 from common.fda.matching import DISTANCES
 
 Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step
@@ -104,7 +104,7 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas) -> Callable[[
     return step
 
 
-def warmed(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tensor]]) -> Trainable:
+def regmean_warm_start(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tensor]]) -> Trainable:
     """`start` with every linear map moved to the least-squares mean of the experts' on their anchors, in closed form.
 
     experts: θ_t and x_ATD of each task. Each linear map W of the block becomes the one whose outputs are nearest to
@@ -138,17 +138,17 @@ def fit_block(
     """Train `start` so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
 
     Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. A speedup divides
-    the epochs; see `rates_of`. `progress` is told the part of the epochs done, and the loss.
+    the epochs; see `learning_rates`. `progress` is told the part of the epochs done, and the loss.
     Returns: the parameters, detached, and the mean loss per anchor in each epoch.
     Raises: InputError if the batch is larger than the anchors; FloatingPointError at a loss that is not finite.
     """
     anchors = len(inputs_ATD)
     if batch_size > anchors:
         raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
-    free = leaves(start.free)
-    step, epochs = start.stepper(free, betas_of(speedup)), shortened(epochs, speedup)
+    free = as_leaf_tensors(start.free)
+    step, epochs = start.stepper(free, adam_betas(speedup)), shortened(epochs, speedup)
     steps, trace = epochs * -(-anchors // batch_size), []
-    rates = iter(rates_of(steps, lr, speedup))
+    rates = iter(learning_rates(steps, lr, speedup))
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
         for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(batch_size):
@@ -171,7 +171,7 @@ def shortened(epochs: int, speedup: float) -> int:
     return math.ceil(epochs / speedup)
 
 
-def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
+def learning_rates(steps: int, lr: float, speedup: float) -> list[float]:
     """The learning rate of each step: `lr`, or with a speedup a rise in the first fifth, the same rate, and a fall in
     the last fifth, which add up to the rates of all the steps before some were saved.
     """
@@ -182,7 +182,7 @@ def rates_of(steps: int, lr: float, speedup: float) -> list[float]:
     return [speedup * lr * steps * part / total for part in shape]
 
 
-def betas_of(speedup: float) -> Betas:
+def adam_betas(speedup: float) -> Betas:
     """Adam's β of both moments: with a speedup s a new gradient counts √s times as much as without.
 
     Large steps overshoot where they follow old gradients, and follow noise where they average few of them. With a share

@@ -24,7 +24,7 @@ Like = tuple[tuple[str, torch.Size], ...]
 """Names and shapes of some tensors."""
 
 
-def together(
+def batched_matching_gradient(
     block: Block, theta_0: Params, units: Sequence[tuple[Params, Params, Tensor | float]], *, distance: str,
     precision: str, compiler: str,
 ) -> Callable[[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:  # fmt: skip

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.core.blocks import Block, moved
 from common.core.task_vectors import Params
-from common.fda.batching import together
+from common.fda.batching import batched_matching_gradient
 from common.fda.matching import matching_gradient, matching_value
 from common.fda.precision import answers_in, in_precision
 
@@ -114,7 +114,7 @@ def optimise_together(
                 search(unit, None if precision == "float32" else value, **how)
                 for unit, value in zip(alike.values(), values, strict=True)
             ]
-            measure = together(
+            measure = batched_matching_gradient(
                 block,
                 theta_0,
                 [(unit.theta_t, unit.tau, unit.offset) for unit in alike.values()],

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.core.blocks import Block
-from common.core.task_vectors import Params, leaves
+from common.core.task_vectors import Params, as_leaf_tensors
 from common.fda.matching import Answers, side_by_side
 
 LOW = torch.bfloat16
@@ -29,7 +29,7 @@ FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; ro
 NATIVE = ("amx_bf16", "avx512_bf16")  # what a CPU has that multiplies in bf16; another one emulates it
 
 
-def chosen(precision: str, device: torch.device, theta: Params, x_ATD: Tensor) -> str:
+def effective_precision(precision: str, device: torch.device, theta: Params, x_ATD: Tensor) -> str:
     """The precision asked for, but float32 for bf16 where that gains nothing: on a CPU that has to emulate it, which
     took eight times as long as AMX, and where all products of the block would stay in float32.
     """
@@ -54,10 +54,10 @@ def answers_in(precision: str) -> Answers:
 
     Parameters, their gradients and outputs are float32 always.
     """
-    return InDifferences() if precision == "bf16" else side_by_side
+    return DifferenceForward() if precision == "bf16" else side_by_side
 
 
-class InDifferences:
+class DifferenceForward:
     """φ(θ₀; x) and φ(θ_t; x), their difference and its derivatives by x as exact as bf16 can tell them.
 
     For what `matching` does alone: derivatives are taken by θ₀, and then, where x requires a gradient, of those by x.
@@ -94,7 +94,7 @@ class InDifferences:
         with _linear_is(pretrained):
             y_0 = block(theta_0, x_ATD)
         with _linear_is(expert):
-            y_t = block(leaves(theta_t), x_ATD)
+            y_t = block(as_leaf_tensors(theta_t), x_ATD)
         return y_0, _LastPassOnly.apply(y_t) if by_x else y_t.detach()
 
     def rounded(self, what: str, number: int, weight: Callable[[], Tensor]) -> Tensor:

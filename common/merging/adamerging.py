@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, add, leaves
-from common.merging.calibration import Batch, Probe
+from common.core.task_vectors import Params, add, as_leaf_tensors
+from common.merging.calibration import Batch, CalibrationTask
 from common.merging.tensorwise import require_examples, total
 
 
 def adamerging(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[Probe],
+    probes: Sequence[CalibrationTask],
     *,
     examples: int | None = None,
     initial: float = 0.3,
@@ -49,7 +49,7 @@ def adamerging(
     adam = torch.optim.Adam(lambdas.values(), lr=lr)
     streams = [repeated(probe.batches) for probe in probes]
     for _ in tqdm(range(steps), desc="adamerging", leave=False):
-        theta = leaves(add(base, combined(lambdas, deltas)))
+        theta = as_leaf_tensors(add(base, combined(lambdas, deltas)))
         for probe, stream in zip(probes, streams, strict=True):
             logits_AC = probe.answer(theta, next(stream))
             if logits_AC.shape[1] > 1:

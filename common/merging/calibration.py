@@ -23,7 +23,7 @@ Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Entrance:
+class BlockInputs:
     """What a model calls a block with: x_ATD, and everything behind it (masks)."""
 
     x_ATD: Tensor
@@ -32,15 +32,15 @@ class Entrance:
 
 
 @dataclass(frozen=True)
-class Probe:
+class CalibrationTask:
     """A task's inputs and its model. prefixes: beginning of the names of each block's tensors, in order.
 
     batches: may be gone through repeatedly; made anew each time, so that they need not all be in memory.
     """
 
     answer: Callable[[Params, Batch], Tensor]
-    enter: Callable[[Params, Batch], Entrance]
-    block: Callable[[Params, Entrance], Tensor]
+    enter: Callable[[Params, Batch], BlockInputs]
+    block: Callable[[Params, BlockInputs], Tensor]
     prefixes: Sequence[str]
     batches: Iterable[Batch]
     examples: int
@@ -50,14 +50,16 @@ def _never(*_: object) -> Any:
     raise AssertionError("a task without inputs is asked nothing")
 
 
-NO_PROBE = Probe(_never, _never, _never, prefixes=(), batches=(), examples=0)  # goes with a model of no tensors
+NO_CALIBRATION = CalibrationTask(
+    _never, _never, _never, prefixes=(), batches=(), examples=0
+)  # goes with a model of no tensors
 
 
 class _Reached(Exception):
     """Ends a forward pass where the first block begins."""
 
 
-def probe_of(
+def calibration_task_of(
     model: nn.Module,
     family: BlockFamily,
     batches: Iterable[Batch],
@@ -65,7 +67,7 @@ def probe_of(
     device: torch.device,
     prefix: str = "",
     logits: Callable[[Any], Tensor] = lambda output: output,
-) -> Probe:
+) -> CalibrationTask:
     """A probe of a model that is called with a batch's tensors by name; its merged tensors may be without memory.
 
     prefix: what precedes the names of the checkpoint in the model. logits: from what the model returns.
@@ -77,23 +79,23 @@ def probe_of(
         named = {prefix + name: p for name, p in theta.items() if prefix + name in names}
         return functional_call(model, named, kwargs={key: x.to(device) for key, x in batch.items()})
 
-    def enter(theta: Params, batch: Batch) -> Entrance:
-        seen: list[Entrance] = []
+    def enter(theta: Params, batch: Batch) -> BlockInputs:
+        seen: list[BlockInputs] = []
 
         def stop(module: nn.Module, args: tuple, named: dict) -> None:
-            seen.append(Entrance(args[0], args[1:], named))
+            seen.append(BlockInputs(args[0], args[1:], named))
             raise _Reached
 
         with first.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
             run(theta, batch)
         return seen[0]
 
-    def block(theta: Params, entrance: Entrance) -> Tensor:
+    def block(theta: Params, entrance: BlockInputs) -> Tensor:
         y = functional_call(first, dict(theta), (entrance.x_ATD, *entrance.others), dict(entrance.named))
         return y[0] if isinstance(y, tuple) else y
 
     prefixes = [family.prefix(index) for index in range(len(modules))]
-    return Probe(lambda theta, batch: logits(run(theta, batch)), enter, block, prefixes, batches, examples)
+    return CalibrationTask(lambda theta, batch: logits(run(theta, batch)), enter, block, prefixes, batches, examples)
 
 
 def part(theta: Params, prefix: str) -> dict[str, Tensor]:
@@ -102,12 +104,12 @@ def part(theta: Params, prefix: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def entered(probe: Probe, theta: Params) -> list[Entrance]:
+def first_block_inputs(probe: CalibrationTask, theta: Params) -> list[BlockInputs]:
     """What reaches the first block of a model, batch by batch."""
     return [probe.enter(theta, batch) for batch in probe.batches]
 
 
 @torch.no_grad()
-def passed(probe: Probe, theta: Params, flow: Sequence[Entrance]) -> list[Entrance]:
+def next_block_inputs(probe: CalibrationTask, theta: Params, flow: Sequence[BlockInputs]) -> list[BlockInputs]:
     """What reaches the next block of a model, θ being that of this one."""
     return [replace(entrance, x_ATD=probe.block(theta, entrance)) for entrance in flow]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
-from common.core.task_vectors import LazyParams, Params, widen
+from common.core.task_vectors import LazyParams, Params, upcast
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
 
@@ -51,6 +51,6 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
         return mask.to(tau).mul_(tau).div_(1 - drop)
 
     def lazily(delta: Params, task: int) -> LazyParams:
-        return LazyParams(delta, lambda name: kept(widen(delta[name]), name, task))
+        return LazyParams(delta, lambda name: kept(upcast(delta[name]), name, task))
 
     return [lazily(delta, i) for i, delta in enumerate(deltas)]

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
-from common.core.task_vectors import Params, add, leaves
-from common.merging.calibration import Probe
+from common.core.task_vectors import Params, add, as_leaf_tensors
+from common.merging.calibration import CalibrationTask
 from common.merging.tensorwise import require_examples
 
 
 def fisher(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[Probe],
+    probes: Sequence[CalibrationTask],
     *,
     examples: int = 256,
     exact: int = 10,
@@ -59,9 +59,11 @@ def fisher_mean(taus: Sequence[Tensor], fishers: Sequence[Tensor], floor: float 
     return delta.div_(weights)
 
 
-def fisher_information(theta: Params, probe: Probe, exact: int, generator: torch.Generator) -> dict[str, Tensor]:
+def fisher_information(
+    theta: Params, probe: CalibrationTask, exact: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     """The diagonal of the Fisher matrix at θ, by tensor: its mean over the probe's examples."""
-    at = leaves(theta)
+    at = as_leaf_tensors(theta)
     total = {name: torch.zeros_like(p) for name, p in theta.items()}
     for batch in tqdm(probe.batches, desc="fisher", leave=False, disable=not theta):
         logits_AC = probe.answer(at, batch)

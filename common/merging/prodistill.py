@@ -20,17 +20,17 @@ from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
-from common.core.task_vectors import Params, add, leaves
-from common.merging.calibration import Entrance, Probe, entered, part, passed
+from common.core.task_vectors import Params, add, as_leaf_tensors
+from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs, part
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
 
-Flow = Sequence[Entrance]  # what reaches a block, batch by batch
+Flow = Sequence[BlockInputs]  # what reaches a block, batch by batch
 
 
 def prodistill(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[Probe],
+    probes: Sequence[CalibrationTask],
     *,
     examples: int = 64,
     initial: float = 0.3,
@@ -43,21 +43,23 @@ def prodistill(
     if lr <= 0 or epochs < 0:
         raise InputError(f"prodistill: lr > 0 and epochs ≥ 0 are needed, they are {lr} and {epochs}")
     merged = each_tensor(lambda taus: weighted(taus, initial), base, deltas)
-    x = [entered(probe, add(base, merged)) for probe in probes]
-    z = [entered(probe, add(base, delta)) for probe, delta in zip(probes, deltas, strict=True)]
+    x = [first_block_inputs(probe, add(base, merged)) for probe in probes]
+    z = [first_block_inputs(probe, add(base, delta)) for probe, delta in zip(probes, deltas, strict=True)]
     for index, prefix in enumerate(probes[0].prefixes):
         theta_0, taus = part(base, prefix), [part(delta, prefix) for delta in deltas]
-        z = [passed(probe, add(theta_0, tau), flow) for probe, tau, flow in zip(probes, taus, z, strict=True)]
+        z = [
+            next_block_inputs(probe, add(theta_0, tau), flow) for probe, tau, flow in zip(probes, taus, z, strict=True)
+        ]
         block = distilled(theta_0, taus, probes, x, z, initial, lr, epochs, seeded(seed, "prodistill", index))
         merged |= {prefix + name: delta for name, delta in block.items()}
-        x = [passed(probe, add(theta_0, block), flow) for probe, flow in zip(probes, x, strict=True)]
+        x = [next_block_inputs(probe, add(theta_0, block), flow) for probe, flow in zip(probes, x, strict=True)]
     return merged
 
 
 def distilled(
     theta_0: Params,
     taus: Sequence[Params],
-    probes: Sequence[Probe],
+    probes: Sequence[CalibrationTask],
     inputs: Sequence[Flow],
     targets: Sequence[Flow],
     initial: float,
@@ -71,7 +73,7 @@ def distilled(
     for _ in tqdm(range(epochs), desc="prodistill, a block", leave=False):
         orders = [torch.randperm(len(flow), generator=generator).tolist() for flow in inputs]
         for step in range(max(map(len, orders))):
-            theta = leaves(add(theta_0, combined(alphas, taus)))
+            theta = as_leaf_tensors(add(theta_0, combined(alphas, taus)))
             for probe, order, x, target in zip(probes, orders, inputs, targets, strict=True):
                 batch = order[step % len(order)]
                 y_ATD = probe.block(theta, x[batch])

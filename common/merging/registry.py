@@ -19,7 +19,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, require_same_tensors
 from common.merging.average import average
 from common.merging.breadcrumbs import breadcrumbs
-from common.merging.calibration import NO_PROBE
+from common.merging.calibration import NO_CALIBRATION
 from common.merging.consensus import consensus_ta
 from common.merging.dare import dare_ta, dare_ties
 from common.merging.doge import doge_ta
@@ -80,7 +80,7 @@ def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None)
     if tasks is not None:
         if tasks < 1:
             raise InputError(f"{method}: at least one task is needed to merge")
-        probes = [[NO_PROBE] * tasks] if method in WITH_DATA else []
+        probes = [[NO_CALIBRATION] * tasks] if method in WITH_DATA else []
         function(method)({}, [{}] * tasks, *probes, **hyper)
 
 

@@ -17,12 +17,17 @@ from torch import Tensor
 from common.core.linalg import least_squares, normal_equations
 from common.core.linear_inputs import mean_grams
 from common.core.task_vectors import Params, add
-from common.merging.calibration import Probe
+from common.merging.calibration import CalibrationTask
 from common.merging.tensorwise import require_examples, require_fraction, weighted
 
 
 def regmean(
-    base: Params, deltas: Sequence[Params], probes: Sequence[Probe], *, examples: int = 256, alpha: float = 0.9
+    base: Params,
+    deltas: Sequence[Params],
+    probes: Sequence[CalibrationTask],
+    *,
+    examples: int = 256,
+    alpha: float = 0.9,
 ) -> Params:
     """The RegMean delta; `alpha` is the factor on what is off the diagonal of the Gram matrices."""
     require_examples("regmean", examples)

@@ -13,19 +13,24 @@ from collections.abc import Sequence
 
 from common.core.linear_inputs import mean_grams
 from common.core.task_vectors import Params, add
-from common.merging.calibration import Probe, entered, part, passed
+from common.merging.calibration import CalibrationTask, first_block_inputs, next_block_inputs, part
 from common.merging.regmean import regression_means
 from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
 
 
 def regmean_pp(
-    base: Params, deltas: Sequence[Params], probes: Sequence[Probe], *, examples: int = 256, alpha: float = 0.95
+    base: Params,
+    deltas: Sequence[Params],
+    probes: Sequence[CalibrationTask],
+    *,
+    examples: int = 256,
+    alpha: float = 0.95,
 ) -> Params:
     """The RegMean++ delta; `alpha` is the factor on what is off the diagonal of the Gram matrices."""
     require_examples("regmean_pp", examples)
     require_fraction("regmean_pp", "alpha", alpha)
     merged = each_tensor(lambda taus: weighted(taus, None), base, deltas)
-    flows = [entered(probe, add(base, merged)) for probe in probes]
+    flows = [first_block_inputs(probe, add(base, merged)) for probe in probes]
     for prefix in probes[0].prefixes:
         theta_0, taus = part(base, prefix), [part(delta, prefix) for delta in deltas]
         grams = (
@@ -34,5 +39,5 @@ def regmean_pp(
         )
         block = regression_means(taus, grams, alpha)
         merged |= {prefix + name: delta for name, delta in block.items()}
-        flows = [passed(probe, add(theta_0, block), flow) for probe, flow in zip(probes, flows, strict=True)]
+        flows = [next_block_inputs(probe, add(theta_0, block), flow) for probe, flow in zip(probes, flows, strict=True)]
     return merged

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, widen
+from common.core.task_vectors import Params, upcast
 from common.merging.tensorwise import Taus
 
 
@@ -41,7 +41,7 @@ def slerp(
         left, right = arc_weights(theta + taus[0], theta + taus[1], t, linear_above)
         return (left * taus[0]).add_(right * taus[1]).add_((left + right - 1) * theta)
 
-    return {name: merged(widen(base[name]), Taus(deltas, name)) for name in base}
+    return {name: merged(upcast(base[name]), Taus(deltas, name)) for name in base}
 
 
 def arc_weights(a: Tensor, b: Tensor, t: float, linear_above: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ Default: λ = 0.3 for every task, the FDA paper's coefficient for all ViTs and R
 from collections.abc import Sequence
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, widen
+from common.core.task_vectors import Params, upcast
 from common.merging.tensorwise import total
 
 
@@ -17,4 +17,4 @@ def task_arithmetic(base: Params, deltas: Sequence[Params], *, scale: float | Se
     if len(scales) != len(deltas):
         raise InputError(f"ta: scale lists {len(scales)} numbers, one for each of the {len(deltas)} tasks is needed")
     pairs = list(zip(scales, deltas, strict=True))
-    return {name: total(lam * widen(delta[name]) for lam, delta in pairs) for name in base}
+    return {name: total(lam * upcast(delta[name]) for lam, delta in pairs) for name in base}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, widen
+from common.core.task_vectors import Params, upcast
 
 
 class Taus(Sequence[Tensor]):
@@ -22,7 +22,7 @@ class Taus(Sequence[Tensor]):
         return len(self.deltas)
 
     def __getitem__(self, i):
-        return Taus(self.deltas[i], self.name) if isinstance(i, slice) else widen(self.deltas[i][self.name])
+        return Taus(self.deltas[i], self.name) if isinstance(i, slice) else upcast(self.deltas[i][self.name])
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))  # Sequence's own would hold each while the next is made

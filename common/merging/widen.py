@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.core.task_vectors import Params, widen
+from common.core.task_vectors import Params, upcast
 from common.merging.tensorwise import Taus, total
 
 
@@ -33,7 +33,7 @@ def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0,
             scores = scores.view(len(taus), *theta.shape)
         return total(score * tau for score, tau in zip(scores, taus, strict=True))
 
-    return {name: merged(widen(base[name]), Taus(deltas, name)) for name in base}
+    return {name: merged(upcast(base[name]), Taus(deltas, name)) for name in base}
 
 
 def column_ranks(theta_0: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

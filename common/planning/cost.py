@@ -15,10 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from common.config import PRETRAINED, Config
 from common.core.blocks import Block
-from common.core.task_vectors import Params, add, lazy_task_vector, leaves
+from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vector
 from common.fda.adaptation import BETAS, coefficients, own_weights
 from common.fda.matching import DISTANCES, matching_gradient
-from common.fda.precision import answers_in, chosen
+from common.fda.precision import answers_in, effective_precision
 from common.merging.registry import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
 
 GIB = 2**30
@@ -80,7 +80,7 @@ def arithmetic(config: Config, module: nn.Module, shape: tuple[int, int, int]) -
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     x = torch.empty(shape, device="meta")[: config.anchors.chunk]
     device = torch.device("cpu" if on_cpu else "cuda")
-    return chosen(config.run.precision, device, dict(module.named_parameters()), x)
+    return effective_precision(config.run.precision, device, dict(module.named_parameters()), x)
 
 
 def size_of(module: nn.Module) -> int:
@@ -127,7 +127,7 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         else:
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
-        free = leaves(start.free)
+        free = as_leaf_tensors(start.free)
         step = (lambda lr: None) if weights else start.stepper(free, BETAS)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
         DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()

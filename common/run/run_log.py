@@ -39,7 +39,7 @@ def commit() -> str:
         return "unknown"
 
 
-def certificate() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """Commit, versions, machine and time: what a number needs to be believed."""
 
     def version_of(part: str) -> str:
@@ -112,7 +112,7 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     session["seconds"] = round(session["seconds"] + counted.get("seconds", 0), 3)
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
     session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
-    notes[stage] = session | certificate() | {"config": as_dict(config)}
+    notes[stage] = session | environment_info() | {"config": as_dict(config)}
     write_text(config.run.dir / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
 
 
@@ -122,7 +122,7 @@ def read_notes(run_dir: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def spent(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
+def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
     """What stages of a run took together: {"seconds", "peak_gib", "hardware"}.
 
     Empty if there are none, or if run.json does not know all of one: it was cut off, or done in part elsewhere.
