@@ -21,7 +21,7 @@ from transformers import (
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start, for_task
 from common.io.checkpoints import write_tensors
-from NLU.domain import TASKS, Task
+from NLU.scoring import TASKS, Task
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

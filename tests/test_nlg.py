@@ -33,9 +33,11 @@ from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from NLG import domain
+from NLG.decoders import DECODER
+from NLG.export import stored_dtype
 from Vision import domain as vision
 
-EMBEDDING, HEAD = domain.DECODER.vocabulary
+EMBEDDING, HEAD = DECODER.vocabulary
 NORM = "model.norm.weight"
 
 
@@ -202,7 +204,7 @@ def test_released_anchors_of_two_axes_are_used_in_place(config, tmp_path):
 def test_the_gradient_in_chunks_is_the_whole_one(distance, chunk):
     torch.manual_seed(0)
     module = pico_model("llama").model.layers[0].mlp.double()
-    block = domain.DECODER.pure(module)
+    block = DECODER.pure(module)
     theta_0 = dict(module.named_parameters())
     theta_t = {n: p + 0.1 * torch.randn_like(p) for n, p in theta_0.items()}
     x_ATD = torch.randn(9, 1, 16, dtype=torch.float64)
@@ -282,7 +284,7 @@ def test_the_merged_type_is_chosen_or_the_bases(own, dtype):
     folder = merge_alone(change(config, "model", dtype=dtype), domain)
     wanted = getattr(torch, dtype or "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == wanted
-    assert domain.stored_dtype(folder) == wanted
+    assert stored_dtype(folder) == wanted
     exact = merge_alone(change(change(config, "model", dtype="float32"), "run", name="exact"), domain)
     for name in Checkpoint(folder).names():
         assert torch.equal(read(folder, name), read(exact, name).to(wanted).float())
@@ -329,7 +331,7 @@ def test_interrupted_anywhere_it_goes_on_and_ends_with_the_same_bytes(config, mo
         adapt: [
             ("common.pipeline.write_tensors", 1),
             ("common.io.shards.write_stored", 1),
-            ("NLG.domain.link_weights", 0),
+            ("NLG.export.link_weights", 0),
             ("common.assembly.shutil.rmtree", 0),
         ],
     }

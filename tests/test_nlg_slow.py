@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pico_nlg import pico_config, write_pico_models
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.command import parse
 from common.config import ROOT
@@ -61,8 +62,8 @@ def write_wide(folder, vocabulary, seed, base=None):
     config = LLAMA | {"vocab_size": vocabulary}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in domain.AutoModelForCausalLM.from_config(
-            domain.AutoConfig.for_model(**config)).named_parameters()}  # fmt: skip
+        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config)).named_parameters()}  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
     def tensors():

@@ -41,7 +41,7 @@ from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from common.validation import check_choices
-from NLU import domain
+from NLU import domain, scoring
 
 KEY_BIAS = "attention.self.key.bias"
 CPU = torch.device("cpu")
@@ -159,8 +159,8 @@ def test_batches_and_limit(config):
     assert domain.score(change(config, "eval", batch_size=7), "STS-B", expert, CPU)["x"] == pytest.approx(
         whole, abs=1e-4
     )
-    tokenizer = domain.open_tokenizer(config.model, "STS-B", 50)
-    labels = [x for _, batch in domain.tokenised(change(config, "eval", limit=4), "STS-B", tokenizer) for x in batch]
+    tokenizer = scoring.open_tokenizer(config.model, "STS-B", 50)
+    labels = [x for _, batch in scoring.tokenised(change(config, "eval", limit=4), "STS-B", tokenizer) for x in batch]
     first = datasets.load_from_disk(f"{config.eval.data}/STS-B")["validation"]["label"][:4]
     assert sorted(labels) == pytest.approx(sorted(first))
 
@@ -168,10 +168,10 @@ def test_batches_and_limit(config):
 def test_the_validation_cut_is_scored_apart_from_the_test_set(config):
     """The cut is the last tenth of a permutation by RandomState(0); rows of both splits stay, a table shows one."""
     cut = change(config, "eval", split="validation_cut")
-    tokenizer = domain.open_tokenizer(config.model, "STS-B", 50)
+    tokenizer = scoring.open_tokenizer(config.model, "STS-B", 50)
     train = datasets.load_from_disk(f"{config.eval.data}/STS-B")["train"]["label"]
     expected = [train[i] for i in np.random.RandomState(0).permutation(30)[27:]]
-    labels = [x for _, batch in domain.tokenised(cut, "STS-B", tokenizer) for x in batch]
+    labels = [x for _, batch in scoring.tokenised(cut, "STS-B", tokenizer) for x in batch]
     assert sorted(labels) == pytest.approx(sorted(expected))
     tables = []
     for one in (config, cut, config):
@@ -190,14 +190,14 @@ def test_local_files_named_after_the_split_are_that_split(config, tmp_path):
         table = datasets.Dataset.from_dict({"premise": ["w1"] * 4, "hypothesis": ["w2"] * 4, "label": [label] * 4})
         table.to_parquet(tmp_path / "data" / "MNLI" / f"{split}-00000-of-00001.parquet")
     local = change(config, "eval", data=str(tmp_path / "data"))
-    ((_, labels),) = domain.tokenised(local, "MNLI", domain.open_tokenizer(config.model, "MNLI", 50))
+    ((_, labels),) = scoring.tokenised(local, "MNLI", scoring.open_tokenizer(config.model, "MNLI", 50))
     assert labels.tolist() == [1] * 4
 
 
 def test_long_examples_are_cut_at_128_tokens(own):
     long = {"sentence": ["w1 " * 300], "label": [1]}
     datasets.DatasetDict({"validation": datasets.Dataset.from_dict(long)}).save_to_disk(f"{own.eval.data}/CoLA")
-    ((tokens, _),) = domain.tokenised(own, "CoLA", domain.open_tokenizer(own.model, "CoLA", 50))
+    ((tokens, _),) = scoring.tokenised(own, "CoLA", scoring.open_tokenizer(own.model, "CoLA", 50))
     assert tokens["input_ids"].shape == (1, 128)
 
 
@@ -316,7 +316,7 @@ def test_heads_and_poolers_are_never_merged(inputs, tmp_path):
     config = pico_config(inputs, tmp_path, "bert")
     merged = Checkpoint(merge_alone(change(change(config, "start", method="ta"), "run", score=False), domain))
     assert {n.split(".")[0] for n in merged.shapes} == {"embeddings", "encoder"}
-    own, expert = domain.open_classifier(config.model, "MNLI").state_dict(), config.model.path("expert", "MNLI")
+    own, expert = scoring.open_classifier(config.model, "MNLI").state_dict(), config.model.path("expert", "MNLI")
     stored = load_file(expert / "model.safetensors")
     heads = [n for n in stored if n.startswith(("classifier.", "bert.pooler."))]
     assert len(heads) == 4 and all(torch.equal(own[n], stored[n]) for n in heads)
@@ -408,18 +408,18 @@ def test_an_encoder_whose_answers_are_not_finite_is_named(own):
 
 def test_a_tokenizer_that_does_not_fit_is_refused_and_the_bases_own_stands_in(own):
     with pytest.raises(InputError, match="cola/model knows 44 tokens, the encoder embeds 43"):
-        domain.open_tokenizer(own.model, "CoLA", 43)
+        scoring.open_tokenizer(own.model, "CoLA", 43)
     for which in ("expert", "base"):
         for file in own.model.path(which, "CoLA").glob("tokenizer*"):
             file.unlink()
         if which == "expert":
-            assert len(domain.open_tokenizer(own.model, "CoLA", 50)) == 44
+            assert len(scoring.open_tokenizer(own.model, "CoLA", 50)) == 44
     with pytest.raises(InputError, match=r"no tokenizer: neither .*cola/model nor .*base holds one of tokenizer.json"):
-        domain.open_tokenizer(own.model, "CoLA", 50)
+        scoring.open_tokenizer(own.model, "CoLA", 50)
 
 
 def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own):
-    tokenizer = domain.open_tokenizer(own.model, "CoLA", 50)
+    tokenizer = scoring.open_tokenizer(own.model, "CoLA", 50)
     for columns, message in (
         ({"sentence": ["w1"], "target": [0]}, "task CoLA lacks the column label; it has sentence, target"),
         ({"text": ["w1"]}, "task CoLA lacks the columns sentence, label; it has text"),
@@ -428,7 +428,7 @@ def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own):
         shutil.rmtree(f"{own.eval.data}/CoLA")
         datasets.DatasetDict({"validation": datasets.Dataset.from_dict(columns)}).save_to_disk(f"{own.eval.data}/CoLA")
         with pytest.raises(InputError, match=message):
-            domain.tokenised(own, "CoLA", tokenizer)
+            scoring.tokenised(own, "CoLA", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own):
 def test_a_row_of_tasks_that_cannot_be_scored_is_refused(tmp_path, row, message):
     (tmp_path / "tasks.yaml").write_text(f"X: {row}\n")
     with pytest.raises(InputError, match=message):
-        domain.read_tasks(tmp_path / "tasks.yaml")
+        scoring.read_tasks(tmp_path / "tasks.yaml")
 
 
 def test_checkpoints_of_another_kind_are_refused(own):

@@ -1,0 +1,181 @@
+"""The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.config import Config, Model
+from common.core.errors import InputError
+from common.core.task_vectors import Params, require_same_shapes
+from common.evaluation.metrics import METRICS, REGRESSION
+from common.io.examples import Sample, load_sample, load_scored
+from common.io.lora import is_adapter, open_checkpoint
+from common.io.vocabulary import tokenizer_folder
+from common.merging.calibration import CalibrationTask, calibration_task_of
+from NLU.encoders import FAMILIES, architecture
+
+MAX_LENGTH = 128  # tokens of an example; longer ones are cut
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spm.model")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set of sentences or sentence pairs; see the head of tasks.yaml."""
+
+    text: list[str]
+    labels: int
+    metric: str
+    hub: str = ""
+    hub_config: str | None = None
+    split: str = "validation"
+    train_split: str = "train"
+
+
+def read_tasks(file: Path) -> dict[str, Task]:
+    """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
+    tasks = {}
+    for name, row in yaml.safe_load(file.read_text()).items():
+        try:
+            tasks[name] = Task(**row)
+        except TypeError as error:
+            raise InputError(f"{file}: task {name}: {error}") from error
+        if tasks[name].metric not in METRICS:
+            raise InputError(f"{file}: task {name}: unknown metric {row['metric']!r}; choose from {', '.join(METRICS)}")
+        if (tasks[name].labels == 1) != (tasks[name].metric in REGRESSION):
+            raise InputError(f"{file}: task {name}: {row['metric']} does not fit labels: {row['labels']}")
+    return tasks
+
+
+TASKS = read_tasks(Path(__file__).parent / "tasks.yaml")
+
+
+def metric(task: str) -> str:
+    """Name of the number that a task reports."""
+    return TASKS[task].metric
+
+
+@torch.no_grad()
+def score(
+    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> dict[str, tuple[float, int]]:
+    """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
+    owner = config.tests[task]
+    if TASKS[owner].labels != TASKS[task].labels:
+        labels = f"{TASKS[owner].labels} against {TASKS[task].labels}"
+        raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
+    classifier = open_classifier(config.model, owner).to(device).eval()
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
+    labels = torch.cat([labels for _, labels in batches])
+    scores = {}
+    for name, path in checkpoints.items():
+        encoder = open_checkpoint(path, config.model.path("base"), FAMILIES[config.model.family_of(FAMILIES)].names)
+        classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
+        bar = tqdm(batches, desc=f"score {task}", leave=False)
+        logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
+        if not logits.isfinite().all():
+            raise InputError(f"{path} answers task {task} with NaN or Inf")
+        predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
+        scores[name] = METRICS[metric(task)](labels.numpy(), predictions.numpy()), len(labels)
+    return scores
+
+
+def open_classifier(model: Model, task: str) -> PreTrainedModel:
+    """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
+    config = expert_architecture(model, task)
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    classifier.load_state_dict(read_head(model, task), strict=False)
+    return classifier
+
+
+def expert_architecture(model: Model, task: str) -> PretrainedConfig:
+    """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
+    folder = model.path("expert", task)
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return architecture(model, folder)
+    config = architecture(model, model.path("base"))
+    config.num_labels = TASKS[task].labels
+    return config
+
+
+def read_head(model: Model, task: str) -> Params:
+    """All tensors of the task's expert that are never merged: its classifier, and the pooler that a BERT has before it.
+
+    InputError if the expert lacks one of them or has another number of outputs than the task.
+    """
+    folder, wanted = model.path("expert", task), TASKS[task].labels
+    config = expert_architecture(model, task)
+    if config.num_labels != wanted:
+        kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
+        raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    encoder_name, prefix = FAMILIES[model.family_of(FAMILIES)].names, f"{classifier.base_model_prefix}."
+    shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if encoder_name(name) is None}
+    full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
+    head = open_checkpoint(folder, model.path("base"), lambda stored: full.get(stored.removeprefix(prefix)))
+    require_same_shapes(head.shapes, shapes, f"the head in {folder}")
+    return head.read(shapes)
+
+
+def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
+    folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
+    return tokenizer
+
+
+def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[BatchEncoding, Tensor]]:
+    """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
+    row = TASKS[task]
+    columns = (*row.text, "label")
+    records = load_scored(config.eval, task, row, columns)
+    *texts, labels = (list(records[column]) for column in columns)
+    if row.labels > 1 and not set(labels) <= set(range(row.labels)):
+        raise InputError(
+            f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
+        )
+
+    def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
+        *texts, labels = zip(*examples, strict=True)
+        return encoded(tokenizer, texts), torch.tensor(labels)
+
+    examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
+    return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> BatchEncoding:
+    """The tokens of a batch, padded to its longest: texts has all first sentences, and all second ones of pairs."""
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    return tokenizer(*map(list, texts), truncation=True, max_length=length, padding=True, return_tensors="pt")
+
+
+def probe(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
+    """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
+    classifier = open_classifier(config.model, config.tests[task]).to(device)
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    tokenizer = open_tokenizer(config.model, config.tests[task], vocabulary)
+    records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
+    examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
+    if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
+        examples.sort(key=lambda texts: sum(map(len, texts)))
+    batches = torch.utils.data.DataLoader(
+        examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
+    )
+    family, prefix = FAMILIES[config.model.family_of(FAMILIES)], f"{classifier.base_model_prefix}."
+    return calibration_task_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
