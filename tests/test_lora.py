@@ -28,7 +28,7 @@ from common.planning.dry_run import describe
 from NLG import domain as nlg
 from NLG.scoring import open_model
 from NLU import domain as nlu
-from NLU import scoring as nlu_scoring
+from NLU.scoring import read_head
 from tests import pico_nlg, pico_nlu
 from Vision import domain as vision
 
@@ -415,7 +415,7 @@ def test_provenance_changes_with_the_adapter(tmp_path):
 
 def test_the_head_of_a_classifier_comes_from_the_adapter(tmp_path):
     config = nlu_inputs(tmp_path)
-    head, whole = nlu_scoring.read_head(config.model, "STS-B"), nlu.read_head(with_full(config).model, "STS-B")
+    head, whole = read_head(config.model, "STS-B"), read_head(with_full(config).model, "STS-B")
     assert head["classifier.out_proj.weight"].shape == (1, 16)
     torch.testing.assert_close(head, whole, rtol=0, atol=0)
     heads = replace(config.model, heads=("STS-B",))
@@ -433,7 +433,7 @@ def test_the_pooler_of_a_bert_is_the_base_s_with_the_adapter_s_part(tmp_path, ba
     head = {"classifier.weight": np.ones((1, 16), "f4"), "classifier.bias": np.ones(1, "f4")}
     write_adapter(folder, head | pooler, modules_to_save=["classifier", "score"])
     with pytest.raises(InputError, match=r"bert\.pooler\.dense\.lora_A\.weight matches no tensor of the base"):
-        nlu_scoring.read_head(config.model, "STS-B")
+        read_head(config.model, "STS-B")
     generator = np.random.default_rng(0)
     prefix = "" if bare else "bert."
     own = {
@@ -441,7 +441,7 @@ def test_the_pooler_of_a_bert_is_the_base_s_with_the_adapter_s_part(tmp_path, ba
         f"{prefix}pooler.dense.bias": random(generator, 16),
     }
     save_file(load_file(file) | own, file, {"format": "pt"})
-    found = nlu_scoring.read_head(config.model, "STS-B")
+    found = read_head(config.model, "STS-B")
     expected = own[f"{prefix}pooler.dense.weight"] + 3 * product(pooler)
     np.testing.assert_allclose(found["bert.pooler.dense.weight"].numpy(), expected, rtol=0, atol=3e-6)
     assert (found["bert.pooler.dense.bias"].numpy() == own[f"{prefix}pooler.dense.bias"]).all()
@@ -452,7 +452,7 @@ def test_a_head_with_another_number_of_outputs_is_refused(tmp_path):
     config = nlu_inputs(tmp_path)
     shutil.move(tmp_path / "lora" / "stsb", tmp_path / "lora" / "mnli")
     with pytest.raises(InputError, match=r"the head in .*mnli/model: classifier\.out_proj\.\w+: \(1.*\) against \(3"):
-        nlu_scoring.read_head(config.model, "MNLI")
+        read_head(config.model, "MNLI")
 
 
 def test_a_model_for_scoring_is_the_base_with_the_formed_tensors(tmp_path):
