@@ -23,11 +23,11 @@ from common.io.checkpoints import (
     PICKLED_INDEX,
     WEIGHT_FILES,
     copy_files,
-    fingerprint,
     indexed_files,
     read_header,
     weight_files,
 )
+from common.io.hashes import file_hash
 from common.io.shards import Stored, stored_in, write_index, write_stored
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, generation config, tokenizer
@@ -64,7 +64,7 @@ def split(source: Path, out: Path) -> None:
         for file in files:
             for name, tensor in stack.enter_context(stored_in(file)).items():
                 parts[part_of(name)][name] = tensor
-        origin = {"source": [fingerprint(file) for file in files]}
+        origin = {"source": [file_hash(file) for file in files]}
         size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"split {source.name}") as bar:
             for part, tensors in parts.items():
@@ -79,8 +79,11 @@ def copy_part(file: Path, tensors: dict[str, Stored], origin: dict) -> None:
     """Write one file, unless it is there already; InputError if it is there but of another checkpoint."""
     if not file.is_file():
         return write_stored(file, tensors, origin)
-    if read_header(file) != origin:
-        raise InputError(f"{file} is of another checkpoint; choose another --out, or remove it")
+    found = read_header(file)
+    if found != origin:
+        sampled = any(len(value) < 64 for value in found.get("source", ()))
+        of = "an earlier version of this command, which sampled its source" if sampled else "another checkpoint"
+        raise InputError(f"{file} is of {of}; choose another --out, or remove it")
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -18,8 +18,9 @@ from common.config import PRETRAINED, Config, as_dict
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
 from common.domain import CalibratedDomain, Domain
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, check_provenance, digest, fingerprint, write_text
+from common.io.checkpoints import Checkpoint, check_provenance, write_text
 from common.io.examples import Sample
+from common.io.hashes import file_hash, identity
 from common.merging.registry import SCOPE_BLOCKS, WITH_DATA, merge
 from common.run.run_log import recorded
 
@@ -160,13 +161,13 @@ def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
     del settings["by_start"]
     anchors = [
-        fingerprint(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
+        file_hash(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
     ]
     return {
         "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
         "adapt": settings,
         "run": {"seed": config.run.seed},
-        "anchors": {"init": config.anchors.init, "files": digest(anchors)},
+        "anchors": {"init": config.anchors.init, "files": identity(anchors)},
         "inputs": inputs_of(experiment),
     } | data_of(json.loads(made.read_text()) if made.is_file() else {})
 

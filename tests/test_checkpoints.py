@@ -10,7 +10,6 @@ from common.io.checkpoints import (
     Checkpoint,
     check_provenance,
     digest,
-    fingerprint,
     read_header,
     write_tensors,
     write_text,
@@ -100,15 +99,18 @@ def test_digest_sees_names_shapes_types_and_values():
     assert digest(one) == digest({"a": torch.tensor([1.0, 2.0])})
 
 
-def test_fingerprint_changes_with_the_contents(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(100_000))
-    before = fingerprint(tmp_path / "a")
-    (tmp_path / "a").write_bytes(bytes(99_999) + b"x")
-    assert fingerprint(tmp_path / "a") != before
-
-
 def test_provenance_names_the_field_that_differs(tmp_path):
     found = {"anchors": {"steps": 1200, "lr": 0.01}, "seed": 0, "extra": 1}
     check_provenance(tmp_path, found, {"anchors": {"steps": 1200}, "seed": 0})
     with pytest.raises(InputError, match=r"anchors\.steps = 1200, now it is 300"):
         check_provenance(tmp_path, found, {"anchors": {"steps": 300}})
+
+
+def test_a_run_of_the_sampled_fingerprints_is_called_so(tmp_path):
+    found = {"inputs": {"experts": [["math", "0123456789abcdef"]], "base": "0123456789abcdef"}}
+    expected = {"inputs": {"experts": [["math", "sha256:0123456789abcdef"]]}}
+    with pytest.raises(InputError, match=r"earlier version, which looked at samples of inputs\.experts alone"):
+        check_provenance(tmp_path, found, expected)
+    check_provenance(tmp_path, expected, expected)
+    with pytest.raises(InputError, match=r"made with inputs\.experts = .*f5.*, now it is .*ef"):
+        check_provenance(tmp_path, {"inputs": {"experts": [["math", "sha256:f5"]]}}, expected)

@@ -18,11 +18,16 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, is_finite
+from common.io.hashes import SCHEME, file_hash, identity
 
 WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-PAGE = 4096
+SURROUNDINGS = (
+    "config.json", "open_clip_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
+    "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
 PIECE = 8 * 2**20  # weights
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
@@ -78,8 +83,9 @@ class Checkpoint:
         return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
 
     def fingerprint(self) -> str:
-        """Identifies the contents without reading all of it; see `fingerprint`."""
-        return digest([[file.name, fingerprint(file)] for file in sorted({file for file, _ in self._stored.values()})])
+        """Identifies the model by every byte of its weights and of what stock libraries read beside them."""
+        files = sorted({file for file, _ in self._stored.values()}) + surroundings(self.path)
+        return identity([[file.name, file_hash(file)] for file in files])
 
 
 def read_tensor(file: Path, stored: str) -> Tensor:
@@ -102,17 +108,9 @@ def with_rows(matrix: Tensor, rows: int) -> Tensor:
     return torch.cat([matrix, matrix.mean(0, keepdim=True).expand(rows - len(matrix), -1)])
 
 
-def fingerprint(file: Path) -> str:
-    """16 hexadecimal digits of a file's size and 64 pages spread over it: enough to tell one training from another."""
-    if not file.is_file():
-        raise InputError(f"there is no file {file}")
-    size = file.stat().st_size
-    sha = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as handle:
-        for page in range(64):
-            handle.seek(page * max(0, size - PAGE) // 63)
-            sha.update(handle.read(PAGE))
-    return sha.hexdigest()[:16]
+def surroundings(folder: Path) -> list[Path]:
+    """The config and tokenizer files in a folder, in order; none beside what is a file itself."""
+    return sorted(file for pattern in SURROUNDINGS for file in folder.glob(pattern) if file.is_file())
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -178,6 +176,11 @@ def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str
     """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
     for field, value in flattened(expected).items():
         was = flattened(found).get(field)
+        if SCHEME in json.dumps(value) and was is not None and SCHEME not in json.dumps(was):
+            raise InputError(
+                f"{file} is of an earlier version, which looked at samples of {field} alone, so none can tell whether "
+                "it is made from these very files; choose another run.name, or remove the file to have it made anew"
+            )
         if was != value:
             raise InputError(
                 f"{file} was made with {field} = {was}, now it is {value}; "

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.io.checkpoints import Checkpoint, digest, fingerprint, with_rows
+from common.io.checkpoints import Checkpoint, surroundings, with_rows
+from common.io.hashes import file_hash, identity
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILE = "adapter_model.safetensors"
@@ -111,8 +112,8 @@ class LoraCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         """Identifies adapter and base."""
-        files = [[name, fingerprint(self.path / name)] for name in (CONFIG_FILE, WEIGHT_FILE)]
-        return digest([*files, ["base", self.base.fingerprint()]])
+        files = [self.path / CONFIG_FILE, self.path / WEIGHT_FILE, *surroundings(self.path)]
+        return identity([*([file.name, file_hash(file)] for file in files), ["base", self.base.fingerprint()]])
 
     def factors_of(self, module: str, ending: str) -> Factors:
         """The factors of a module and their scale: alpha / r, or alpha / √r with use_rslora."""
