@@ -9,6 +9,7 @@ __all__ = [
     "NAME",
     "PERCENT",
     "TASKS",
+    "calibration_task",
     "check_export",
     "export",
     "metric",
@@ -18,3 +19,4 @@ __all__ = [
 ]
 NAME = "nlg"
 PERCENT = False  # tables print fractions
+calibration_task = None  # there are no inputs for merge methods that use data

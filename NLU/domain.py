@@ -2,17 +2,17 @@
 
 from NLU.encoders import FAMILIES, skeleton, token_shape
 from NLU.export import check_export, export
-from NLU.scoring import TASKS, metric, probe, score
+from NLU.scoring import TASKS, calibration_task, metric, score
 
 __all__ = [
     "FAMILIES",
     "NAME",
     "PERCENT",
     "TASKS",
+    "calibration_task",
     "check_export",
     "export",
     "metric",
-    "probe",
     "score",
     "skeleton",
     "token_shape",

@@ -165,7 +165,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
     return tokenizer(*map(list, texts), truncation=True, max_length=length, padding=True, return_tensors="pt")
 
 
-def probe(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
+def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
     classifier = open_classifier(config.model, config.tests[task]).to(device)
     vocabulary = classifier.get_input_embeddings().num_embeddings

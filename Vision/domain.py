@@ -180,7 +180,7 @@ class Classifier(nn.Module):
         return classified(self.visual(images), self.head)
 
 
-def probe(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
+def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The images of a task and its classifier, for merge methods that use data."""
     records, pixels = load_sample(config.eval, task, TASKS[task], ("image",), sample), preprocessing(config.model)
     classifier = Classifier(deepcopy(skeleton(config.model).visual), zero_shot_head(config.model, task).to(device))

@@ -10,18 +10,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from common.config import PRETRAINED, Config, as_dict
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
-from common.domain import CalibratedDomain, Domain
+from common.domain import Domain
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, write_text
 from common.io.examples import Sample
 from common.io.hashes import file_hash, identity
-from common.merging.registry import SCOPE_BLOCKS, WITH_DATA, merge
+from common.merging.registry import METHODS, merge
 from common.run.run_log import recorded
 
 PROVENANCE_FILE = "provenance.json"
@@ -50,7 +50,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
     if not is_finished(folder, provenance):
         with recorded(experiment.config, f"merge {method}"):
-            if method in WITH_DATA:
+            if METHODS[method].data:
                 tensors, provenance["data"] = merged_with_data(experiment, domain, method)
             else:
                 tensors = merged_tensors(experiment, method)
@@ -61,18 +61,21 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
 def merged_with_data(
     experiment: Experiment, domain: Domain, method: str
 ) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
-    """The same of a method that uses inputs of the tasks, all models in memory; and how much of which split it used."""
-    config, use, hyper = experiment.config, WITH_DATA[method], experiment.hyper(method)
-    sample = Sample(use.split, hyper["examples"], use.batch, hyper.get("seed", 0))
-    probed = cast(CalibratedDomain, domain)  # check_choices sees to it
+    """Every tensor of the merged model under a method that uses data, and how many inputs of which split it used.
+
+    All tensors of the base, of every expert and of the merged model are in memory at once.
+    """
+    config, row, hyper = experiment.config, METHODS[method], experiment.hyper(method)
+    assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
+    sample = Sample(row.data.split, hyper["examples"], row.data.batch, hyper.get("seed", 0))
     tests = {task: next(test for test, owner in config.tests.items() if owner == task) for task in config.tasks}
-    probes = {task: probed.probe(config, test, sample, experiment.device) for task, test in tests.items()}
+    calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
     names = experiment.base.names(experiment.family.scope)
     theta_0 = experiment.read(experiment.base, names)
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
-    theta = add(theta_0, use.method(theta_0, deltas, list(probes.values()), **hyper))
-    data = {"split": use.split, "examples": {task: probe.examples for task, probe in probes.items()}}
-    return ((name, theta[name].cpu()) for name in names), data
+    theta = add(theta_0, row.function(theta_0, deltas, calibration, **hyper))
+    examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
+    return ((name, theta[name].cpu()) for name in names), {"split": row.data.split, "examples": examples}
 
 
 def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +87,7 @@ def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, T
 def merged_tensor(experiment: Experiment, method: str, name: str) -> Tensor:
     """One tensor of the merged model, on the CPU. Each expert's is read when the method asks for its task vector."""
     theta = experiment.read(experiment.base, [name])
-    if name.startswith(f"{experiment.family.blocks}.") or method not in SCOPE_BLOCKS:
+    if name.startswith(f"{experiment.family.blocks}.") or METHODS[method].scope == "all":
         readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
         deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
         if theta[name].numel() <= KEPT:

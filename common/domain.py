@@ -1,6 +1,6 @@
 """What a domain module (Vision/domain.py, ...) offers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,11 @@ class Domain(Protocol):
     TASKS: Mapping[str, Any]
     PERCENT: bool
 
+    @property
+    def calibration_task(self) -> Callable[[Config, str, Sample, torch.device], CalibrationTask] | None:
+        """(config, test set, sample, device) -> inputs of that test set's task, and the model under the head that
+        `score` puts on it, for merge methods that use data; None where a domain has no such inputs."""
+
     def skeleton(self, model: Model) -> nn.Module: ...
     def token_shape(self, model: Model) -> tuple[int, int]: ...
     def metric(self, task: str) -> str: ...
@@ -29,11 +34,3 @@ class Domain(Protocol):
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, tuple[float, int]]: ...
-
-
-class CalibratedDomain(Domain, Protocol):
-    """What a domain offers where merge methods can have inputs of its tasks: those of a test set's, and the model under
-    the head that `score` puts on it.
-    """
-
-    def probe(self, config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask: ...

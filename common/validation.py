@@ -4,12 +4,12 @@ from common.config import PRETRAINED, Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import Domain
-from common.merging.registry import METHODS, WITH_DATA, check_hyper
+from common.merging.registry import METHODS, check_hyper, method_choices
 
 
 def check_data(config: Config, domain: Domain, method: str) -> None:
     """InputError if a merge method that uses inputs of the tasks cannot have any."""
-    if not hasattr(domain, "probe"):
+    if domain.calibration_task is None:
         raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
     for task in config.tasks:
         if task not in config.tests.values():
@@ -46,9 +46,9 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     ):
         if method == config.start.method and config.start.checkpoint:
             continue
-        if method not in METHODS | WITH_DATA:
-            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *METHODS, *WITH_DATA))}")
-        if method in WITH_DATA:
+        if method not in METHODS:
+            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
+        if METHODS[method].data:
             check_data(config, domain, method)
         check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
     if config.anchors.together != "no" and config.anchors.chunk:

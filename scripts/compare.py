@@ -14,7 +14,7 @@ from common.domain import Domain
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tables import Row, write_results
 from common.evaluation.tuning import SPLIT, candidates, held_out, searched
-from common.merging.registry import METHODS, WITH_DATA, hyperparameters
+from common.merging.registry import METHODS, hyperparameters
 from common.pipeline import adapt, construct
 from common.planning.dry_run import describe
 from common.validation import check_choices
@@ -51,7 +51,7 @@ def runs_of(config: Config) -> list[Config]:
     seeds, starts = config.compare.seeds, config.compare.starts
     if len(set(seeds)) < len(seeds):
         raise InputError(f"compare.seeds names a seed twice: {', '.join(map(str, seeds))}")
-    runs, drawing = [], [m for m in starts if m in METHODS | WITH_DATA and "seed" in hyperparameters(m)]
+    runs, drawing = [], [m for m in starts if m in METHODS and "seed" in hyperparameters(m)]
     for seed in seeds:
         hyper = config.start.hyper | {m: {"seed": seed} | config.start.hyper.get(m, {}) for m in drawing}
         each = replace(config.run, name=f"{config.run.name}/seed_{seed}", seed=seed)

@@ -1,5 +1,7 @@
 """Merging: the identities that methods promise, and the door. Formulas: test_merging_formulas.py."""
 
+import inspect
+import json
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +23,14 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams
 from common.io.checkpoints import Checkpoint
-from common.merging.registry import METHODS, SCOPE_BLOCKS, check_hyper, hyperparameters, merge
+from common.merging.registry import METHODS, Method, check_hyper, hyperparameters, merge, method_table
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.cost import tensors_held
 from common.planning.dry_run import describe
 from Vision import domain
+
+WITHOUT_DATA = {name: method for name, method in METHODS.items() if not method.data}
 
 DEFAULTS = {
     "average": {},
@@ -113,7 +118,7 @@ def test_identical_experts_are_where_wudi_goes():
     assert_close(merge("wudi", base, [expert] * 3, {"lr": 1e-2, "steps": 2000})["w"], expert["w"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - ORDERED)
+@pytest.mark.parametrize("method", WITHOUT_DATA.keys() - ORDERED)
 def test_the_order_of_the_tasks_does_not_matter(method):
     base, deltas = some_tasks(method, 4, dtype=torch.float64)
     merged, turned = merge(method, base, deltas, {}), merge(method, base, deltas[1:] + deltas[:1], {})
@@ -121,7 +126,7 @@ def test_the_order_of_the_tasks_does_not_matter(method):
         assert_close(merged[name], turned[name], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_zero_task_vectors_give_zeros_without_a_decomposition(method, monkeypatch):
     for decomposition in ("svd", "pinv", "eigh"):
         monkeypatch.setattr(torch.linalg, decomposition, lambda *_, **__: pytest.fail("of zeros"))
@@ -154,7 +159,7 @@ def test_a_task_of_zeros_changes_nothing(method, hyper):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_awkward_task_vectors_give_finite_numbers_of_their_type(method, dtype):
     """Rank 1, equal, opposite, zero, sparse; one row, one column, one weight; a base of zeros."""
     base, (tau, other) = task_vectors(2, {"w": (6, 5), "row": (1, 5), "column": (6, 1), "one": (1, 1)}, dtype=dtype)
@@ -170,7 +175,7 @@ def test_awkward_task_vectors_give_finite_numbers_of_their_type(method, dtype):
                 assert tensor.isfinite().all() and tensor.shape == theta[name].shape and tensor.dtype == dtype
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_any_part_of_a_model_merges_alone_and_leaves_its_input_untouched(method):
     base, deltas = some_tasks(method, 3)
     copies = [{name: tensor.clone() for name, tensor in delta.items()} for delta in (base, *deltas)]
@@ -183,7 +188,7 @@ def test_any_part_of_a_model_merges_alone_and_leaves_its_input_untouched(method)
         assert all(whole[name].data_ptr() != delta[name].data_ptr() for delta in deltas)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_half_precision_comes_out_as_float32(method):
     base, deltas = some_tasks(method, 3, dtype=torch.bfloat16)
     merged = merge(method, base, deltas, {})
@@ -192,7 +197,7 @@ def test_half_precision_comes_out_as_float32(method):
         assert merged[name].dtype == torch.float32 and torch.equal(merged[name], wide[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_trainable_parameters_merge_without_a_graph(method):
     base, deltas = task_vectors(2)
     deltas = [{name: torch.nn.Parameter(tensor) for name, tensor in delta.items()} for delta in deltas]
@@ -215,7 +220,7 @@ def lazily(deltas, alive):
     return [of(delta) for delta in deltas]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_task_vectors_may_be_made_when_they_are_asked_for(method):
     base, deltas = some_tasks(method, 4)
     whole, made = merge(method, base, deltas, {}), []
@@ -224,17 +229,19 @@ def test_task_vectors_may_be_made_when_they_are_asked_for(method):
     assert made and not any(ref() is not None for ref in made)
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - {"slerp", "doge_ta", "iso_cts", "tsv"})
+@pytest.mark.parametrize("method", WITHOUT_DATA.keys() - {"slerp", "doge_ta", "iso_cts", "tsv"})
 def test_more_tasks_take_no_more_memory(method):
     """SLERP takes two tasks, DOGE-TA holds them all, and TSV and Iso-CTS hold their leading components."""
     assert tensors_held(method, {}, 9, (96, 48)) == pytest.approx(tensors_held(method, {}, 3, (96, 48)), abs=0.3)
 
 
 def test_what_a_method_holds_is_counted(monkeypatch):
-    def holds_all(base, deltas):
-        return each_tensor(lambda taus: total(list(taus)), base, deltas)
+    class HoldsAll(Method):
+        @property
+        def function(self):
+            return lambda base, deltas: each_tensor(lambda taus: total(list(taus)), base, deltas)
 
-    monkeypatch.setitem(METHODS, "holds_all", holds_all)
+    monkeypatch.setitem(METHODS, "holds_all", HoldsAll("", "", ""))
     assert tensors_held("average", {}, 5, (96, 48)) == pytest.approx(3, abs=0.01)  # θ₀, the sum and one τ, or θ
     assert tensors_held("holds_all", {}, 5, (96, 48)) == pytest.approx(7, abs=0.01)  # θ₀, the sum and five τ
     assert tensors_held("iso_c", {}, 5, (48, 48)) > 7  # what a decomposition takes is among it
@@ -255,7 +262,7 @@ def test_the_dry_run_says_what_a_merge_holds(pico_config):
 # --- whole checkpoints -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_every_method_merges_a_checkpoint(method, pico_config):
     """Finite, complete, off the base; outside the blocks at the base where the method's paper says so."""
     hyper = {"steps": 3} if "steps" in hyperparameters(method) else {}
@@ -265,7 +272,7 @@ def test_every_method_merges_a_checkpoint(method, pico_config):
     assert merged.shapes == base.shapes
     moved = {name for name in base.names("visual.") if not torch.equal(*(c.read([name])[name] for c in (merged, base)))}
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in moved
-    assert ("visual.conv1.weight" in moved) == (method not in SCOPE_BLOCKS)
+    assert ("visual.conv1.weight" in moved) == (METHODS[method].scope == "all")
 
 
 MEASURED = """
@@ -298,7 +305,7 @@ def streamed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
     """At most 2.5 GB for a base and four experts of 1 GB, or what the dry run says. Steps are cut to two."""
     config = {
@@ -326,15 +333,16 @@ def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
 
 
 def test_every_method_takes_its_hyperparameters_by_keyword_with_a_default():
-    assert METHODS.keys() >= SCOPE_BLOCKS
-    assert {method: {name: p.default for name, p in hyperparameters(method).items()} for method in METHODS} == DEFAULTS
+    assert {
+        method: {name: p.default for name, p in hyperparameters(method).items()} for method in WITHOUT_DATA
+    } == DEFAULTS
     for method, hyper in DEFAULTS.items():
         check_hyper(method, hyper, tasks=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_every_method_names_its_source(method):
-    text = sys.modules[METHODS[method].__module__].__doc__
+    text = sys.modules[METHODS[method].function.__module__].__doc__
     assert "Source: " in text and re.search(r"arXiv \d{4}\.\d{5}", text)
     assert "Default" in text or "No hyperparameters" in text
 
@@ -397,19 +405,53 @@ def test_merge_refuses_no_task_other_tensors_and_values_that_are_not_finite():
         merge("average", base, deltas, {})
 
 
-# --- CONTRIBUTING.md -------------------------------------------------------------------------------------------------
+# --- rows of METHODS, and CONTRIBUTING.md -----------------------------------------------------------------------------
 
 
-def test_the_example_of_how_to_add_a_method_is_one(monkeypatch):
-    """Its code block is a module of at most 25 lines of text, and with its line in METHODS a method like the others."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 25
-    module = {}
-    exec(compile(code, "magmax.py", "exec"), module)
-    monkeypatch.setitem(METHODS, "magmax", module["magmax"])
-    base, deltas = task_vectors(3)
-    for name, tensor in merge("magmax", base, deltas, {"scale": 2.0}).items():
-        taus = torch.stack([delta[name] for delta in deltas])
-        assert torch.equal(tensor, 2 * taus.gather(0, taus.abs().argmax(0, keepdim=True))[0])
-    with pytest.raises(InputError, match="magmax: unknown hyperparameter 'lam', accepted: scale"):
-        check_hyper("magmax", {"lam": 0.3})
+def test_labels_are_unique_ideas_have_six_words_and_files_exist():
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    for method in METHODS.values():
+        assert 3 <= len(method.idea.split()) <= 6, method.idea
+        assert method.file == Path(inspect.getfile(method.function)).relative_to(ROOT).as_posix()
+
+
+def test_the_table_of_methods_has_a_row_for_each():
+    head, *rows = method_table()
+    assert len(rows) == len(METHODS) and {len(row) for row in rows} == {len(head)} == {4}
+    assert ("TIES (`ties`)", METHODS["ties"].idea, "no", "`common/merging/ties.py`") in rows
+    assert ("Fisher (`fisher`)", METHODS["fisher"].idea, "train inputs", "`common/merging/fisher.py`") in rows
+
+
+ADDED = """
+import json, torch
+from common.core.errors import InputError
+from common.evaluation.tables import table
+from common.merging.registry import check_hyper, merge
+
+base = {"w": torch.zeros(2, 2)}
+deltas = [{"w": torch.tensor([[1.0, -4.0], [0.5, 2.0]])}, {"w": torch.tensor([[-3.0, 4.0], [0.25, -2.5]])}]
+row = {"label": "", "init": None, "start": None, "task": "A", "value": 0.5}
+scored = table([row | {"method": name} for name in ("widen", "magmax", "pretrained")], ["A"])
+try:
+    check_hyper("magmax", {"lam": 0.3})
+except InputError as error:
+    print(json.dumps([merge("magmax", base, deltas, {"scale": 2.0})["w"].tolist(), scored, str(error)]))
+"""
+
+
+def test_a_method_is_added_as_contributing_says(tmp_path):
+    """In a copy of common/: its first code block as a new file, its second as one more line of METHODS."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    module, line = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([part for part in module.splitlines() if part]) <= 25 and line.count("\n") == 1
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "common/merging/magmax.py").write_text(module)
+    registry = tmp_path / "common/merging/registry.py"
+    before = registry.read_text()
+    registry.write_text(re.sub(r'(?m)^    "slerp": ', lambda found: line + found[0], before))
+    assert registry.read_text().replace(line, "") == before != registry.read_text()
+    done = subprocess.run([sys.executable, "-c", ADDED], cwd=tmp_path, capture_output=True, text=True, check=True)
+    delta, scored, refusal = json.loads(done.stdout)
+    assert delta == [[-6.0, -8.0], [1.0, -5.0]]
+    assert re.findall(r"(?m)^\| (\w+)", scored) == ["Method", "Pretrained", "MagMax", "WIDEN"]
+    assert refusal == "magmax: unknown hyperparameter 'lam', accepted: scale"

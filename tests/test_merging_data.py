@@ -22,7 +22,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
 from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs
 from common.merging.fisher import fisher_information
-from common.merging.registry import METHODS, WITH_DATA, check_hyper, hyperparameters
+from common.merging.registry import METHODS, check_hyper, hyperparameters
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from common.validation import check_choices
@@ -38,6 +38,7 @@ DEFAULTS = {
     "prodistill": {"examples": 64, "initial": 0.3, "lr": 1e-2, "epochs": 100, "seed": 0},
 }
 SPLITS = {"fisher": "train", "regmean": "train", "regmean_pp": "train", "adamerging": "test", "prodistill": "train"}
+WITH_DATA = [name for name, method in METHODS.items() if method.data]
 CPU = torch.device("cpu")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -71,7 +72,7 @@ def network(tasks, size=0.3):
     ]
 
 
-def enter(theta, batch):
+def embed(theta, batch):
     return BlockInputs(F.linear(batch["x"], theta["embed"]), (), {})
 
 
@@ -79,22 +80,22 @@ def block(theta, entrance):
     return entrance.x_ATD + torch.tanh(F.linear(entrance.x_ATD, theta["w"], theta["b"]))
 
 
-def probe(seed, classes=CLASSES, batches=2, examples=8):
+def calibration_task(seed, classes=CLASSES, batches=2, examples=8):
     head = draw(1000 + seed, classes, WIDTH)
 
     def answer(theta, batch):
-        entrance = enter(theta, batch)
+        entrance = embed(theta, batch)
         for index in range(2):
             own = {name: theta[f"blocks.{index}.{name}"] for name in ("w", "b")}
             entrance = replace(entrance, x_ATD=block(own, entrance))
         return F.linear(entrance.x_ATD.mean(1), head)
 
     inputs = [{"x": draw(2000 + 10 * seed + i, examples, TOKENS, WIDTH)} for i in range(batches)]
-    return CalibrationTask(answer, enter, block, ["blocks.0.", "blocks.1."], inputs, batches * examples)
+    return CalibrationTask(answer, embed, block, ["blocks.0.", "blocks.1."], inputs, batches * examples)
 
 
-def merged(method, base, deltas, probes, **hyper):
-    return WITH_DATA[method].method(base, deltas, probes, **hyper)
+def merged(method, base, deltas, calibration, **hyper):
+    return METHODS[method].function(base, deltas, calibration, **hyper)
 
 
 # --- formulas --------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def merged(method, base, deltas, probes, **hyper):
 def softmax_classifier(seed, classes, examples=6):
     """logits = x Wᵀ: its Fisher information is known."""
     inputs = [{"x": draw(seed + i, 1, WIDTH)} for i in range(examples)]
-    return CalibrationTask(lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], inputs, examples)
+    return CalibrationTask(lambda theta, batch: F.linear(batch["x"], theta["w"]), embed, block, [], inputs, examples)
 
 
 def fisher_by_hand(w, inputs):
@@ -120,15 +121,15 @@ def fisher_by_hand(w, inputs):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_fisher_is_its_formula(normalize):
     base, deltas = {"w": draw(1, 3, WIDTH)}, [{"w": draw(2 + i, 3, WIDTH)} for i in range(3)]
-    probes = [softmax_classifier(50 * i, 3) for i in range(3)]
+    calibration = [softmax_classifier(50 * i, 3) for i in range(3)]
     fishers = []
-    for delta, task in zip(deltas, probes, strict=True):
+    for delta, task in zip(deltas, calibration, strict=True):
         fishers.append(fisher_by_hand((base["w"] + delta["w"]).numpy(), [b["x"][0].numpy() for b in task.batches]))
         if normalize:
             fishers[-1] /= np.sqrt(np.square(fishers[-1]).sum())
     fishers = np.maximum(fishers, 0.02)
     taus = np.stack([delta["w"].numpy() for delta in deltas])
-    ours = merged("fisher", base, deltas, probes, normalize=normalize, floor=0.02)
+    ours = merged("fisher", base, deltas, calibration, normalize=normalize, floor=0.02)
     assert_close(ours["w"], (fishers * taus).sum(0) / fishers.sum(0))
 
 
@@ -142,7 +143,7 @@ def test_drawn_labels_give_the_fisher_information_on_average():
     """3000 draws for one input: off by a fiftieth of the largest entry, six times that nowhere."""
     w, x = draw(1, 3, WIDTH), draw(2, 1, WIDTH)
     task = CalibrationTask(
-        lambda theta, batch: F.linear(batch["x"], theta["w"]), enter, block, [], [{"x": x}] * 3000, 3000
+        lambda theta, batch: F.linear(batch["x"], theta["w"]), embed, block, [], [{"x": x}] * 3000, 3000
     )
     drawn = fisher_information({"w": w}, task, exact=2, generator=torch.Generator().manual_seed(0))["w"]
     exact = fisher_by_hand(w.numpy(), [x[0].numpy()])
@@ -174,9 +175,9 @@ def numpy_block(theta, index, x):
 def test_regmean_is_its_formula(method):
     """RegMean: the inputs of every map in its own expert. RegMean++: in the expert's block, behind the merged ones."""
     base, deltas = network(3)
-    probes, alpha = [probe(i) for i in range(3)], 0.8
+    calibration, alpha = [calibration_task(i) for i in range(3)], 0.8
     theta_0, taus = numpy_of(base), [numpy_of(delta) for delta in deltas]
-    x = [np.concatenate([b["x"].numpy() for b in task.batches]) for task in probes]
+    x = [np.concatenate([b["x"].numpy() for b in task.batches]) for task in calibration]
     expected = {name: sum(tau[name] for tau in taus) / 3 for name in base}
     experts = [{name: theta_0[name] + tau[name] for name in theta_0} for tau in taus]
     if method == "regmean":
@@ -190,7 +191,7 @@ def test_regmean_is_its_formula(method):
         so_far = {n: theta_0[n] + expected[n] for n in theta_0}
         through = experts if method == "regmean" else [so_far] * 3
         x = [numpy_block(theta, index, xi) for theta, xi in zip(through, x, strict=True)]
-    ours = merged(method, base, deltas, probes, alpha=alpha)
+    ours = merged(method, base, deltas, calibration, alpha=alpha)
     assert ours.keys() == base.keys()
     for name in base:
         assert_close(ours[name], expected[name])
@@ -199,7 +200,7 @@ def test_regmean_is_its_formula(method):
 def test_adamerging_is_its_formula():
     """Against autograd through the whole sum, with a step so large that some λ are cut; task 3 is a regression."""
     base, deltas = network(3)
-    probes = [probe(0), probe(1), probe(2, classes=1)]
+    calibration = [calibration_task(0), calibration_task(1), calibration_task(2, classes=1)]
     lambdas = {name: torch.full((3,), 0.4, dtype=torch.float64, requires_grad=True) for name in base}
     adam = torch.optim.Adam(lambdas.values(), lr=0.1)
 
@@ -209,38 +210,41 @@ def test_adamerging_is_its_formula():
     for step in range(12):
         adam.zero_grad()
         loss = 0
-        for task in probes[:2]:
+        for task in calibration[:2]:
             p = task.answer(theta(), task.batches[step % 2]).softmax(1)
             loss = loss - (p * p.log()).sum(1).mean()
         loss.backward()
         adam.step()
     raw = torch.stack(list(lambdas.values()))
     assert ((raw < 0) | (raw > 1)).any() and ((raw > 0) & (raw < 1)).any()
-    ours = merged("adamerging", base, deltas, probes, initial=0.4, lr=0.1, steps=12)
+    ours = merged("adamerging", base, deltas, calibration, initial=0.4, lr=0.1, steps=12)
     for name, expected in theta().items():
         assert_close(ours[name], (expected - base[name]).detach())
 
 
 def test_adamerging_makes_answers_surer_and_needs_a_classification():
     base, deltas = network(2)
-    probes = [probe(0, batches=1), probe(1, batches=1)]
+    calibration = [calibration_task(0, batches=1), calibration_task(1, batches=1)]
 
     def uncertainty(steps):
-        theta = add(base, merged("adamerging", base, deltas, probes, lr=0.02, steps=steps))
-        p = [task.answer(theta, task.batches[0]).softmax(1) for task in probes]
+        theta = add(base, merged("adamerging", base, deltas, calibration, lr=0.02, steps=steps))
+        p = [task.answer(theta, task.batches[0]).softmax(1) for task in calibration]
         return -sum((each * each.log()).sum(1).mean() for each in p).item()
 
     assert uncertainty(40) < 0.9 * uncertainty(0)
     with pytest.raises(InputError, match="adamerging: every task is a regression"):
-        merged("adamerging", base, deltas, [probe(0, classes=1), probe(1, classes=1)], steps=1)
+        merged("adamerging", base, deltas, [calibration_task(0, classes=1), calibration_task(1, classes=1)], steps=1)
 
 
 def test_prodistill_is_its_formula():
     """Against autograd over all α, with one batch a task; inputs from the merged and from the expert model apart."""
     base, deltas = network(2)
-    probes, settings = [probe(i, batches=1) for i in range(2)], {"initial": 0.3, "lr": 0.05, "epochs": 15}
+    calibration, settings = (
+        [calibration_task(i, batches=1) for i in range(2)],
+        {"initial": 0.3, "lr": 0.05, "epochs": 15},
+    )
     expected = {name: 0.3 * sum(delta[name] for delta in deltas) for name in base}
-    inputs = [task.batches[0]["x"] for task in probes]
+    inputs = [task.batches[0]["x"] for task in calibration]
     x = [xi @ (base["embed"] + expected["embed"]).T for xi in inputs]
     z = [xi @ (base["embed"] + delta["embed"]).T for xi, delta in zip(inputs, deltas, strict=True)]
 
@@ -265,7 +269,7 @@ def test_prodistill_is_its_formula():
         final = {n: delta.detach() for n, delta in combined().items()}
         expected |= {f"blocks.{index}.{n}": delta for n, delta in final.items()}
         x = [run({n: theta_0[n] + final[n] for n in final}, xi) for xi in x]
-    ours = merged("prodistill", base, deltas, probes, **settings)
+    ours = merged("prodistill", base, deltas, calibration, **settings)
     for name in base:
         assert_close(ours[name], expected[name])
 
@@ -283,7 +287,7 @@ def test_one_task_and_identical_experts_give_that_expert(method):
     base, (delta,) = network(1)
     for tasks in (1, 3):
         hyper = KEEPS[method] | ({"initial": 1 / tasks} if "initial" in KEEPS[method] else {})
-        ours = merged(method, base, [delta] * tasks, [probe(i, batches=1) for i in range(tasks)], **hyper)
+        ours = merged(method, base, [delta] * tasks, [calibration_task(i, batches=1) for i in range(tasks)], **hyper)
         for name in base:
             assert_close(ours[name], delta[name], rtol=1e-6, atol=1e-7)
 
@@ -292,9 +296,9 @@ def test_one_task_and_identical_experts_give_that_expert(method):
 def test_the_order_of_the_tasks_does_not_matter_and_inputs_stay_as_they_are(method):
     base, deltas = network(3)
     copies = [{name: p.clone() for name, p in theta.items()} for theta in (base, *deltas)]
-    probes, hyper = [probe(i, batches=1) for i in range(3)], QUICK.get(method, {})
-    ours = merged(method, base, deltas, probes, **hyper)
-    turned = merged(method, base, deltas[1:] + deltas[:1], probes[1:] + probes[:1], **hyper)
+    calibration, hyper = [calibration_task(i, batches=1) for i in range(3)], QUICK.get(method, {})
+    ours = merged(method, base, deltas, calibration, **hyper)
+    turned = merged(method, base, deltas[1:] + deltas[:1], calibration[1:] + calibration[:1], **hyper)
     for name in base:
         assert_close(ours[name], turned[name], rtol=1e-7)
         assert not ours[name].requires_grad and ours[name].isfinite().all()
@@ -304,11 +308,13 @@ def test_the_order_of_the_tasks_does_not_matter_and_inputs_stay_as_they_are(meth
 @pytest.mark.parametrize("method", WITH_DATA)
 def test_zero_task_vectors_stay_zero(method):
     base, deltas = network(2, size=0.0)
-    for tensor in merged(method, base, deltas, [probe(0), probe(1)], **QUICK.get(method, {})).values():
+    for tensor in merged(
+        method, base, deltas, [calibration_task(0), calibration_task(1)], **QUICK.get(method, {})
+    ).values():
         assert not tensor.any()
 
 
-# --- what a probe sees -----------------------------------------------------------------------------------------------
+# --- what a calibration task gives ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -347,8 +353,8 @@ def expert_weights(config, task, domain):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_a_probes_answers_give_the_score_of_images(vision_config, size):
-    task = vision.probe(vision_config, "SVHN", Sample("test", None, size, seed=3), CPU)
+def test_a_calibration_tasks_answers_give_the_score_of_images(vision_config, size):
+    task = vision.calibration_task(vision_config, "SVHN", Sample("test", None, size, seed=3), CPU)
     with torch.no_grad():
         theta = expert_weights(vision_config, "SVHN", vision)
         answers = torch.cat([task.answer(theta, batch) for batch in task.batches]).argmax(1)
@@ -359,9 +365,9 @@ def test_a_probes_answers_give_the_score_of_images(vision_config, size):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_probes_answers_and_blocks_are_those_of_stock_transformers(nlu_inputs, tmp_path, family):
+def test_a_calibration_tasks_answers_and_blocks_are_those_of_stock_transformers(nlu_inputs, tmp_path, family):
     config = pico_config(nlu_inputs, tmp_path, family)
-    task = nlu.probe(config, "MNLI", Sample("train", 9, 4), CPU)
+    task = nlu.calibration_task(config, "MNLI", Sample("train", 9, 4), CPU)
     theta, path = expert_weights(config, "MNLI", nlu), config.model.path("expert", "MNLI")
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     encoder, batches = AutoModel.from_pretrained(path).eval(), list(task.batches)
@@ -438,11 +444,10 @@ def test_a_merge_with_data_is_made_once_and_starts_an_adaptation(vision_config):
 
 def test_every_method_has_its_defaults_and_its_split():
     assert {method: {n: p.default for n, p in hyperparameters(method).items()} for method in WITH_DATA} == DEFAULTS
-    assert {method: use.split for method, use in WITH_DATA.items()} == SPLITS
-    assert not METHODS.keys() & WITH_DATA.keys()
+    assert {method: METHODS[method].data.split for method in WITH_DATA} == SPLITS
     for method in WITH_DATA:
         check_hyper(method, DEFAULTS[method], tasks=2)
-        text = sys.modules[WITH_DATA[method].method.__module__].__doc__
+        text = sys.modules[METHODS[method].function.__module__].__doc__
         assert re.search(r"Source: .*?arXiv \d{4}\.\d{5}", text, re.DOTALL) and "Default" in text
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.core.linalg import nearest_isometry, regression_mean, shrunk
+from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
+from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
 from common.merging.registry import merge
+from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
 
 SHAPES = {"fc.weight": (12, 9), "fc.bias": (12,), "proj.weight": (9, 16), "conv.weight": (4, 3, 2, 2), "scale": ()}
@@ -130,6 +132,31 @@ def test_dare_drops_at_its_rate_and_rescales_the_rest(drop):
     for method, then in (("dare_ta", "ta"), ("dare_ties", "ties")):
         merged, expected = merge(method, base, deltas, {"drop": drop}), merge(then, base, once, {})
         assert torch.equal(merged["a"], expected["a"])
+
+
+def mersenne_uniform(seed, count):
+    """Uniform numbers of 53 bits, each of two words (high, low) of the Mersenne twister with the low word of a seed."""
+    twister = np.random.RandomState(seed & 0xFFFFFFFF)
+    words = twister.randint(0, 2**32, 2 * count, dtype=np.uint32).astype(np.uint64).reshape(count, 2)
+    return (((words[:, 0] << 32) | words[:, 1]) & (2**53 - 1)) / 2**53
+
+
+def test_what_is_drawn_is_the_mersenne_twisters_on_every_machine():
+    """torch's own Bernoulli and exponential numbers come from another library on CPUs of one maker."""
+    seed = 1234567890123
+    uniform = mersenne_uniform(seed, 3000)
+    mask = random_mask(torch.Size((60, 50)), 0.3, torch.Generator().manual_seed(seed))
+    assert np.array_equal(mask.numpy(), (uniform < 0.3).reshape(60, 50))
+    p = np.random.default_rng(0).dirichlet(np.ones(20))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [random_choice(torch.tensor(p), generator) for _ in range(150)]
+    assert drawn == [int(np.argmax(p / -np.log1p(-u))) for u in uniform.reshape(150, 20)]
+
+
+def test_a_large_mask_is_drawn_in_pieces_without_a_seam(monkeypatch):
+    whole = random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1))
+    monkeypatch.setattr("common.core.seeding.PIECE", 7)
+    assert torch.equal(random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1)), whole)
 
 
 def test_dares_expectation_is_the_task_vector():
@@ -255,7 +282,7 @@ def opcm_by_full_bases(taus, alpha):
     for t, tau in enumerate(taus[1:], start=2):
         if tau.ndim == 2:
             u, s, vt = np.linalg.svd(merged)
-            k = int((np.cumsum(s) / s.sum() <= alpha).sum())
+            k = len(s) if alpha == 1 else int((np.cumsum(s) / s.sum() <= alpha).sum())
             inner = u.T @ tau @ vt.T
             inner[np.arange(len(s)), np.arange(len(s))] = 0
             inner[:k, :k] = 0
@@ -271,6 +298,24 @@ def test_opcm_is_its_recursion(alpha):
     base, deltas = task_vectors(4)
     for name, tensor in merge("opcm", base, deltas, {"alpha": alpha}).items():
         assert_close(tensor, opcm_by_full_bases(stack64(deltas, name), alpha), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (64, 48), (31, 200)], ids=str)
+def test_opcm_with_alpha_1_leaves_out_every_direction_of_the_merged_model(shape):
+    """P(τ) = τ − U Uᵀ τ V Vᵀ with all of U and V. In whatever order and precision S is added up, 1 is all of it."""
+    base, deltas = task_vectors(2, {"w": shape}, seed=sum(shape))
+    first, second = stack64(deltas, "w")
+    u, _, vt = np.linalg.svd(first, full_matrices=False)
+    expected = first + second - u @ (u.T @ second @ vt.T) @ vt
+    expected *= (norm(first) + norm(second)) / 2 / norm(expected)
+    assert_close(merge("opcm", base, deltas, {"alpha": 1.0})["w"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.2, 0), (0.25, 1), (0.5, 2), (0.74, 2), (0.75, 3), (1.0, 4)])
+def test_a_partial_sum_that_equals_the_share_but_for_rounding_is_within_it(share, rank):
+    """Of four equal singular values, each changed in its last bit or not, a quarter is one and a half is two."""
+    for bits in itertools.product([np.float32(0.1), np.nextafter(np.float32(0.1), np.float32(1))], repeat=4):
+        assert rank_of_share(torch.tensor(sorted(bits, reverse=True)), share) == rank
 
 
 def test_opcm_adds_nothing_that_the_merged_model_has_and_all_of_what_is_orthogonal():
@@ -365,7 +410,7 @@ def test_regression_mean_is_the_least_squares_fit_to_every_experts_outputs():
     assert_close(merged, expected, rtol=1e-10)
     theta = torch.tensor(rng.normal(size=(4, 6)))
     assert_close(theta + regression_mean([torch.tensor(wi) - theta for wi in w], grams), expected, rtol=1e-10)
-    half = shrunk(torch.tensor([[2.0, 4.0], [4.0, 6.0]]), alpha=0.5)
+    half = scale_off_diagonal(torch.tensor([[2.0, 4.0], [4.0, 6.0]]), alpha=0.5)
     assert half.tolist() == [[2, 2], [2, 6]]
 
 
@@ -409,10 +454,29 @@ def test_doge_ta_is_its_formula(hyper):
     assert not any(merged[name].any() for name in OTHERS)
 
 
+def test_widens_middle_rank_is_not_above_the_mean_on_any_machine():
+    """Of an odd number of columns the middle rank is the mean rank itself: it keeps its softmax score."""
+    for columns in range(3, 100, 2):
+        ranks = torch.arange(columns, dtype=torch.float32) / columns
+        above = ranks > rank_limit(columns, 1.0)
+        assert above.tolist() == [False] * (columns // 2 + 1) + [True] * (columns // 2)
+    assert (torch.arange(9) / 9 > rank_limit(9, 1.5)).tolist() == [False] * 7 + [True] * 2  # 1.5 times 4 is 6 itself
+
+
+@pytest.mark.parametrize("size", [3, 7, 10, 48, 97, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_widen_takes_no_weight_for_larger_than_the_mean_where_all_moved_as_far(size, dtype):
+    """Each |τ| is 0.1, as after one step of Adam: every score is a softmax over two experts, 1/2, and δ their mean."""
+    signs = [torch.ones(size, dtype=dtype), torch.ones(size, dtype=dtype)]
+    signs[1][::3] = -1
+    merged = merge("widen", {"b": torch.zeros(size, dtype=dtype)}, [{"b": 0.1 * sign} for sign in signs], {})
+    assert_close(merged["b"], (0.05 * (signs[0] + signs[1])).numpy(), rtol=1e-6)
+
+
 def widen_by_columns(theta, taus, ratio, calibration):
     def importance(x):
         scores = np.exp(x) / np.exp(x).sum(0)
-        return np.where(x > ratio * x.mean(axis=1, keepdims=True), calibration, scores)
+        return np.where(x > ratio * x.mean(axis=1, keepdims=True) * (1 + 1e-12), calibration, scores)
 
     if theta.ndim != 2:
         flat = np.abs(taus).reshape(len(taus), -1)
@@ -505,6 +569,24 @@ def test_iso_c_of_low_rank_experts_stays_in_their_directions_with_their_nuclear_
     merged = merge("iso_c", {"w": tau}, [{"w": tau}], {})["w"]
     assert torch.linalg.matrix_rank(merged) == 2 and merged[2:].abs().max() < 1e-6
     assert_close(torch.linalg.svdvals(merged).sum(), torch.linalg.svdvals(tau).sum())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_iso_cts_of_low_rank_experts_makes_no_direction_of_rounding(seed):
+    """Three times one expert of rank 2 lies wholly in the common directions: δ is (s₁ + s₂)/2 U Vᵀ, 3 for the sum."""
+    base, (tau,) = task_vectors(1, {"w": (12, 9)}, seed=seed)
+    u, s, vt = np.linalg.svd(tau["w"].double().numpy(), full_matrices=False)
+    low = (u[:, :2] * s[:2]) @ vt[:2]
+    merged = merge("iso_cts", base, [{"w": torch.tensor(low).float()}] * 3, {})["w"]
+    assert_close(merged, 3 * s[:2].mean() * u[:, :2] @ vt[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_pcb_counts_weights_as_equal_that_differ_by_rounding():
+    """Two tasks of one weight each, equal but for the last bit: with the least ratio both weigh 1, as equal ones do."""
+    a, b = 0.5, float(np.nextafter(np.float32(0.5), np.float32(1)))
+    tau = torch.tensor([a, b, *[0.01] * 18])
+    merged = merge("pcb", {"w": torch.zeros(20)}, [{"w": tau}], {"ratio": 0.05, "clip": 0.0, "scale": 1.0})["w"]
+    assert merged.tolist() == [a, b, *[0.0] * 18]
 
 
 def test_iso_cts_of_one_task_is_iso_c():

@@ -12,8 +12,11 @@ from common.core.task_vectors import Params, as_leaf_tensors
 
 
 def mean_grams(answer: Callable[..., Any], theta: Params, calls: Iterable[tuple]) -> dict[str, Tensor]:
-    """XᵀX / rows (D, D) of the inputs X, one row a token, that answer(θ, *call) brings over all calls to every linear
-    map x Wᵀ, by the name of W.
+    """The mean of x xᵀ (D, D) over all inputs x of each linear map x Wᵀ, by the name of its matrix W in θ.
+
+    Args:
+        answer: the model; answer(θ, *call) runs it once. An input is one token of one example.
+        calls: the arguments behind θ, a tuple for each run.
     """
     trained = as_leaf_tensors(theta)  # a matrix that needs no gradient is not always multiplied as one
     seen = _LinearInputs(trained)
@@ -24,7 +27,7 @@ def mean_grams(answer: Callable[..., Any], theta: Params, calls: Iterable[tuple]
 
 
 def input_grams(block: Block, theta: Params, x_ATD: Tensor) -> dict[str, Tensor]:
-    """XᵀX (D, D) of the inputs X, one row a token, of every linear map x Wᵀ of the block, by the name of W."""
+    """XᵀX (D, D) of the inputs X (a row for each token) of every linear map x Wᵀ of the block, by the name of W."""
     trained = as_leaf_tensors(theta)
     with _LinearInputs(trained) as seen:
         block(trained, x_ATD)
@@ -32,9 +35,9 @@ def input_grams(block: Block, theta: Params, x_ATD: Tensor) -> dict[str, Tensor]
 
 
 class _LinearInputs(TorchDispatchMode):
-    """Sums XᵀX, and counts the rows of X, over all products X Wᵀ taken while it is on, W one of the given matrices.
+    """Sums XᵀX, and counts the rows of X, over all products X Wᵀ taken while it is on, for the matrices W of θ.
 
-    Below all modules and functional forms, so that the fused projections of nn.MultiheadAttention are seen as well.
+    It sees the products themselves, not the modules, and so the fused projections of nn.MultiheadAttention as well.
     """
 
     def __init__(self, theta: Params):

@@ -15,36 +15,16 @@ from typing import Any
 
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
+from common.merging.registry import METHODS
 
 Row = Mapping[str, Any]
 Values = Sequence[float]  # a table row: one fraction a task, then their mean; NaN where there is none
 
-# How methods and initialisations are called in print, in the order of the paper's tables. Others: upper case, last.
-DISPLAY = {
+# What tables call models, methods and initialisations, in the order of their rows. Others: upper case, last.
+LABELS = {
     "pretrained": "Pretrained",
     "individual": "Individual",
-    "fisher": "Fisher",
-    "regmean": "RegMean",
-    "regmean_pp": "RegMean++",
-    "adamerging": "AdaMerging",
-    "prodistill": "ProDistill",
-    "average": "Average",
-    "slerp": "SLERP",
-    "ta": "TA",
-    "ties": "TIES",
-    "dare_ta": "DARE (TA)",
-    "dare_ties": "DARE (TIES)",
-    "breadcrumbs": "Breadcrumbs",
-    "pcb": "PCB",
-    "consensus_ta": "Consensus TA",
-    "tsv": "TSV",
-    "iso_c": "Iso-C",
-    "iso_cts": "Iso-CTS",
-    "wudi": "WUDI",
-    "wudi_exact": "WUDI (exact)",
-    "doge_ta": "DOGE TA",
-    "opcm": "OPCM",
-    "widen": "WIDEN",
+    **{name: method.label for name, method in METHODS.items()},
     "gauss": "Gauss",
     "weight": "Weight",
 }
@@ -53,7 +33,7 @@ MISSING = "–"
 
 
 def display(word: str) -> str:
-    return DISPLAY.get(word, word.upper())
+    return LABELS.get(word, word.upper())
 
 
 def row_name(row: Row) -> str:
@@ -69,7 +49,7 @@ def row_name(row: Row) -> str:
 
 def rank(row: Row) -> tuple:
     """Sorts rows like the paper: pretrained, individual, merges, then FDA by start and initialisation."""
-    order = {word: i for i, word in enumerate(DISPLAY)}
+    order = {word: i for i, word in enumerate(LABELS)}
     fda = row["method"] == "fda"
     words = (row["start"] if fda else row["method"], row.get("init") or "", row.get("label") or "")
     return (fda, *((order.get(word, len(order)), word) for word in words))

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from common.core.blocks import Block
 from common.core.errors import InputError
-from common.core.linalg import least_squares, normal_equations
+from common.core.linalg import FLOAT32_GRAM_RTOL, normal_equations, solve_normal_equations
 from common.core.linear_inputs import input_grams
 from common.core.task_vectors import Params, as_leaf_tensors, subtract
 from common.fda.matching import DISTANCES
 
 Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's; torch's defaults
-RANK_TOLERANCE = 1e-6  # eigenvalues of a float32 Gram matrix below this part of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def regmean_warm_start(block: Block, start: Trainable, experts: Iterable[tuple[P
     sums = normal_equations((subtract(theta_t, theta), input_grams(block, theta_t, x)) for theta_t, x in experts)
     if not sums:
         raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
-    moves = {name: least_squares(*pair, RANK_TOLERANCE).to(theta[name].dtype) for name, pair in sums.items()}
+    moves = {
+        name: solve_normal_equations(*pair, FLOAT32_GRAM_RTOL).to(theta[name].dtype) for name, pair in sums.items()
+    }
     return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
 
 

@@ -28,7 +28,7 @@ from common.merging.tensorwise import require_examples, total
 def adamerging(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     *,
     examples: int | None = None,
     initial: float = 0.3,
@@ -47,11 +47,11 @@ def adamerging(
         return {}
     lambdas = {name: tau.new_full((len(deltas),), initial) for name, tau in deltas[0].items()}
     adam = torch.optim.Adam(lambdas.values(), lr=lr)
-    streams = [repeated(probe.batches) for probe in probes]
+    streams = [repeated(task.batches) for task in calibration]
     for _ in tqdm(range(steps), desc="adamerging", leave=False):
         theta = as_leaf_tensors(add(base, combined(lambdas, deltas)))
-        for probe, stream in zip(probes, streams, strict=True):
-            logits_AC = probe.answer(theta, next(stream))
+        for task, stream in zip(calibration, streams, strict=True):
+            logits_AC = task.answer(theta, next(stream))
             if logits_AC.shape[1] > 1:
                 entropy(logits_AC).backward()  # adds to the gradients at θ; one task's activations are held at a time
         if all(p.grad is None for p in theta.values()):

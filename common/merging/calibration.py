@@ -1,10 +1,10 @@
-"""What a merge method that uses data sees of a task: unlabelled inputs, and the model as pure functions of its weights.
+"""What a merge method that uses data is given of a task: unlabelled inputs, and the model as functions of its weights.
 
-    answer(θ, batch) -> logits      the merged tensors θ under their names in the checkpoint; the task's head is fixed
-    enter(θ, batch) -> entrance     what reaches the first block
-    block(θₗ, entrance) -> y_ATD    one block, θₗ under the names within it; what is behind x_ATD is the same for all
+    answer(θ, batch) -> logits      θ: the merged tensors under their names in the checkpoint; the task's head is fixed
+    embed(θ, batch) -> inputs       what the model calls its first block with
+    block(θₗ, inputs) -> y_ATD      any block, θₗ under the names within it: all blocks are called with the same masks
 
-A domain makes one for each task, see `probe` in Vision/domain.py. All functions have derivatives.
+A domain makes one for each task, see `calibration_task` in Vision/domain.py. All functions can be differentiated.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What a model calls a block with: x_ATD, and everything behind it (masks)."""
+    """The arguments that a model calls a block with: x_ATD first, then the other positional and the named ones."""
 
     x_ATD: Tensor
     others: tuple
@@ -33,26 +33,29 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class CalibrationTask:
-    """A task's inputs and its model. prefixes: beginning of the names of each block's tensors, in order.
+    """A task's inputs and its model.
 
-    batches: may be gone through repeatedly; made anew each time, so that they need not all be in memory.
+    answer, embed, block: see the head of this file.
+    prefixes: how the names of each block's tensors begin, in the order of the blocks.
+    batches: can be passed over several times; each pass may load them anew, so that they need not all be in memory.
+    examples: how many inputs there are in all batches.
     """
 
     answer: Callable[[Params, Batch], Tensor]
-    enter: Callable[[Params, Batch], BlockInputs]
+    embed: Callable[[Params, Batch], BlockInputs]
     block: Callable[[Params, BlockInputs], Tensor]
     prefixes: Sequence[str]
     batches: Iterable[Batch]
     examples: int
 
 
-def _never(*_: object) -> Any:
-    raise AssertionError("a task without inputs is asked nothing")
+def _without_inputs(*_: object) -> Any:
+    raise AssertionError("a task without inputs was asked for an answer")
 
 
-NO_CALIBRATION = CalibrationTask(
-    _never, _never, _never, prefixes=(), batches=(), examples=0
-)  # goes with a model of no tensors
+NO_CALIBRATION = CalibrationTask(  # for a model of no tensors, on which hyperparameters are checked
+    _without_inputs, _without_inputs, _without_inputs, prefixes=(), batches=(), examples=0
+)
 
 
 class _Reached(Exception):
@@ -68,9 +71,13 @@ def calibration_task_of(
     prefix: str = "",
     logits: Callable[[Any], Tensor] = lambda output: output,
 ) -> CalibrationTask:
-    """A probe of a model that is called with a batch's tensors by name; its merged tensors may be without memory.
+    """The CalibrationTask of a model that is called with a batch's tensors by name.
 
-    prefix: what precedes the names of the checkpoint in the model. logits: from what the model returns.
+    Args:
+        model: the task's model with its head; the tensors that are merged may be on the meta device.
+        batches, examples: the inputs and their number. Each batch is moved to `device` when it is used.
+        prefix: what precedes the names of the checkpoint in the model ("roberta.").
+        logits: takes the logits out of what the model returns.
     """
     modules = family.modules(model.get_submodule(prefix.removesuffix(".")))
     first, names = modules[0], {name for name, _ in model.eval().named_parameters()}
@@ -79,7 +86,7 @@ def calibration_task_of(
         named = {prefix + name: p for name, p in theta.items() if prefix + name in names}
         return functional_call(model, named, kwargs={key: x.to(device) for key, x in batch.items()})
 
-    def enter(theta: Params, batch: Batch) -> BlockInputs:
+    def embed(theta: Params, batch: Batch) -> BlockInputs:
         seen: list[BlockInputs] = []
 
         def stop(module: nn.Module, args: tuple, named: dict) -> None:
@@ -90,26 +97,26 @@ def calibration_task_of(
             run(theta, batch)
         return seen[0]
 
-    def block(theta: Params, entrance: BlockInputs) -> Tensor:
-        y = functional_call(first, dict(theta), (entrance.x_ATD, *entrance.others), dict(entrance.named))
+    def block(theta: Params, inputs: BlockInputs) -> Tensor:
+        y = functional_call(first, dict(theta), (inputs.x_ATD, *inputs.others), dict(inputs.named))
         return y[0] if isinstance(y, tuple) else y
 
     prefixes = [family.prefix(index) for index in range(len(modules))]
-    return CalibrationTask(lambda theta, batch: logits(run(theta, batch)), enter, block, prefixes, batches, examples)
+    return CalibrationTask(lambda theta, batch: logits(run(theta, batch)), embed, block, prefixes, batches, examples)
 
 
-def part(theta: Params, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one block, under the names within it."""
+def block_params(theta: Params, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one block, under the names within it; `prefix` is how their names in the model begin."""
     return {name.removeprefix(prefix): p for name, p in theta.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
-def first_block_inputs(probe: CalibrationTask, theta: Params) -> list[BlockInputs]:
-    """What reaches the first block of a model, batch by batch."""
-    return [probe.enter(theta, batch) for batch in probe.batches]
+def first_block_inputs(task: CalibrationTask, theta: Params) -> list[BlockInputs]:
+    """What the model with these weights calls its first block with, batch by batch."""
+    return [task.embed(theta, batch) for batch in task.batches]
 
 
 @torch.no_grad()
-def next_block_inputs(probe: CalibrationTask, theta: Params, flow: Sequence[BlockInputs]) -> list[BlockInputs]:
-    """What reaches the next block of a model, θ being that of this one."""
-    return [replace(entrance, x_ATD=probe.block(theta, entrance)) for entrance in flow]
+def next_block_inputs(task: CalibrationTask, theta: Params, inputs: Sequence[BlockInputs]) -> list[BlockInputs]:
+    """What reaches the next block, batch by batch, from the `inputs` of one block and that block's θ."""
+    return [replace(each, x_ATD=task.block(theta, each)) for each in inputs]

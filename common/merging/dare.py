@@ -11,11 +11,10 @@ and in every order of work.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.seeding import seeded
+from common.core.seeding import random_mask, seeded
 from common.core.task_vectors import LazyParams, Params, upcast
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
@@ -47,7 +46,7 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 
     def kept(tau: Tensor, name: str, task: int) -> Tensor:
-        mask = torch.empty(tau.shape).bernoulli_(1 - drop, generator=seeded(seed, "dare", name, task))
+        mask = random_mask(tau.shape, 1 - drop, seeded(seed, "dare", name, task))
         return mask.to(tau).mul_(tau).div_(1 - drop)
 
     def lazily(delta: Params, task: int) -> LazyParams:

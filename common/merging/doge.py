@@ -8,7 +8,7 @@ keeps the fraction `density` of τᵢ that is largest in magnitude. Other tensor
 
 Source: Wei et al. 2025, "Modeling multi-task model merging as adaptive projective gradient descent" (arXiv 2501.01230),
 as released with FusionBench. Defaults: eta 0.07, subspace 6, density 0.3, 400 steps, lr 1e-4. Like the code, it belongs
-to the matrices of the blocks (`SCOPE_BLOCKS`).
+to the matrices of the blocks (`scope` in registry.py).
 Deviation: mᵢ trims one tensor; the paper trims the whole task vector.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.linalg import leading_components
+from common.core.linalg import truncated_svd
 from common.core.task_vectors import Params
 from common.merging.magnitude import trim
 from common.merging.tensorwise import each_matrix, require_fraction, total
@@ -55,8 +55,8 @@ def doge_ta(
 def shared_basis(taus: Sequence[Tensor], subspace: int) -> Tensor:
     """Orthonormal columns (R, at most r / `subspace`) that span the subspace shared by the τᵢ (R, D)."""
     side = min(taus[0].shape)
-    lefts = [leading_components(tau, max(1, side // len(taus)))[0] for tau in taus]
-    return leading_components(torch.cat(lefts, dim=1), side // subspace)[0]
+    lefts = [truncated_svd(tau, max(1, side // len(taus)))[0] for tau in taus]
+    return truncated_svd(torch.cat(lefts, dim=1), side // subspace)[0]
 
 
 def reconciling_change(taus: Sequence[Tensor], scales: Sequence[float], basis: Tensor, steps: int, lr: float) -> Tensor:

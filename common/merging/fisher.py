@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.core.errors import InputError
-from common.core.seeding import seeded
+from common.core.seeding import random_choice, seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import CalibrationTask
 from common.merging.tensorwise import require_examples
@@ -28,7 +28,7 @@ from common.merging.tensorwise import require_examples
 def fisher(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     *,
     examples: int = 256,
     exact: int = 10,
@@ -41,8 +41,8 @@ def fisher(
     if floor <= 0 or exact < 1:
         raise InputError(f"fisher: floor > 0 and exact ≥ 1 are needed, they are {floor} and {exact}")
     fishers = []
-    for delta, probe in zip(deltas, probes, strict=True):
-        fishers.append(fisher_information(add(base, delta), probe, exact, seeded(seed, "fisher")))
+    for delta, task in zip(deltas, calibration, strict=True):
+        fishers.append(fisher_information(add(base, delta), task, exact, seeded(seed, "fisher")))
         if normalize and base:
             size = torch.stack([f.square().sum() for f in fishers[-1].values()]).sum().sqrt()
             fishers[-1] = {name: f / size.clamp(min=torch.finfo(f.dtype).tiny) for name, f in fishers[-1].items()}
@@ -60,20 +60,20 @@ def fisher_mean(taus: Sequence[Tensor], fishers: Sequence[Tensor], floor: float 
 
 
 def fisher_information(
-    theta: Params, probe: CalibrationTask, exact: int, generator: torch.Generator
+    theta: Params, task: CalibrationTask, exact: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The diagonal of the Fisher matrix at θ, by tensor: its mean over the probe's examples."""
+    """The diagonal of the Fisher matrix at θ, by tensor: its mean over the task's inputs."""
     at = as_leaf_tensors(theta)
     total = {name: torch.zeros_like(p) for name, p in theta.items()}
-    for batch in tqdm(probe.batches, desc="fisher", leave=False, disable=not theta):
-        logits_AC = probe.answer(at, batch)
+    for batch in tqdm(task.batches, desc="fisher", leave=False, disable=not theta):
+        logits_AC = task.answer(at, batch)
         terms = list(log_likelihoods(logits_AC, exact, generator))
         for i, (weight, likelihood) in enumerate(terms, start=1):
             gradients = torch.autograd.grad(
                 likelihood, list(at.values()), retain_graph=i < len(terms), materialize_grads=True
             )
             for name, gradient in zip(at, gradients, strict=True):
-                total[name].addcmul_(gradient, gradient, value=weight / probe.examples)
+                total[name].addcmul_(gradient, gradient, value=weight / task.examples)
     return total
 
 
@@ -89,5 +89,5 @@ def log_likelihoods(logits_AC: Tensor, exact: int, generator: torch.Generator) -
         elif classes <= exact:
             yield from zip(logits_C.softmax(0).tolist(), logits_C.log_softmax(0), strict=True)
         else:
-            drawn = int(torch.multinomial(logits_C.detach().cpu().softmax(0), 1, generator=generator))
+            drawn = random_choice(logits_C.detach().cpu().softmax(0), generator)
             yield 1.0, logits_C.log_softmax(0)[drawn]

@@ -9,6 +9,7 @@ Every other tensor is the mean of the τᵢ, or what `others` says.
 Source: Marczak et al. 2025, "No task left behind" (arXiv 2502.04959). Defaults: common_fraction 0.8, the released one;
 α 1, where the paper searches by validation.
 Deviation: singular vectors of zero singular values are arbitrary and take no part, and s̄ is the mean over the others.
+Zero is also what rounding leaves of a task that the common directions hold.
 The singular values of δ add up to α times those of U S Vᵀ either way.
 """
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.linalg import leading_components, nearest_isometry
+from common.core.linalg import nearest_isometry, rounding_floor, truncated_svd
 from common.core.task_vectors import Params
-from common.merging.tensorwise import each_matrix, total
+from common.merging.tensorwise import each_matrix, rounded_down, total
 
 
 def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others: float | None = None) -> Params:
@@ -30,10 +31,10 @@ def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others:
         every = total(taus)
         if not every.any():
             return every
-        u, s, v = leading_components(every, min(every.shape))
+        u, s, v = truncated_svd(every, min(every.shape))
         return s.mean() * u @ v.mT
 
-    return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}
+    return each_matrix(merged, base, deltas, others, scale)
 
 
 def iso_cts(
@@ -50,15 +51,15 @@ def iso_cts(
 
     def merged(taus: Sequence[Tensor]) -> Tensor:
         every, side = total(taus), min(taus[0].shape)
-        own = min(round((side - int(side * common_fraction)) / len(taus)), side // len(taus))
-        parts = [leading_components(every, side - own * len(taus))] if every.any() else []
+        own = min(round((side - rounded_down(side * common_fraction)) / len(taus)), side // len(taus))
+        parts = [truncated_svd(every, side - own * len(taus))] if every.any() else []
         common = parts[0][0] if parts else every[:, :0].clone()
         del every
         for tau in taus if own else ():
-            left = tau - common @ (common.mT @ tau)
+            left, floor = tau - common @ (common.mT @ tau), rounding_floor(tau)
             del tau
             if left.any():
-                parts.append(leading_components(left, own))
+                parts.append(truncated_svd(left, own, floor))
             del left
         if not parts:
             return torch.zeros_like(taus[0])
@@ -66,4 +67,4 @@ def iso_cts(
         del parts, common
         return s.mean() * nearest_isometry(u) @ nearest_isometry(v).mT
 
-    return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}
+    return each_matrix(merged, base, deltas, others, scale)

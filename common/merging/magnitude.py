@@ -5,6 +5,8 @@ import math
 import numpy as np
 from torch import Tensor
 
+from common.merging.tensorwise import rounded_down
+
 
 def trim(tau: Tensor, density: float) -> Tensor:
     """τ with zeros but for the fraction `density` of its weights that is largest in magnitude, at least one weight."""
@@ -27,4 +29,4 @@ def largest(x: Tensor, count: int) -> float:
 
 def share(x: Tensor, fraction: float) -> int:
     """How many of the weights of x a fraction is, rounded down."""
-    return int(x.numel() * fraction + 1e-9)  # 1e-9: 0.29 · 100 is below 29 in floats
+    return rounded_down(x.numel() * fraction)

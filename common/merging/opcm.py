@@ -1,8 +1,9 @@
 """OPCM: merge one expert after the other, of each only what is orthogonal to what is merged already.
 
 D₁ = τ₁ and D_t = D_{t−1} + P(τ_t). For a matrix D_{t−1} = U S Vᵀ, P leaves out of Uᵀ τ V its diagonal and its leading
-k × k corner, k the number of singular values that hold the share `alpha` of their sum. Other tensors have P(τ) = τ. In
-the end δ = D_N (1/N) Σᵢ ‖τᵢ‖ / ‖D_N‖: as far from the base as an expert is on average. The order of the tasks counts.
+k × k corner, k the number of leading singular values that add up to at most `alpha` of their sum (all, if alpha is 1).
+Other tensors have P(τ) = τ. In the end δ = D_N (1/N) Σᵢ ‖τᵢ‖ / ‖D_N‖: as far from the base as an expert is on average.
+The order of the tasks counts.
 
 Source: Tang et al. 2025, "Merging models on the fly without retraining" (arXiv 2501.09522). Default: alpha 0.5. What
 the paper does after every step, projecting and scaling, comes to this, since its scale of a step undoes the last one's.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.core.linalg import leading_components
+from common.core.linalg import rank_of_share, truncated_svd
 from common.core.task_vectors import Params
 from common.merging.tensorwise import each_tensor, require_fraction
 
@@ -39,10 +40,9 @@ def opcm(base: Params, deltas: Sequence[Params], *, alpha: float = 0.5) -> Param
 
 def novel(tau: Tensor, merged: Tensor, alpha: float) -> Tensor:
     """P(τ): τ (R, D) without what it shares with `merged` (R, D), which is not 0."""
-    u, s, v = leading_components(merged, min(merged.shape))
+    u, s, v = truncated_svd(merged, min(merged.shape))
     inner = u.mT @ tau @ v
-    energy = s.cpu().cumsum(0)  # on the CPU: no deterministic kernel on CUDA
-    k = int((energy <= alpha * energy[-1]).sum())
+    k = rank_of_share(s, alpha)
     shared = inner.diagonal().diag()
     shared[:k, :k] = inner[:k, :k]
     return tau - u @ shared @ v.mT

@@ -23,6 +23,8 @@ from common.core.task_vectors import Params
 from common.merging.magnitude import largest, share
 from common.merging.tensorwise import each_tensor, require_fraction, total
 
+EQUAL = 1e-6  # relative difference between two balances that are equal but for the rounding of exp and tanh
+
 
 def pcb(
     base: Params, deltas: Sequence[Params], *, ratio: float = 0.05, clip: float = 1e-4, scale: float = 1.2
@@ -53,8 +55,9 @@ def competition(tau: Tensor, agreement: Tensor, tasks: int, ratio: float) -> Ten
     """wᵢ in [0, 1] of one task, from its τᵢ and from τᵢ ⊙ Σⱼ τⱼ, which is overwritten."""
     balance = to_unit_range(tau.abs()).square_().mul_(tasks).exp_().mul_(agreement.tanh_())
     threshold = largest(agreement.copy_(balance), max(1, share(tau, ratio)))
-    if threshold >= float(balance.max()):  # one weight is left, or several as heavy: max − min would be 0
-        return (balance >= threshold).to(tau)
+    equal = EQUAL * abs(threshold)
+    if threshold + equal >= float(balance.max()):  # one weight is left, or several as heavy: max − min would be 0
+        return (balance >= threshold - equal).to(tau)
     return to_unit_range(balance.clamp_(min=threshold))
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
-from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs, part
+from common.merging.calibration import BlockInputs, CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
 
 Flow = Sequence[BlockInputs]  # what reaches a block, batch by batch
@@ -30,7 +30,7 @@ Flow = Sequence[BlockInputs]  # what reaches a block, batch by batch
 def prodistill(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     *,
     examples: int = 64,
     initial: float = 0.3,
@@ -43,23 +43,24 @@ def prodistill(
     if lr <= 0 or epochs < 0:
         raise InputError(f"prodistill: lr > 0 and epochs ≥ 0 are needed, they are {lr} and {epochs}")
     merged = each_tensor(lambda taus: weighted(taus, initial), base, deltas)
-    x = [first_block_inputs(probe, add(base, merged)) for probe in probes]
-    z = [first_block_inputs(probe, add(base, delta)) for probe, delta in zip(probes, deltas, strict=True)]
-    for index, prefix in enumerate(probes[0].prefixes):
-        theta_0, taus = part(base, prefix), [part(delta, prefix) for delta in deltas]
+    x = [first_block_inputs(task, add(base, merged)) for task in calibration]
+    z = [first_block_inputs(task, add(base, delta)) for task, delta in zip(calibration, deltas, strict=True)]
+    for index, prefix in enumerate(calibration[0].prefixes):
+        theta_0, taus = block_params(base, prefix), [block_params(delta, prefix) for delta in deltas]
         z = [
-            next_block_inputs(probe, add(theta_0, tau), flow) for probe, tau, flow in zip(probes, taus, z, strict=True)
+            next_block_inputs(task, add(theta_0, tau), flow)
+            for task, tau, flow in zip(calibration, taus, z, strict=True)
         ]
-        block = distilled(theta_0, taus, probes, x, z, initial, lr, epochs, seeded(seed, "prodistill", index))
+        block = distilled(theta_0, taus, calibration, x, z, initial, lr, epochs, seeded(seed, "prodistill", index))
         merged |= {prefix + name: delta for name, delta in block.items()}
-        x = [next_block_inputs(probe, add(theta_0, block), flow) for probe, flow in zip(probes, x, strict=True)]
+        x = [next_block_inputs(task, add(theta_0, block), flow) for task, flow in zip(calibration, x, strict=True)]
     return merged
 
 
 def distilled(
     theta_0: Params,
     taus: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     inputs: Sequence[Flow],
     targets: Sequence[Flow],
     initial: float,
@@ -74,9 +75,9 @@ def distilled(
         orders = [torch.randperm(len(flow), generator=generator).tolist() for flow in inputs]
         for step in range(max(map(len, orders))):
             theta = as_leaf_tensors(add(theta_0, combined(alphas, taus)))
-            for probe, order, x, target in zip(probes, orders, inputs, targets, strict=True):
+            for task, order, x, target in zip(calibration, orders, inputs, targets, strict=True):
                 batch = order[step % len(order)]
-                y_ATD = probe.block(theta, x[batch])
+                y_ATD = task.block(theta, x[batch])
                 (y_ATD - target[batch].x_ATD).square().sum().backward()  # adds to the gradients at θ
             for alpha, tau in zip(alphas, taus, strict=True):
                 for name, p in theta.items():

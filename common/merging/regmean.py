@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from common.core.linalg import least_squares, normal_equations
+from common.core.linalg import FLOAT32_GRAM_RTOL, normal_equations, solve_normal_equations
 from common.core.linear_inputs import mean_grams
 from common.core.task_vectors import Params, add
 from common.merging.calibration import CalibrationTask
@@ -24,7 +24,7 @@ from common.merging.tensorwise import require_examples, require_fraction, weight
 def regmean(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     *,
     examples: int = 256,
     alpha: float = 0.9,
@@ -33,8 +33,8 @@ def regmean(
     require_examples("regmean", examples)
     require_fraction("regmean", "alpha", alpha)
     grams = (
-        mean_grams(probe.answer, add(base, delta), ((batch,) for batch in probe.batches))
-        for delta, probe in zip(deltas, probes, strict=True)
+        mean_grams(task.answer, add(base, delta), ((batch,) for batch in task.batches))
+        for delta, task in zip(deltas, calibration, strict=True)
     )
     return regression_means(deltas, grams, alpha)
 
@@ -45,8 +45,9 @@ def regression_means(deltas: Sequence[Params], grams: Iterable[Params], alpha: f
     `grams` are those of one task after the other; they are consumed one by one.
     """
     sums = normal_equations(zip(deltas, grams, strict=True), alpha)
+    rtol = FLOAT32_GRAM_RTOL if alpha == 1 else None  # with α < 1 the diagonal keeps every direction above rounding
     return {
-        name: least_squares(*sums[name]).to(tau.dtype)
+        name: solve_normal_equations(*sums[name], rtol).to(tau.dtype)
         if name in sums
         else weighted([delta[name] for delta in deltas], None)
         for name, tau in deltas[0].items()

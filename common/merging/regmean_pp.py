@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from common.core.linear_inputs import mean_grams
 from common.core.task_vectors import Params, add
-from common.merging.calibration import CalibrationTask, first_block_inputs, next_block_inputs, part
+from common.merging.calibration import CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.merging.regmean import regression_means
 from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
 
@@ -21,7 +21,7 @@ from common.merging.tensorwise import each_tensor, require_examples, require_fra
 def regmean_pp(
     base: Params,
     deltas: Sequence[Params],
-    probes: Sequence[CalibrationTask],
+    calibration: Sequence[CalibrationTask],
     *,
     examples: int = 256,
     alpha: float = 0.95,
@@ -30,14 +30,16 @@ def regmean_pp(
     require_examples("regmean_pp", examples)
     require_fraction("regmean_pp", "alpha", alpha)
     merged = each_tensor(lambda taus: weighted(taus, None), base, deltas)
-    flows = [first_block_inputs(probe, add(base, merged)) for probe in probes]
-    for prefix in probes[0].prefixes:
-        theta_0, taus = part(base, prefix), [part(delta, prefix) for delta in deltas]
+    flows = [first_block_inputs(task, add(base, merged)) for task in calibration]
+    for prefix in calibration[0].prefixes:
+        theta_0, taus = block_params(base, prefix), [block_params(delta, prefix) for delta in deltas]
         grams = (
-            mean_grams(probe.block, add(theta_0, tau), ((entrance,) for entrance in flow))
-            for probe, tau, flow in zip(probes, taus, flows, strict=True)
+            mean_grams(task.block, add(theta_0, tau), ((each,) for each in flow))
+            for task, tau, flow in zip(calibration, taus, flows, strict=True)
         )
         block = regression_means(taus, grams, alpha)
         merged |= {prefix + name: delta for name, delta in block.items()}
-        flows = [next_block_inputs(probe, add(theta_0, block), flow) for probe, flow in zip(probes, flows, strict=True)]
+        flows = [
+            next_block_inputs(task, add(theta_0, block), flow) for task, flow in zip(calibration, flows, strict=True)
+        ]
     return merged

@@ -1,10 +1,12 @@
-"""What methods share: they act on one tensor at a time, on the experts' τᵢ of that tensor.
+"""What merge methods share: how a rule is applied to the experts' τᵢ of one tensor after the other.
 
 The τᵢ of a tensor are a sequence that makes each one when it is asked for. A rule that passes over them holds one at a
 time if it lets go of it (`del tau`) before the next; one that needs them all makes a list. Passing twice reads twice.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class Taus(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.deltas)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:  # a Tensor for a number, Taus for a slice
         return Taus(self.deltas[i], self.name) if isinstance(i, slice) else upcast(self.deltas[i][self.name])
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -36,10 +38,15 @@ def each_tensor(rule: Rule, base: Params, deltas: Sequence[Params]) -> dict[str,
     return {name: rule(Taus(deltas, name)) for name in base}
 
 
-def each_matrix(rule: Rule, base: Params, deltas: Sequence[Params], others: float | None) -> dict[str, Tensor]:
-    """The rule on every matrix, and `weighted` with `others` on every other tensor (biases, norms, convolutions)."""
+def each_matrix(
+    rule: Rule, base: Params, deltas: Sequence[Params], others: float | None, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """`scale` times what the rule gives for a matrix, and what `weighted` gives with `others` for any other tensor.
+
+    A rule leaves the τᵢ it is given as they are and returns a tensor of its own.
+    """
     return {
-        name: rule(Taus(deltas, name)) if theta.ndim == 2 else weighted(Taus(deltas, name), others)
+        name: (rule(Taus(deltas, name)) if theta.ndim == 2 else weighted(Taus(deltas, name), others)).mul_(scale)
         for name, theta in base.items()
     }
 
@@ -57,6 +64,14 @@ def total(taus: Iterable[Tensor]) -> Tensor:
         result += tau
         del tau
     return result
+
+
+def rounded_down(count: float) -> int:
+    """The whole number below a product of a count and a fraction, or the one that it misses by rounding.
+
+    0.29 · 100 is 28.999999999999996 in floats, and means 29.
+    """
+    return math.floor(count + 1e-9)
 
 
 def require_fraction(method: str, name: str, value: float) -> None:

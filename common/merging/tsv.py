@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.core.linalg import leading_components, nearest_isometry
+from common.core.linalg import nearest_isometry, truncated_svd
 from common.core.task_vectors import Params
-from common.merging.tensorwise import each_matrix, require_fraction, weighted
+from common.merging.tensorwise import each_matrix, require_fraction, rounded_down, weighted
 
 
 def tsv(
@@ -41,14 +41,14 @@ def tsv(
         side = min(taus[0].shape)
         if side < len(taus):
             return weighted(taus, others)
-        return orthogonal_sum(taus, max(1, int(side * fraction + 1e-9)))  # 1e-9: 49 · (1/49) is below 1 in floats
+        return orthogonal_sum(taus, max(1, rounded_down(side * fraction)))
 
-    return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}
+    return each_matrix(merged, base, deltas, others, scale)
 
 
 def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:
     """Û diag(S) V̂ᵀ of matrices of one shape, each cut to its `rank` leading components; zeros if all of them are 0."""
-    parts = [leading_components(tau, rank) for tau in taus if tau.any()]
+    parts = [truncated_svd(tau, rank) for tau in taus if tau.any()]
     if not parts:
         return torch.zeros_like(taus[0])
     u, s, v = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))

@@ -17,27 +17,28 @@ import torch
 from torch import Tensor
 
 from common.core.task_vectors import Params, upcast
-from common.merging.tensorwise import Taus, total
+from common.merging.tensorwise import Taus, rounded_down, total
 
 
-def widen_merging(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0, calibration: float = 1.0) -> Params:
+def widen(base: Params, deltas: Sequence[Params], *, ratio: float = 1.0, calibration: float = 1.0) -> Params:
     """The WIDEN delta."""
 
     def merged(theta: Tensor, taus: Sequence[Tensor]) -> Tensor:
         if theta.ndim == 2:
             moved = [column_ranks(theta, theta + tau) for tau in taus]
-            lengths_ND, directions_ND = (torch.stack(ranks) for ranks in zip(*moved, strict=True))
-            scores = (importance(lengths_ND, ratio, calibration) + importance(directions_ND, ratio, calibration)) / 2
+            lengths_ND, turns_ND = (torch.stack(ranks) for ranks in zip(*moved, strict=True))
+            limit = rank_limit(theta.shape[1], ratio)
+            scores = (importance(lengths_ND, limit, calibration) + importance(turns_ND, limit, calibration)) / 2
         else:
-            scores = importance(torch.stack([tau.abs().flatten() for tau in taus]), ratio, calibration)
-            scores = scores.view(len(taus), *theta.shape)
+            sizes = torch.stack([tau.abs().flatten() for tau in taus])
+            scores = importance(sizes, ratio * row_means(sizes), calibration).view(len(taus), *theta.shape)
         return total(score * tau for score, tau in zip(scores, taus, strict=True))
 
     return {name: merged(upcast(base[name]), Taus(deltas, name)) for name in base}
 
 
 def column_ranks(theta_0: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranks of the columns, over their number, by change of length and of direction."""
+    """The rank of each column by change of length and by change of direction, in [0, 1)."""
     (length_0, unit_0), (length, unit) = polar(theta_0), polar(theta)
     turn = unit.sub_(unit_0).square_().sum(0)  # 2 (1 − cos), but not lost in rounding where cos is almost 1
     return ranks((length - length_0).abs()), ranks(turn)
@@ -50,11 +51,24 @@ def polar(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """0, 1/n, … (n − 1)/n in the order of x (n,)."""
-    return x.argsort(stable=True).argsort().to(x.dtype) / len(x)
+    """0 for the least value of x (n,), then 1/n, … (n − 1)/n; of equal values the first comes first."""
+    return x.argsort(stable=True).argsort().to(x.dtype) / len(x)  # the second sorts whole numbers, no two alike
 
 
-def importance(significance: Tensor, ratio: float, calibration: float) -> Tensor:
-    """Scores of (experts, n) from their significance."""
-    matters = significance > ratio * significance.mean(1, keepdim=True)
-    return significance.softmax(0).masked_fill(matters, calibration)
+def rank_limit(n: int, ratio: float) -> float:
+    """What a rank exceeds if it exceeds `ratio` times their mean, (n − 1)/2n: the middle between two ranks.
+
+    The mean may itself be a rank, so a comparison with their computed mean would be left to rounding.
+    """
+    return (rounded_down(ratio * (n - 1) / 2) + 0.5) / n
+
+
+def row_means(x: Tensor) -> Tensor:
+    """The mean of each row of x (N, n), as (N, 1) in float64; exactly the common value where all are equal."""
+    wide = x.double()
+    return wide[:, :1] + (wide - wide[:, :1]).mean(1, keepdim=True)
+
+
+def importance(significance: Tensor, limit: Tensor | float, calibration: float) -> Tensor:
+    """Scores of (experts, n): the softmax of the significance over the experts, but `calibration` above the limit."""
+    return significance.softmax(0).masked_fill(significance > limit, calibration)

@@ -4,8 +4,8 @@ For every matrix, Adam from M = Σᵢ τᵢ minimises Σᵢ ‖(M − τᵢ) τ�
 of the layer, so no data are needed. Other tensors have no such inputs: their delta is 0, or what `others` says.
 
 Source: Cheng et al. 2025, "Whoever started the interference should end it" (WUDI-Merging, arXiv 2503.08099).
-Defaults: lr 1e-5, 300 steps, scale 1 (FDA for RoBERTa: lr 2e-5). Which matrices belong to it, the caller decides: the
-paper leaves everything outside the blocks at the base (`SCOPE_BLOCKS`). `wudi_exact` goes to the minimum itself.
+Defaults: lr 1e-5, 300 steps, scale 1 (FDA for RoBERTa: lr 2e-5). The paper leaves everything
+outside the blocks at the base, as `scope` in registry.py says. `wudi_exact` goes to the minimum itself.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,7 @@ def wudi(
     """
     if lr <= 0 or steps < 0:
         raise InputError(f"wudi: lr must be above 0 and steps at least 0, they are {lr} and {steps}")
-    merged = each_matrix(lambda taus: minimise_interference(taus, lr, steps), base, deltas, others)
-    return {name: scale * delta for name, delta in merged.items()}
+    return each_matrix(lambda taus: minimise_interference(taus, lr, steps), base, deltas, others, scale)
 
 
 def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tensor:

@@ -37,7 +37,7 @@ def wudi_exact(
     def merged(taus: Sequence[Tensor]) -> Tensor:
         return regression_mean(taus, map(gram, taus), rtol)
 
-    return {name: scale * delta for name, delta in each_matrix(merged, base, deltas, others).items()}
+    return each_matrix(merged, base, deltas, others, scale)
 
 
 def gram(tau: Tensor) -> Tensor:

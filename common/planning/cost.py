@@ -19,7 +19,7 @@ from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vec
 from common.fda.adaptation import BETAS, coefficients, own_weights
 from common.fda.matching import DISTANCES, matching_gradient
 from common.fda.precision import answers_in, effective_precision
-from common.merging.registry import METHODS, SCOPE_BLOCKS, WITH_DATA, hyperparameters, merge
+from common.merging.registry import METHODS, hyperparameters, merge
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
@@ -30,7 +30,8 @@ SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 def memory_with_data(config: Config, weights: int) -> dict[str, str]:
     """A row on the merge, if its method uses data and so holds all merged tensors of the models at once."""
-    if config.start.method not in WITH_DATA or config.start.checkpoint:
+    method = config.start.method
+    if method not in METHODS or not METHODS[method].data or config.start.checkpoint:
         return {}
     models = 2 * len(config.tasks) + 9  # θ₀, every τ and every Fisher, or Gram matrices and their like in float64
     return {"merge, data": f"up to {models} models at once, {models * 4 * weights / GIB:.2f} GiB, and activations"}
@@ -154,14 +155,14 @@ def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
 def memory_of_merge(config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: str, passing: int) -> dict[str, str]:
     """A row on the memory of start.method while tensors of these shapes pass, if it is one that merges them singly."""
     method = config.start.method
-    if method not in METHODS or config.start.checkpoint:
+    if method not in METHODS or METHODS[method].data or config.start.checkpoint:
         return {}
     tried = cache(partial(tensors_held, method, config.start.hyper.get(method, {}), len(config.tasks)))
     device = alone = before = 0.0
     name, held = "", 1.0
     for each, shape in shapes.items():
         size = 4 * math.prod(shape)
-        models = tried(shape) if each.startswith(blocks) or method not in SCOPE_BLOCKS else 1.0
+        models = tried(shape) if each.startswith(blocks) or METHODS[method].scope == "all" else 1.0
         device = max(device, models * size + before)
         resident = (1 if size >= HEAP_BYTES else 1 + HOLES) * models * size + before
         if resident > alone:
