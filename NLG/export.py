@@ -8,7 +8,9 @@ from torch import Tensor
 
 from common.config import Model
 from common.core.errors import InputError
-from common.io.checkpoints import copy_files, opened, weight_files, write_text
+from common.io.checkpoints import copy_files, write_text
+from common.io.headers import opened
+from common.io.model_files import weight_files
 from common.io.shards import publish_shards, stage_shards
 from NLG.decoders import EMBEDDING, architecture, skeleton
 from NLG.generation import VOCABULARIES

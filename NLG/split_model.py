@@ -18,16 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.core.errors import InputError
-from common.io.checkpoints import (
-    INDEX_FILE,
-    PICKLED_INDEX,
-    WEIGHT_FILES,
-    copy_files,
-    indexed_files,
-    read_header,
-    weight_files,
-)
+from common.io.checkpoints import copy_files, read_header
 from common.io.hashes import file_hash
+from common.io.model_files import INDEX_FILE, PICKLED_INDEX, WEIGHT_FILES, indexed_files, weight_files
 from common.io.shards import Stored, stored_in, write_index, write_stored
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, generation config, tokenizer
@@ -38,10 +31,11 @@ def input_files(source: Path) -> list[Path]:
     if source.suffix == ".bin":
         return [source]
     if not any((source / name).is_file() for name in (*WEIGHT_FILES, INDEX_FILE)):
-        if (source / PICKLED_INDEX).is_file():
-            return indexed_files(source / PICKLED_INDEX)
-        if (source / "pytorch_model.bin").is_file():
-            return [source / "pytorch_model.bin"]
+        single, index = source / "pytorch_model.bin", source / PICKLED_INDEX
+        if single.is_file() and index.is_file():
+            raise InputError(f"{source} holds two models, {single.name} and {index.name}; remove what is not meant")
+        if single.is_file() or index.is_file():
+            return [single] if single.is_file() else indexed_files(index)
     return weight_files(source)
 
 

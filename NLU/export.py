@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from common.config import Model
 from common.core.errors import InputError
-from common.io.checkpoints import INDEX_FILE, copy_files, write_tensors, write_text
+from common.io.checkpoints import copy_files, write_tensors, write_text
+from common.io.model_files import INDEX_FILE
 from common.io.shards import write_stream
 from NLU.encoders import architecture, skeleton
 from NLU.scoring import TASKS, VOCABULARIES, expert_architecture, read_head

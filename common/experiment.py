@@ -140,11 +140,11 @@ class Experiment:
 def open_experiment(config: Config, domain: Domain) -> Experiment:
     """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
     family = check_choices(config, domain)
+    base = Checkpoint(config.model.path("base"), family.names)
     modules = family.modules(domain.skeleton(config.model))
     for index in config.run.blocks or []:
         if not 0 <= index < len(modules):
             raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {len(modules) - 1}")
-    base = Checkpoint(config.model.path("base"), family.names)
     for index, module in enumerate(modules):
         prefix = family.prefix(index)
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.io.checkpoints import opened, write_tensors
+from common.io.checkpoints import write_tensors
+from common.io.headers import opened
 from common.io.pickles import read_tensors
 
 # the mask follows from the context length; the numbers describe OpenAI's archive and are in open_clip's config

@@ -28,7 +28,8 @@ from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.evaluation.scoring import score_run
 from common.fda.matching import matching_gradient
-from common.io.checkpoints import INDEX_FILE, Checkpoint, write_tensors
+from common.io.checkpoints import Checkpoint, write_tensors
+from common.io.model_files import INDEX_FILE
 from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe

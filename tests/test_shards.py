@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from common.core.errors import InputError
 from common.io import shards
-from common.io.checkpoints import INDEX_FILE, Checkpoint, read_header, write_tensors
+from common.io.checkpoints import Checkpoint, read_header, write_tensors
+from common.io.model_files import INDEX_FILE
 from common.io.shards import publish_shards, stage_shards, stored_in, stored_tensors, write_stored, write_stream
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(5)}  # 64 bytes each

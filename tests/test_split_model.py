@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import ROOT
 from common.core.errors import InputError
-from common.io.checkpoints import INDEX_FILE, PICKLED_INDEX, Checkpoint
+from common.io.checkpoints import Checkpoint
+from common.io.model_files import INDEX_FILE, PICKLED_INDEX
 from common.io.shards import read_range, write_stored
 from NLG.split_model import main, part_of, split
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.io.checkpoints import check_provenance, opened, read_header, write_tensors
+from common.io.checkpoints import check_provenance, read_header, write_tensors
+from common.io.headers import opened
 from common.io.pickles import read_anchors
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
+from common.io.headers import Row, opened
+from common.io.model_files import find_model
 
-WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
-INDEX_FILE = "model.safetensors.index.json"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 SURROUNDINGS = (
     "config.json", "open_clip_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
@@ -42,15 +40,15 @@ class Checkpoint:
 
     def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
         self.path = Path(path)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._stored: dict[str, tuple[Path, str]] = {}
-        for file in weight_files(self.path):
-            with opened(file) as handle:
-                for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                    name = names(stored)
-                    if name is not None:
-                        self.shapes[name] = tuple(handle.get_slice(stored).get_shape())
-                        self._stored[name] = (file, stored)
+        self.found = find_model(self.path)
+        self.rows: dict[str, Row] = {}
+        for row in self.found.rows():
+            name = names(row.stored)
+            if name in self.rows:
+                raise InputError(f"{self.path} has {name} twice, as {self.rows[name].stored} and as {row.stored}")
+            if name is not None:
+                self.rows[name] = row
+        self.shapes = {name: row.shape for name, row in self.rows.items()}
 
     def resize(self, rows: Mapping[str, int]) -> None:
         """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
@@ -69,10 +67,10 @@ class Checkpoint:
         """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
         tensors = {}
         for name in names:
-            if name not in self._stored:
+            if name not in self.rows:
                 raise InputError(f"{self.path} lacks the tensor {name}")
-            file, stored = self._stored[name]
-            tensor = read_tensor(file, stored)
+            file = self.rows[name].file
+            tensor = read_tensor(file, self.rows[name].stored)
             tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
             if not is_finite(tensors[name]):
                 raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
@@ -84,7 +82,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Identifies the model by every byte of its weights and of what stock libraries read beside them."""
-        files = sorted({file for file, _ in self._stored.values()}) + surroundings(self.path)
+        files = sorted({row.file for row in self.rows.values()}) + surroundings(self.path)
         return identity([[file.name, file_hash(file)] for file in files])
 
 
@@ -111,59 +109,6 @@ def with_rows(matrix: Tensor, rows: int) -> Tensor:
 def surroundings(folder: Path) -> list[Path]:
     """The config and tokenizer files in a folder, in order; none beside what is a file itself."""
     return sorted(file for pattern in SURROUNDINGS for file in folder.glob(pattern) if file.is_file())
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint. InputError says what was looked for."""
-    if path.is_dir():
-        if (path / INDEX_FILE).is_file():
-            return indexed_files(path / INDEX_FILE)
-        for name in WEIGHT_FILES:
-            if (path / name).is_file():
-                return [path / name]
-        hint = ""
-        if (path / "pytorch_model.bin").is_file():
-            hint = "; scripts/convert_checkpoint.py makes safetensors of pytorch_model.bin"
-        if (path / PICKLED_INDEX).is_file():
-            hint = f"; NLG/split_model.py makes safetensors of the files in {PICKLED_INDEX}"
-        if (path / "adapter_config.json").is_file():
-            hint = "; it holds an adapter, which can be an expert only"
-        raise InputError(f"{path} holds none of {', '.join((*WEIGHT_FILES, INDEX_FILE))}{hint}")
-    if not path.exists():
-        raise InputError(f"there is no checkpoint at {path}")
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is no .safetensors file; scripts/convert_checkpoint.py makes one of a pickled module")
-    return [path]
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names, in order.
-
-    InputError if it is none, names one outside its folder, or fewer than the shards' own names count (x-1-of-3).
-    """
-    try:
-        shards = sorted({Path(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of shards, JSON with a weight_map ({error!r})") from error
-    for shard in shards:
-        if shard.is_absolute() or ".." in shard.parts:
-            raise InputError(f"{index} names the shard {shard}, which lies outside its folder")
-        numbered = re.fullmatch(r".+-\d+-of-(\d+)\.\w+", shard.name)
-        if numbered and int(numbered[1]) > len(shards):
-            raise InputError(f"{index} names only {len(shards)} of {int(numbered[1])} shards, {shard} among them")
-    return [index.parent / shard for shard in shards]
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file open for lazy reads; a file that is missing, truncated or damaged is an InputError."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {file}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or no safetensors file ({error})") from error
 
 
 def read_header(file: Path) -> dict[str, Any]:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.io.checkpoints import HEADER_KEY, INDEX_FILE, opened, replacing, write_text
+from common.io.checkpoints import HEADER_KEY, replacing, write_text
+from common.io.headers import rows_of
+from common.io.model_files import INDEX_FILE
 from common.io.pickles import Pickled, lazy_tensors
 
 SHARD_BYTES = 2 * 2**30
@@ -115,15 +117,10 @@ def stored_in(file: Path) -> Iterator[dict[str, Stored]]:
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, from its header. InputError if the file is truncated or damaged."""
-    with opened(file), open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    found = {}
-    for name, row in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + offset for offset in row["data_offsets"])
-            found[name] = Stored(row["dtype"], tuple(row["shape"]), end - begin, partial(read_range, file, begin, end))
-    return found
+    return {
+        row.stored: Stored(row.dtype, row.shape, row.end - row.begin, partial(read_range, file, row.begin, row.end))
+        for row in rows_of(file)
+    }
 
 
 def read_range(file: Path, begin: int, end: int) -> Iterator[bytes]:

@@ -60,8 +60,9 @@ def checkpoint_line(what: str, path: Path) -> str:
     """Whether a checkpoint is there and whole."""
     try:
         adapter = what.startswith("expert") and is_adapter(path)
-        shapes = open_adapter(path)[1].shapes if adapter else Checkpoint(path).shapes
-        return f"  {'found':10} {what}: {path} ({'LoRA adapter, ' if adapter else ''}{len(shapes)} tensors)"
+        opened = open_adapter(path)[1] if adapter else Checkpoint(path)
+        kind = "LoRA adapter, " if adapter else f"{opened.found}, " if path.is_dir() else ""
+        return f"  {'found':10} {what}: {path} ({kind}{len(opened.shapes)} tensors)"
     except InputError as error:
         return f"  {'MISSING':10} {what}: {error}"
 
