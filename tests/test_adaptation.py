@@ -56,7 +56,7 @@ def test_the_expert_is_found_again_from_the_base():
     torch.testing.assert_close(merged["weight"], theta_t["weight"], atol=0.01, rtol=0)
 
 
-def test_coefficients_begin_at_the_scaled_sum_and_move_only_where_a_task_vector_does():
+def test_coefficients_begin_at_the_scaled_sum_and_move_with_task_vectors():
     theta_0 = random_params(0)
     deltas = [{"weight": torch.zeros(4, 3)} for _ in range(2)]
     deltas[0]["weight"][0], deltas[1]["weight"][1] = 1.0, 2.0
@@ -164,7 +164,7 @@ def test_the_warm_start_of_one_expert_is_the_expert():
         torch.testing.assert_close(warm.build(warm.free)["weight"], theta_t["weight"], atol=1e-5, rtol=0)
 
 
-def test_the_warm_start_answers_every_expert_on_its_own_directions_and_leaves_the_others():
+def test_the_warm_start_answers_every_expert_on_its_own_directions_alone():
     """Expert 1 has anchors along axis 0, expert 2 along axis 1, nobody along axis 2."""
     theta_0, *thetas = (random_params(i) for i in range(3))
     axes = torch.eye(3)
@@ -198,7 +198,7 @@ def test_a_block_without_linear_maps_has_no_warm_start():
 
 
 @pytest.mark.parametrize("method", ["pretrained", "ta"])
-def test_the_closed_form_alone_is_a_model_nearer_to_the_experts_than_the_start(pico_config, method):
+def test_the_closed_form_alone_is_nearer_to_the_experts_than_the_start(pico_config, method):
     quiet = replace(
         pico_config, run=replace(pico_config.run, score=False), start=replace(pico_config.start, method=method)
     )

@@ -18,7 +18,7 @@ def test_without_null_gradients_clears_one_group_of_rows():
     assert tau["fused"].tolist() == [1, 2, 3, 4, 5, 6], "the argument must stay as it is"
 
 
-def test_the_key_bias_of_clip_has_no_gradient_and_is_what_the_family_leaves_out():
+def test_the_key_bias_of_clip_has_no_gradient_and_is_left_out():
     from open_clip.transformer import ResidualAttentionBlock
 
     torch.manual_seed(0)

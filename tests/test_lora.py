@@ -287,7 +287,7 @@ def test_a_key_without_peft_s_prefix_is_named(base, tmp_path):
         LoraCheckpoint(folder, base)
 
 
-def test_an_adapter_of_another_architecture_is_refused_though_the_family_leaves_its_names_out(base, tmp_path):
+def test_an_adapter_of_another_architecture_is_refused_by_its_names(base, tmp_path):
     folder = write_adapter(tmp_path / "lora", pair("distilbert.q_lin", (6, 6)))
     with pytest.raises(InputError, match=r"distilbert\.q_lin\.lora_A\.weight matches no tensor"):
         LoraCheckpoint(folder, base, lambda stored: stored if stored.startswith("layers.") else None)

@@ -392,7 +392,7 @@ def test_values_are_refused_once_the_number_of_tasks_is_known(method, hyper, sen
         check_hyper(method, hyper, tasks=3)
 
 
-def test_merge_refuses_no_task_other_tensors_and_values_that_are_not_finite():
+def test_merge_refuses_no_task_other_tensors_and_values_not_finite():
     base, deltas = task_vectors(2, {"w": (2, 3)})
     with pytest.raises(InputError, match="average: at least one task"):
         merge("average", base, [], {})

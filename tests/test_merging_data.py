@@ -293,7 +293,7 @@ def test_one_task_and_identical_experts_give_that_expert(method):
 
 
 @pytest.mark.parametrize("method", WITH_DATA)
-def test_the_order_of_the_tasks_does_not_matter_and_inputs_stay_as_they_are(method):
+def test_the_order_of_tasks_does_not_matter_and_inputs_stay_as_they_are(method):
     base, deltas = network(3)
     copies = [{name: p.clone() for name, p in theta.items()} for theta in (base, *deltas)]
     calibration, hyper = [calibration_task(i, batches=1) for i in range(3)], QUICK.get(method, {})

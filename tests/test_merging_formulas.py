@@ -79,7 +79,7 @@ def test_slerp_of_ends_of_one_length_is_a_rotation(t):
     assert_close(merged["w"], slerp_by_rotation(*taus, t), rtol=1e-4, atol=1e-6)
 
 
-def test_slerp_is_linear_between_near_parallel_experts_and_where_one_is_zero():
+def test_slerp_is_linear_between_near_parallel_experts_and_beside_a_zero():
     base, deltas = task_vectors(2)
     for name, tensor in merge("slerp", base, deltas, {"t": 0.25}).items():
         assert_close(tensor, np.tensordot([0.75, 0.25], stack64(deltas, name), axes=1))
@@ -241,7 +241,7 @@ def test_tsv_is_its_formula(fraction, k):
         assert_close(tensor, 2 * expected, rtol=1e-4)
 
 
-def test_iso_c_is_the_polar_factor_of_the_sum_times_its_mean_singular_value():
+def test_iso_c_is_the_sums_polar_factor_times_its_mean_singular_value():
     """U Vᵀ = (X Xᵀ)^(-1/2) X, and the singular values add up to the trace of (X Xᵀ)^(1/2)."""
     base, deltas = task_vectors(3)
     merged = merge("iso_c", base, deltas, {"scale": 1.5})
@@ -318,7 +318,7 @@ def test_a_partial_sum_that_equals_the_share_but_for_rounding_is_within_it(share
         assert rank_of_share(torch.tensor(sorted(bits, reverse=True)), share) == rank
 
 
-def test_opcm_adds_nothing_that_the_merged_model_has_and_all_of_what_is_orthogonal():
+def test_opcm_adds_what_is_orthogonal_to_the_merged_model_and_only_that():
     base, deltas = task_vectors(1, {"w": (6, 4)})
     old = torch.zeros(6, 4)
     old[:3, :2] = deltas[0]["w"][:3, :2]
@@ -400,7 +400,7 @@ def test_wudi_exact_cuts_off_directions_below_rtol():
     assert_close(merge("wudi_exact", {"w": tau}, [{"w": tau}], {"rtol": 1e-3})["w"], [[1, 0], [0, 0]])
 
 
-def test_regression_mean_is_the_least_squares_fit_to_every_experts_outputs():
+def test_regression_mean_is_the_least_squares_fit_to_all_experts_outputs():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(3, 20, 6)), rng.normal(size=(3, 4, 6))
     outputs = np.vstack([xi @ wi.T for xi, wi in zip(x, w, strict=True)])
@@ -512,7 +512,7 @@ def test_tsv_makes_the_tasks_directions_orthonormal():
         assert_close(torch.linalg.svdvals(merged[name]), kept, rtol=1e-5)
 
 
-def test_the_nearest_isometry_is_orthonormal_and_keeps_orthonormal_columns():
+def test_the_nearest_isometry_is_orthonormal_and_keeps_such_columns():
     x = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hat = nearest_isometry(x)
     assert_close(hat.T @ hat, np.eye(7), atol=1e-12)
@@ -526,7 +526,7 @@ def test_tsv_averages_matrices_smaller_than_the_number_of_tasks(shape):
     assert_close(merge("tsv", base, deltas, {})["w"], stack64(deltas, "w").mean(axis=0))
 
 
-def test_tsv_keeps_one_component_of_a_matrix_as_small_as_the_number_of_tasks():
+def test_tsv_keeps_one_component_of_a_matrix_as_small_as_the_task_count():
     base, deltas = task_vectors(3, {"w": (3, 8)})
     largest = np.sort(np.linalg.svd(stack64(deltas, "w"), compute_uv=False)[:, 0])[::-1]
     assert_close(torch.linalg.svdvals(merge("tsv", base, deltas, {})["w"]), largest)
@@ -555,7 +555,7 @@ def test_tsv_of_low_rank_experts_is_their_sum_where_they_do_not_overlap():
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
-def test_iso_leaves_an_isotropic_expert_as_it_is_and_makes_every_delta_isotropic(method):
+def test_iso_leaves_an_isotropic_expert_and_makes_every_delta_isotropic(method):
     base, deltas = task_vectors(3, {"w": (6, 4)})
     isometry = 0.1 * nearest_isometry(deltas[0]["w"])
     assert_close(merge(method, base, [{"w": isometry}], {})["w"], isometry)
@@ -563,7 +563,7 @@ def test_iso_leaves_an_isotropic_expert_as_it_is_and_makes_every_delta_isotropic
     assert_close(values, np.full(4, values.mean()), rtol=1e-5)
 
 
-def test_iso_c_of_low_rank_experts_stays_in_their_directions_with_their_nuclear_norm():
+def test_iso_c_of_low_rank_experts_keeps_directions_and_nuclear_norm():
     tau = torch.zeros(6, 8)
     tau[0, :3], tau[1, 4] = 0.5, -2.0
     merged = merge("iso_c", {"w": tau}, [{"w": tau}], {})["w"]

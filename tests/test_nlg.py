@@ -216,7 +216,7 @@ def test_the_gradient_in_chunks_is_the_whole_one(distance, chunk):
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
 
 
-def test_anchors_made_in_chunks_are_the_same_to_rounding_and_need_no_new_run(config):
+def test_anchors_made_in_chunks_are_equal_to_rounding_and_need_no_new_run(config):
     construct(config, domain)
     before = contents(config.run.dir / "anchors")
     construct(change(config, "anchors", chunk=5), domain)  # kept: the chunk is no part of what they are
@@ -423,7 +423,7 @@ def damage(folder, how):
         ("outside", "code/model.safetensors.index.json names the shard ../base/model.safetensors, which lies outside"),
     ],
 )
-def test_a_damaged_expert_is_named_in_one_sentence_and_what_was_made_stays(own, how, message):
+def test_a_damaged_expert_is_named_and_what_was_made_stays(own, how, message):
     root, config = own
     for stage in (construct, adapt):
         stage(config, domain)

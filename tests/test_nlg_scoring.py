@@ -155,7 +155,7 @@ def test_programs_pass_or_fail(program, passes):
     assert time.monotonic() - began < 10
 
 
-def test_what_a_program_started_ends_with_it_and_this_process_is_untouched(tmp_path):
+def test_what_a_program_started_ends_with_it_and_this_process_goes_on(tmp_path):
     mark = tmp_path / "alive"
     child = f"import time\ntime.sleep(2)\nopen({str(mark)!r}, 'w')"
     assert runs(

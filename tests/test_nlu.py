@@ -87,7 +87,7 @@ def rewrite(file: Path, edit) -> None:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_start_of_every_family_gives_an_encoder_that_stock_transformers_opens(inputs, tmp_path, family):
+def test_stock_transformers_opens_the_encoder_of_every_start_and_family(inputs, tmp_path, family):
     config = change(pico_config(inputs, tmp_path, family), "run", score=False)
     construct(config, domain)
     for start in ("pretrained", "ta", "tsv", "wudi"):
@@ -128,7 +128,7 @@ def test_the_score_is_that_of_stock_transformers(inputs, tmp_path, family, task)
         assert found[name] == (pytest.approx(METRICS[row.metric](records["label"], answers), abs=1e-4), 30)
 
 
-def test_a_classifier_is_written_for_the_tasks_asked_for_and_the_encoder_is_kept_once(config):
+def test_classifiers_are_written_as_asked_and_the_encoder_is_kept_once(config):
     start = change(change(config, "start", method="ta"), "run", score=False)
     assert not (merge_alone(start, domain) / "heads").exists()
     folder = merge_alone(change(change(start, "model", heads=("CoLA", "MNLI")), "run", name="heads"), domain)
@@ -227,7 +227,7 @@ def test_position_embeddings_lie_in_what_is_stored(config):
         construct(change(still, "run", name="added"), domain)
 
 
-def test_position_embeddings_are_under_the_block_while_anchors_are_optimised(config):
+def test_position_embeddings_are_added_while_anchors_are_optimised(config):
     """The loss that the file records is the loss of what it holds, at the block itself."""
     added = change(change(config, "anchors", position_embeddings=True), "run", score=False)
     construct(added, domain)
@@ -406,7 +406,7 @@ def test_an_encoder_whose_answers_are_not_finite_is_named(own):
         domain.score(own, "MNLI", {"x": expert}, CPU)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_and_the_bases_own_stands_in(own):
+def test_a_tokenizer_that_does_not_fit_is_refused_the_bases_stands_in(own):
     with pytest.raises(InputError, match="cola/model knows 44 tokens, the encoder embeds 43"):
         scoring.open_tokenizer(own.model, "CoLA", 43)
     for which in ("expert", "base"):
@@ -461,7 +461,7 @@ def test_checkpoints_of_another_kind_are_refused(own):
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "base/config.json is of no use"), (None, "no config.json")])
-def test_a_base_without_a_readable_config_is_refused_and_the_dry_run_says_so(own, content, message):
+def test_a_base_without_a_readable_config_is_refused_in_the_dry_run_too(own, content, message):
     file = own.model.path("base") / "config.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(InputError, match=message):

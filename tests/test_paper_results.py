@@ -87,7 +87,7 @@ def test_corrections_are_where_the_print_is_wrong():
         assert correction["reason"]
 
 
-def test_individual_row_of_roberta_large_was_printed_in_alphabetical_order():
+def test_roberta_larges_individual_row_was_printed_in_alphabetical_order():
     data = PAPER["RoBERTa-large"]
     ours = dict(zip(data["tasks"], data["rows"]["Individual"], strict=False))
     printed = ours | data["corrections"][0]["printed"]

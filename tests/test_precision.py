@@ -67,7 +67,7 @@ def test_a_task_vector_below_the_rounding_of_its_weights_is_seen():
 
 @pytest.mark.parametrize("relative", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_the_matching_gradient_is_that_of_float32_however_small_the_task_vector(relative, chunk):
+def test_the_matching_gradient_of_small_task_vectors_is_that_of_float32(relative, chunk):
     block, theta_0, theta_t, x = block_and_tasks(relative)
     setting = block, theta_0, theta_t, subtract(theta_t, theta_0), x
     with sdpa_kernel(SDPBackend.MATH):

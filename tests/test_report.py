@@ -89,7 +89,7 @@ def test_table_in_fractions_beside_the_paper():
     )
 
 
-def test_no_gain_without_the_start_and_no_published_average_over_other_tasks():
+def test_no_gain_without_the_start_nor_published_mean_over_other_tasks():
     lines = table(ROWS[:2], ["Cars"], published=PUBLISHED).splitlines()
     assert lines[2:] == ["| FDA (TA, Weight) | 72.00 | 72.00 |   – |", "| (paper)          | 71.83 |     – |   – |"]
 
@@ -126,7 +126,7 @@ def test_seeds_give_means_and_deviations_and_gains_are_taken_seed_by_seed():
     )
 
 
-def test_one_seed_has_no_deviation_and_a_task_that_one_seed_lacks_has_no_mean():
+def test_one_seed_has_no_deviation_and_a_task_one_seed_lacks_has_no_mean():
     one = [row for row in SEEDS if row["seed"] == 0]
     assert "±" not in table(one, TASKS)
     assert table(SEEDS[:-1], TASKS).splitlines()[4] == (

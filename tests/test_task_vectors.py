@@ -20,7 +20,7 @@ def test_subtract_and_add_on_numbers():
     assert add(theta_0, tau, scale=0)["h.w"].tolist() == theta_0["h.w"].tolist()
 
 
-def test_half_precision_is_widened_before_the_arithmetic_and_double_is_kept():
+def test_half_precision_is_upcast_before_the_arithmetic_and_double_kept():
     """1 + 2⁻⁸ is not a bfloat16: the sum exists only if it was taken in float32."""
     one, small = {"w": torch.tensor([1.0]).bfloat16()}, {"w": torch.tensor([2.0**-8]).bfloat16()}
     total = add(one, small)["w"]

@@ -286,7 +286,7 @@ def test_a_batch_larger_than_the_anchors_is_refused(pico_config):
         adapt(change(pico_config, "adapt", batch_size=9), domain)
 
 
-def test_a_result_of_other_settings_is_refused_by_field_unless_it_gets_a_label(pico_config):
+def test_a_result_of_other_settings_is_refused_unless_it_gets_a_label(pico_config):
     config = change(pico_config, "run", score=False)
     construct(config, domain)
     adapt(config, domain)
