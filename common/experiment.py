@@ -1,6 +1,7 @@
 """An experiment with its inputs open and checked: what every stage needs before it begins."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ class Experiment:
     def blocks(self) -> list[int]:
         """Indices of the blocks to work on."""
         return list(range(self.depth)) if self.config.run.blocks is None else sorted(set(self.config.run.blocks))
+
+    @property
+    def largest_product(self) -> int:
+        """Multiplications of the largest matrix product of a block, over a task's anchors or a batch of adaptation."""
+        anchors, tokens, _ = self.shape
+        rows = tokens * max(anchors, self.config.adapt.for_start(self.config.start.method).batch_size)
+        shapes = self.base.shapes_under(self.family.prefix(0)).values()
+        return rows * max(math.prod(shape) for shape in shapes if len(shape) == 2)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:
         """The named tensors, on the device."""

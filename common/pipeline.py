@@ -20,6 +20,7 @@ from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.run.background import read_ahead, written_behind
+from common.run.device import threads_for
 from common.run.progress import UnitBar
 from common.run.run_log import recorded
 
@@ -31,7 +32,8 @@ def construct(config: Config, domain: Domain) -> None:
     experiment = open_experiment(config, domain)
     units = len(experiment.blocks) * len(config.tasks)
     bar = UnitBar("construct", units)
-    with recorded(config, f"construct {config.anchors.init}", bar), bar, written_behind() as write:
+    threads = threads_for(experiment.largest_product)
+    with threads, recorded(config, f"construct {config.anchors.init}", bar), bar, written_behind() as write:
         for index, theta_0, thetas in read_ahead(experiment.units()):
             with bar.unit(f"{' + '.join(thetas)}, block {index}", len(thetas)):
                 construct_units(experiment, index, theta_0, thetas, bar, write)
@@ -93,7 +95,7 @@ def adapt(config: Config, domain: Domain) -> Path:
         remove_blocks(folder)  # which a kill can have left
     else:
         bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks))
-        with recorded(config, bar.stage, bar), bar:
+        with threads_for(experiment.largest_product), recorded(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
                     adapt_unit(experiment, start, folder, index, provenance, bar)

@@ -1,6 +1,7 @@
 """Device choice, the progress bar's bookkeeping, run.json, and what the commands say when something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import yaml
 from common.config import ROOT, as_dict
 from common.core.errors import InputError
 from common.run.background import read_ahead, written_behind
-from common.run.device import prepare
+from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.progress import UnitBar, Units
 from common.run.run_log import read_notes, recorded, total_cost
 
@@ -25,6 +26,29 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
     with pytest.raises(InputError, match="run.device is cuda"):
         prepare("cuda")
     assert prepare("auto") == torch.device("cpu")
+
+
+def test_small_products_have_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(WORTH_THREADS - 1):
+            assert torch.get_num_threads() == 1
+        with threads_for(WORTH_THREADS):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError), threads_for(0):
+            raise ValueError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_waiting_threads_sleep():
+    code = "import common, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for told, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        rest = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        done = subprocess.run([sys.executable, "-c", code], env=rest | told, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == policy
 
 
 def test_the_bar_counts_fractions_and_forgets_what_was_kept(capsys):

@@ -2,12 +2,16 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 from common.core.errors import InputError
 
+WORTH_THREADS = (
+    2**27
+)  # multiplications: the matrix products of a block that has no larger one gain nothing from threads
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -32,3 +36,18 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def threads_for(multiplications: int) -> Iterator[None]:
+    """Work on one thread meanwhile if the largest matrix product of the work has so few multiplications.
+
+    Threads that share a small product wait for each other longer than they work, most of all beside another busy
+    process. A product of enough multiplications has all threads that torch was given.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if multiplications >= WORTH_THREADS else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
