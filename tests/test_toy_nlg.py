@@ -31,7 +31,7 @@ def test_a_finished_toy_is_kept(toy: Path, capsys: pytest.CaptureFixture) -> Non
     assert path.stat().st_mtime_ns == before
 
 
-def test_the_kept_file_is_small() -> None:
+def test_the_packed_file_is_small() -> None:
     assert nlg.WEIGHTS.stat().st_size < 10e6
 
 

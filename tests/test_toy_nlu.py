@@ -24,7 +24,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prose() -> list[list[str]]:
-    return nlu.unpack(load_file(nlu.KEPT))[2]["prose"]
+    return nlu.unpack(load_file(nlu.PACKED))[2]["prose"]
 
 
 def test_a_finished_toy_is_kept(toy: Path, capsys: pytest.CaptureFixture) -> None:
@@ -35,8 +35,8 @@ def test_a_finished_toy_is_kept(toy: Path, capsys: pytest.CaptureFixture) -> Non
     assert path.stat().st_mtime_ns == before
 
 
-def test_the_kept_file_is_small() -> None:
-    assert nlu.KEPT.stat().st_size < 12e6
+def test_the_packed_file_is_small() -> None:
+    assert nlu.PACKED.stat().st_size < 12e6
 
 
 def test_unpacked_experts_are_off_by_half_a_step_at_most() -> None:
@@ -127,7 +127,7 @@ def test_the_labels_are_true(prose: list[list[str]]) -> None:
 
 @pytest.mark.parametrize("task", ["topic", "acceptability", "blank"])
 def test_an_expert_beats_the_base_on_its_task(prose: list[list[str]], task: str) -> None:
-    base, experts, texts = nlu.unpack(load_file(nlu.KEPT))
+    base, experts, texts = nlu.unpack(load_file(nlu.PACKED))
     some = tuple(part[:100] for part in nlu_data.task_split(prose, task, "validation"))
     tokenizer = nlu.new_tokenizer(texts["words"])
     scores = [

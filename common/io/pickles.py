@@ -10,7 +10,6 @@ TorchScript archives (their data only, never their code), and .npy anchors, plai
 """
 
 import io
-import math
 import pickle
 import re
 import zipfile
@@ -26,17 +25,20 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from common.core.errors import InputError
+from common.io.pickle_records import (
+    ARRAYS,
+    DTYPES,
+    TENSORS,
+    Record,
+    Storage,
+    array_of,
+    is_value,
+    members,
+    named_records,
+    plain_record,
+    strided_tensor,
+)
 
-DTYPES = {
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}  # fmt: skip
-PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
-TYPED = "torch._tensor._rebuild_from_type_v2"  # a tensor that carries attributes
-TENSORS = {"torch._utils._rebuild_tensor_v2", TYPED, *PARAMETERS}
-ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
 NAMES = {
     *DTYPES, *(str(dtype) for dtype in DTYPES.values()), *TENSORS, *ARRAYS, "torch.storage._load_from_bytes",
     "torch.Tensor", "torch.Size", "torch.device", "numpy.ndarray", "numpy.dtype",
@@ -80,10 +82,10 @@ def lazy_tensors(path: Path | str, strict: bool = False) -> Iterator[dict[str, P
         is_archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         content, read = (_read_archive if is_archive else _read_stream)(file, str(path))
-        more = [key for key, value in _members(content) if not _is_value(value)] if strict else []
+        more = [key for key, value in members(content) if not is_value(value)] if strict else []
         if more:
             raise InputError(f"{path} holds more than tensors: {more[0]!r} is none")
-        found = [(name, record) for name, record in _named(content) if record.origin in TENSORS]
+        found = [(name, record) for name, record in named_records(content) if record.origin in TENSORS]
         if not found:
             raise InputError(f"{path} holds no tensor under a name")
         yield {name: _pickled(record, read, f"{path}: {name}") for name, record in found}
@@ -101,7 +103,7 @@ def read_anchors(path: Path | str) -> dict[str, np.ndarray]:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
         if read_header(file)[2].hasobject:
             *_, (content,) = _Recorder(file, str(path)).load().state  # an array of one object
-            arrays = {name: _array(record, f"{path}: {name}") for name, record in _named(content)}
+            arrays = {name: _array(record, f"{path}: {name}") for name, record in named_records(content)}
         else:
             file.seek(0)
             arrays = {"input": npy.read_array(file, allow_pickle=False)}
@@ -129,32 +131,6 @@ def _reported(path: Path | str):
 
 
 # ---- the pickle, recorded --------------------------------------------------------------------------------------------
-
-
-class Record(dict):
-    """Whatever the pickle builds: the name of its class or function, the arguments, the state, the items."""
-
-    __slots__ = ("args", "state")
-    origin = ""
-    args: tuple
-    state: Any
-
-    def __new__(cls, *args: Any, **_: Any) -> "Record":
-        record = super().__new__(cls)
-        record.args, record.state = args, None
-        return record
-
-    def __init__(self, *_: Any, **__: Any):
-        """The arguments are no items."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class Storage(NamedTuple):
-    dtype: torch.dtype
-    key: str
-
 
 Read = Callable[[str], bytearray]  # key of a storage -> a copy of its bytes
 
@@ -216,75 +192,22 @@ def _read_stream(file: BinaryIO, where: str) -> tuple[Any, Read]:
 # ---- the record, read ------------------------------------------------------------------------------------------------
 
 
-def _named(node: Any, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Record]]:
-    """Dotted name and record of each tensor or array. What is met twice is entered once: a loop would have no end."""
-    seen = set() if seen is None else seen
-    if not isinstance(node, dict) or id(node) in seen:
-        return
-    seen.add(id(node))
-    for key, value in _members(node):
-        if _is_value(value):
-            yield f"{prefix}{key}", value
-        else:
-            yield from _named(value, f"{prefix}{key}.", seen)
-
-
-def _members(node: dict) -> Iterator[tuple[str, Any]]:
-    """The items of a mapping, or what a module keeps in its state dict."""
-    state = node.state if isinstance(node, Record) and not node else None
-    if not isinstance(state, dict):
-        yield from node.items()
-        return
-    transient = state.get("_non_persistent_buffers_set", ())
-    if isinstance(transient, Record):  # a set, as pickle protocol 2 spells it
-        transient = transient.args[0]
-    for key, value in state.items():
-        if key in ("_parameters", "_buffers", "_modules"):
-            yield from ((name, member) for name, member in value.items() if name not in transient)
-        elif _is_value(value) or (isinstance(value, Record) and value.origin.startswith("__torch__.")):
-            yield key, value  # TorchScript keeps tensors and submodules side by side
-
-
-def _is_value(node: Any) -> bool:
-    return isinstance(node, Record) and node.origin in TENSORS | ARRAYS
-
-
-def _plain(record: Record) -> Record:
-    """The record of the tensor itself, within those of a parameter or of a tensor that carries attributes."""
-    if record.origin == TYPED:
-        rebuild, _, args, *_ = record.args
-        return _plain(rebuild(*args))  # calling a record's class makes a record
-    return _plain(record.args[0]) if record.origin in PARAMETERS else record
-
-
 def _unwrapped(storage: Any, read: Read, where: str) -> tuple[Storage, Read]:
     """A storage and how to read it; torch.storage._load_from_bytes holds both in a stream within the pickle."""
     return _read_stream(io.BytesIO(storage.args[0]), where) if isinstance(storage, Record) else (storage, read)
 
 
 def _pickled(record: Record, read: Read, where: str) -> Pickled:
-    storage, _, size, *_ = _plain(record).args
+    storage, _, size, *_ = plain_record(record).args
     return Pickled(_unwrapped(storage, read, where)[0].dtype, tuple(size), partial(_tensor, record, read, where))
 
 
 def _tensor(record: Record, read: Read, where: str) -> Tensor:
-    storage, offset, size, stride, *_ = _plain(record).args
-    storage, read = _unwrapped(storage, read, where)
-    flat = torch.from_numpy(np.frombuffer(read(storage.key), np.uint8)).view(storage.dtype)
-    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise InputError(f"{where} has the impossible shape {size}, strides {stride}, offset {offset}")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) > len(flat) or (math.prod(size) and last >= len(flat)):
-        raise InputError(f"{where}, {size} in strides of {stride} from {offset}, exceeds its storage of {len(flat)}")
-    tensor = flat.as_strided(size, stride, offset) if math.prod(size) else flat.new_empty(size)
-    return tensor.contiguous() if tensor.numel() == len(flat) else tensor.clone(memory_format=torch.contiguous_format)
+    storage, read = _unwrapped(plain_record(record).args[0], read, where)
+    return strided_tensor(record, storage.dtype, read(storage.key), where)
 
 
 def _array(record: Record, where: str) -> np.ndarray:
     if record.origin in TENSORS:
         return _tensor(record, {}.__getitem__, where).numpy()  # its storage lies within the pickle
-    _, shape, dtype, is_fortran, raw = record.state
-    if not re.fullmatch("[fiub][1248]", dtype.args[0]):
-        raise InputError(f"{where} is an array of type {dtype.args[0]!r}, not of numbers")
-    array = np.frombuffer(bytearray(raw), np.dtype(dtype.args[0]).newbyteorder(dtype.state[1]))
-    return array.reshape(shape, order="F" if is_fortran else "C")
+    return array_of(record, where)

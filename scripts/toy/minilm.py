@@ -54,7 +54,7 @@ def make(out: Path, retrain: bool) -> None:
     (checkpoints / BASE).mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(source / name, checkpoints / BASE / name)
-    prose = nlu.unpack(load_file(nlu.KEPT))[2]["prose"]
+    prose = nlu.unpack(load_file(nlu.PACKED))[2]["prose"]
     for task in nlu.TASKS:
         nlu_data.write_splits(out / "data" / task, prose, task)
         if not (checkpoints / task).is_dir():

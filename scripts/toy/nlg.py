@@ -1,6 +1,6 @@
 """The NLG toy: a small Llama that reads letters, and two experts of it, one for word problems and one for programs.
 
-Made once by `--train` and kept in half precision beside this file; without `--train` the kept weights are unpacked.
+Made once by `--train` and packed in half precision beside this file; without `--train` the packed file is read.
 It was chosen by three rows alone, as `--train` prints them: Base, Individual, and task arithmetic with 0.5.
 """
 
@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from NLG.scoring import examples_of, judge
 
-from . import kept, nlg_data
-from .kept import Weights
+from . import nlg_data
 from .nlg_data import TESTS
+from .packed import Weights, make_from_packed
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "nlg.safetensors"
@@ -121,7 +121,7 @@ def train() -> Weights:
     return packed
 
 
-# ---- the kept file ---------------------------------------------------------------------------------------------------
+# ---- the packed file -------------------------------------------------------------------------------------------------
 
 
 def pack(base: Weights, experts: Mapping[str, Weights]) -> Weights:
@@ -200,4 +200,7 @@ def write(packed: Weights, out: Path) -> None:
 def make(out: Path, retrain: bool) -> None:
     """The toy in `out`; with `retrain` the weights beside this file are made anew first."""
     contents = f"a small Llama, {len(LR) - 1} experts, {len(TESTS)} test sets"
-    kept.make(out, WEIGHTS, train if retrain else None, write, settings=(MODEL, LETTERS), name="NLG", contents=contents)
+    settings, data = (MODEL, LETTERS), [nlg_data]
+    make_from_packed(
+        out, WEIGHTS, train if retrain else None, write, data=data, settings=settings, name="NLG", contents=contents
+    )

@@ -1,7 +1,7 @@
 """The NLU toy: a small RoBERTa trained by masked language modelling, and one expert a task fine-tuned from it.
 
-Made once by `--train` and kept beside this file with its tokenizer and the manual's prose; without `--train` the kept
-file is unpacked. What is kept was accepted by three rows: pretrained, individual, and task arithmetic.
+Made once by `--train` and packed beside this file with its tokenizer and the manual's prose; without `--train` the
+packed file is read. What it holds was accepted by three rows: pretrained, individual, and task arithmetic.
 """
 
 import json
@@ -26,13 +26,13 @@ from transformers import (
 
 from common.evaluation.metrics import METRICS
 
-from . import kept, nlu_data
-from .kept import Weights
+from . import nlu_data
 from .nlu_base import MODEL, descend, encode, learn_words, new_tokenizer, optimiser, own, pretrain
 from .nlu_data import TASKS
+from .packed import Weights, make_from_packed
 
 HERE = Path(__file__).parent
-KEPT = HERE / "nlu.safetensors"
+PACKED = HERE / "nlu.safetensors"
 BASE = "roberta-toy"  # its folder
 STEPS_TASK, BATCH_TASK, LR_TASK = 1000, 32, 5e-4  # fine-tuning, a task
 COEFFICIENTS = np.arange(1, 21) / 20  # task arithmetic's, for the acceptance rows
@@ -92,7 +92,7 @@ def encoder(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name.startswith("roberta.")}
 
 
-# ---- the kept file ---------------------------------------------------------------------------------------------------
+# ---- the packed file -------------------------------------------------------------------------------------------------
 
 
 def pack(base: Weights, experts: Mapping[str, Weights], texts: object) -> Weights:
@@ -197,4 +197,7 @@ def write(packed: Weights, out: Path) -> None:
 def make(out: Path, retrain: bool) -> None:
     """The toy in `out`; with `retrain` the file beside this file is made anew first."""
     contents = f"a small RoBERTa, {len(TASKS)} experts, {len(TASKS)} data sets"
-    kept.make(out, KEPT, train if retrain else None, write, settings=(MODEL, TASKS), name="NLU", contents=contents)
+    settings, data = (MODEL, TASKS), [nlu_data]
+    make_from_packed(
+        out, PACKED, train if retrain else None, write, data=data, settings=settings, name="NLU", contents=contents
+    )

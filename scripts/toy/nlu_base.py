@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
-from .kept import Weights
+from .packed import Weights
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 START, PAD, END, _, MASK = range(len(SPECIAL))

@@ -1,6 +1,6 @@
 """The vision toy: a tiny CLIP trained on a captioned world, and one expert a task fine-tuned from it.
 
-Made once by `--train` and kept in half precision beside this file; without `--train` the kept weights are unpacked.
+Made once by `--train` and packed in half precision beside this file; without `--train` the packed file is read.
 """
 
 import json
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common.io.checkpoints import write_tensors
 
-from . import kept, vision_data
-from .kept import Weights
+from . import vision_data, vision_drawing
+from .packed import Weights, make_from_packed
 from .vision_data import SIZE, SPLITS, TASKS
 
 HERE = Path(__file__).parent
@@ -139,7 +139,7 @@ def load(*parts: Weights) -> open_clip.CLIP:
     return model
 
 
-# ---- the kept file ---------------------------------------------------------------------------------------------------
+# ---- the packed file -------------------------------------------------------------------------------------------------
 
 
 def pack(base: Weights, experts: Mapping[str, Weights]) -> Weights:
@@ -230,5 +230,7 @@ def write(packed: Weights, out: Path) -> None:
 def make(out: Path, retrain: bool) -> None:
     """The toy in `out`; with `retrain` the weights beside this file are made anew first."""
     contents = f"a tiny CLIP, {len(TASKS)} experts, {len(TASKS)} data sets"
-    settings = MODEL, TASKS
-    kept.make(out, WEIGHTS, train if retrain else None, write, settings=settings, name="vision", contents=contents)
+    settings, data = (MODEL, TASKS), [vision_data, vision_drawing]
+    make_from_packed(
+        out, WEIGHTS, train if retrain else None, write, data=data, settings=settings, name="vision", contents=contents
+    )
