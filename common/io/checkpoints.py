@@ -19,7 +19,8 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
-from common.io.model_files import find_model
+from common.io.model_files import WEIGHT_FILES, find_model, json_of
+from common.io.quantised import quantiser_files, require_weights
 
 SURROUNDINGS = (
     "config.json", "open_clip_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -42,13 +43,21 @@ class Checkpoint:
         self.path = Path(path)
         self.found = find_model(self.path)
         self.rows: dict[str, Row] = {}
-        for row in self.found.rows():
+        stored = self.found.rows()
+        self.check_weights({row.stored: row for row in stored})
+        for row in stored:
             name = names(row.stored)
             if name in self.rows:
                 raise InputError(f"{self.path} has {name} twice, as {self.rows[name].stored} and as {row.stored}")
             if name is not None:
                 self.rows[name] = row
         self.shapes = {name: row.shape for name, row in self.rows.items()}
+
+    def check_weights(self, stored: Mapping[str, Row]) -> None:
+        """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
+        stock = self.path.name in WEIGHT_FILES  # a file of another name may lie beside another model's config
+        folder = self.path.parent if stock else self.path
+        require_weights(self.path, stored, json_of(folder / "config.json"), next(quantiser_files(folder), ""))
 
     def resize(self, rows: Mapping[str, int]) -> None:
         """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
@@ -70,6 +79,8 @@ class Checkpoint:
             if name not in self.rows:
                 raise InputError(f"{self.path} lacks the tensor {name}")
             file = self.rows[name].file
+            if self.rows[name].dtype.startswith("C"):
+                raise InputError(f"{file}: the tensor {name} holds complex numbers, which are no weights of any family")
             tensor = read_tensor(file, self.rows[name].stored)
             tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
             if not is_finite(tensors[name]):
@@ -79,6 +90,10 @@ class Checkpoint:
     def read_under(self, prefix: str) -> Params:
         """All tensors whose name begins with `prefix`, the prefix taken off."""
         return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
+
+    def float_weights(self) -> dict[str, Row]:
+        """{name: header} of the tensors that are stored as floating-point numbers, F8 included: type, shape, bytes."""
+        return {name: row for name, row in self.rows.items() if row.dtype.startswith(("F", "BF"))}
 
     def fingerprint(self) -> str:
         """Identifies the model by every byte of its weights and of what stock libraries read beside them."""

@@ -39,6 +39,11 @@ class Row:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """How much of the file it takes."""
+        return self.end - self.begin
+
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:

@@ -236,8 +236,8 @@ def difference(one: State, other: State) -> str:
 def same_bytes(one: Row, other: Row) -> bool:
     """Whether two tensors of one type and shape hold the same bytes."""
     with opened(one.file), open(one.file, "rb") as a, open(other.file, "rb") as b:
-        for at in range(0, one.end - one.begin, CHUNK_BYTES):
-            count = min(CHUNK_BYTES, one.end - one.begin - at)
+        for at in range(0, one.nbytes, CHUNK_BYTES):
+            count = min(CHUNK_BYTES, one.nbytes - at)
             if os.pread(a.fileno(), count, one.begin + at) != os.pread(b.fileno(), count, other.begin + at):
                 return False
     return True

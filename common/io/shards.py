@@ -118,7 +118,7 @@ def stored_in(file: Path) -> Iterator[dict[str, Stored]]:
 def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, from its header. InputError if the file is truncated or damaged."""
     return {
-        row.stored: Stored(row.dtype, row.shape, row.end - row.begin, partial(read_range, file, row.begin, row.end))
+        row.stored: Stored(row.dtype, row.shape, row.nbytes, partial(read_range, file, row.begin, row.end))
         for row in rows_of(file)
     }
 
