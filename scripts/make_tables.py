@@ -1,0 +1,141 @@
+"""Write the tables of the pages between their markers, from the files that they are made of.
+
+python scripts/make_tables.py                                            rewrite every page that git tracks
+python scripts/make_tables.py --keep runs/demo Vision/results/demo.json  commit the rows of a run, without their times
+
+A table stands between `<!-- table: KIND WORDS -->` and `<!-- end of table -->`; WORDS, separated by " | ", are paths
+from the repository's root and names of rows:
+
+    scores FILE            the paper's table of the rows in FILE, and what they were measured on
+    scores FILE | ROW ...  those rows of it alone
+    gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
+    methods                the merge methods
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from common.config import ROOT
+from common.core.errors import InputError
+from common.evaluation.tables import (
+    MISSING,
+    Row,
+    aligned,
+    cell,
+    display,
+    footnotes,
+    read_results,
+    row_name,
+    table,
+    values_by_name,
+    write_results,
+)
+from common.io.checkpoints import write_text
+from common.merging.registry import method_table
+
+TABLE = re.compile(r"(?<=<!-- table: )(?P<what>.+?)(?P<end> -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+COST = {"seconds", "peak_gib", "hardware"}  # of one machine on one day: pages and their rows leave them out
+INITS = ("gauss", "weight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", nargs=2, type=Path, metavar=("RUN", "FILE"), help="write the rows of RUN to FILE")
+    args = parser.parse_args()
+    try:
+        if args.keep:
+            keep_rows(*args.keep)
+        for page in pages():
+            write_text(page, with_tables(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pages() -> list[Path]:
+    """The Markdown files that git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return sorted({ROOT / name for name in names if (ROOT / name).is_file()})
+
+
+def with_tables(text: str, page: str) -> str:
+    """The text of a page with every table made anew. InputError, naming the page, if a marker cannot be read."""
+    if len(TABLE.findall(text)) != text.count("<!-- table:") or text.count("<!-- table:") != text.count("<!-- end of"):
+        raise InputError(f"{page}: a table needs the lines <!-- table: KIND WORDS --> and <!-- end of table -->")
+
+    def made(match: re.Match) -> str:
+        kind, _, words = match["what"].partition(" ")
+        if kind not in KINDS:
+            raise InputError(f"{page}: there is no table of kind {kind!r}; choose one of {', '.join(KINDS)}")
+        return match["what"] + match["end"] + "\n" + KINDS[kind](*filter(None, words.split(" | "))) + "\n"
+
+    return TABLE.sub(made, text)
+
+
+def keep_rows(run: Path, file: Path) -> None:
+    """Write what results.json of a run holds, but for time and memory."""
+    rows, tasks = read_results(run / "results.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_results(file, [{k: v for k, v in row.items() if k not in COST} for row in rows], tasks)
+
+
+def scores(file: str, *names: str) -> str:
+    """The table of the rows in a file and its footnotes, or of its lines those of some names."""
+    rows, tasks, percent = rows_of(file)
+    lines = table(rows, tasks, percent=percent).splitlines(keepends=True)
+    if not names:
+        return "".join(lines) + "\n" + footnotes(rows, None)
+    of_name = {line.split("|")[1].strip(): line for line in lines[2:]}
+    if unknown := [name for name in names if name not in of_name]:
+        raise InputError(f"{file} has no row {', '.join(unknown)}; choose from {', '.join(of_name)}")
+    return "".join([*lines[:2], *(of_name[name] for name in names)])
+
+
+def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
+    """(rows, tasks, whether they are printed in percent) of DOMAIN/results/NAME.json."""
+    rows, tasks = read_results(ROOT / file)
+    return rows, tasks, import_module(f"{Path(file).parts[0]}.domain").PERCENT
+
+
+def gains(*files: str) -> str:
+    """A line for each model that adaptation started from: its mean over the tasks in percent, and mean and Δ of FDA."""
+    heads = [head for init in INITS for head in (f"FDA ({display(init)})", "Δ")]
+    lines: list[Sequence[str]] = [["Toy", "Start", "Avg", *heads]]
+    for file in files:
+        rows, tasks, _ = rows_of(file)
+        average = {name: values[-1] for name, values in values_by_name(rows, tasks).items()}
+        for start in dict.fromkeys(row["start"] for row in rows if row["method"] == "fda"):
+            cells = [text for init in INITS for text in gain_cells(average, start, init)]
+            toy = Path(file).parts[0]
+            lines.append([toy, display(start), cell(average[display(start)], percent=True), *cells])
+    return aligned(lines)
+
+
+def gain_cells(average: Mapping[str, float], start: str, init: str) -> tuple[str, str]:
+    """The mean of what FDA made of a start, and how far it is above the start's, in percent."""
+    adapted = average.get(row_name({"method": "fda", "start": start, "init": init}))
+    if adapted is None:
+        return MISSING, MISSING
+    return cell(adapted, percent=True), cell(adapted - average[display(start)], percent=True, sign="+")
+
+
+def methods() -> str:
+    """The merge methods, a line each."""
+    head, *rows = [tuple(row) for row in method_table()]
+    return "\n".join([line(head), line([":---"] * len(head)), *map(line, rows)]) + "\n"
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+KINDS = {"scores": scores, "gains": gains, "methods": methods}
+
+if __name__ == "__main__":
+    main()
