@@ -1,56 +1,22 @@
-"""Pico models: every path of the pipeline on networks of a few thousand weights."""
+"""Pico models for every test: each path of the pipeline on networks of a few thousand weights.
 
-import json
+Fixtures named `…_inputs` are made once and read only; `own_…` are copies that a test may damage. What a test does not
+ask for is not imported: a test of tensors alone begins at once.
+"""
+
+import shutil
 from pathlib import Path
 
-import datasets
-import numpy as np
-import open_clip
 import pytest
-import torch
-from PIL import Image
 
-from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from common.io.checkpoints import write_tensors
-
-PICO_CLIP = {
-    "embed_dim": 8,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
-}
-PICO_TASKS = ["MNIST", "SVHN"]
-
-
-def write_pico_clip(root: Path, tasks: list[str] = PICO_TASKS) -> None:
-    """A base with text tower in root/base, experts (image towers) in root/<task>/finetuned.safetensors."""
-    config = {"model_cfg": PICO_CLIP, "preprocess_cfg": {"interpolation": "bicubic"}}
-    (root / "base").mkdir(parents=True)
-    (root / "base" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    clip = open_clip.create_model(f"local-dir:{root / 'base'}", load_weights=False).state_dict()
-    write_tensors(root / "base" / "open_clip_model.safetensors", clip)
-    for task in tasks:
-        tower = {n: t + 0.05 * torch.randn_like(t) for n, t in clip.items() if n.startswith("visual.")}
-        write_tensors(root / task / "finetuned.safetensors", tower)
-
-
-def write_pico_images(root: Path, tasks: list[str] = PICO_TASKS) -> None:
-    """Twenty noise images a task, labelled 0..9, as parquet with ClassLabel names."""
-    generator = np.random.default_rng(0)
-    for task in tasks:
-        images = [Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(20)]
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
-        )
-        records = datasets.Dataset.from_dict({"image": images, "label": [i % 10 for i in range(20)]}, features=features)
-        (root / task).mkdir(parents=True)
-        records.to_parquet(root / task / "test-00000-of-00001.parquet")
+from common.config import Config
 
 
 @pytest.fixture(scope="session")
 def pico_inputs(tmp_path_factory) -> Path:
-    """Checkpoints under clip/, images under data/; read only."""
+    """CLIP checkpoints under clip/, images under data/."""
+    from pico_vision import write_pico_clip, write_pico_images
+
     root = tmp_path_factory.mktemp("pico")
     write_pico_clip(root / "clip")
     write_pico_images(root / "data")
@@ -60,14 +26,68 @@ def pico_inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def pico_config(pico_inputs, tmp_path) -> Config:
     """A complete vision experiment that ends in seconds, writing under tmp_path."""
-    return Config(
-        domain="vision",
-        model=Model(root=str(pico_inputs / "clip"), base="base", expert="{task}/finetuned.safetensors"),
-        tasks=PICO_TASKS,
-        anchors=Anchors(number=4, steps=5),
-        start=Start(hyper={"wudi": {"steps": 3}}),
-        adapt=Adapt(epochs=2, batch_size=4, by_start={"pretrained": {"lr": 1e-5}}),
-        eval=Eval(data=str(pico_inputs / "data")),
-        compare=Compare(),
-        run=Run(name="pico", root=str(tmp_path), device="cpu"),
-    )
+    from pico_vision import pico_config
+
+    return pico_config(pico_inputs, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def nlu_inputs(tmp_path_factory) -> Path:
+    """Encoders of each family under its name, texts under data/."""
+    from pico_nlu import CONFIGS, PICO_TASKS, write_pico_encoders, write_pico_texts
+
+    root = tmp_path_factory.mktemp("pico_nlu")
+    for family in CONFIGS:
+        write_pico_encoders(root / family, family, PICO_TASKS)
+    write_pico_texts(root / "data", PICO_TASKS)
+    return root
+
+
+@pytest.fixture
+def nlu_config(nlu_inputs, tmp_path) -> Config:
+    """A complete NLU experiment on RoBERTa, writing under tmp_path."""
+    from pico_nlu import pico_config
+
+    return pico_config(nlu_inputs, tmp_path)
+
+
+@pytest.fixture
+def own_nlu(nlu_inputs, tmp_path) -> Config:
+    """A config whose encoders and texts a test may damage."""
+    from pico_nlu import pico_config
+
+    shutil.copytree(nlu_inputs / "roberta", tmp_path / "own" / "roberta")
+    shutil.copytree(nlu_inputs / "data", tmp_path / "own" / "data")
+    return pico_config(tmp_path / "own", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def nlg_inputs(tmp_path_factory) -> Path:
+    """Language models of every family with experts of one token more, test sets under data/."""
+    from pico_nlg import write_pico_models, write_pico_tests
+
+    from NLG.domain import FAMILIES
+
+    root = tmp_path_factory.mktemp("pico_nlg")
+    for family in FAMILIES:
+        write_pico_models(root / family, family)
+    write_pico_tests(root / "data")
+    return root
+
+
+@pytest.fixture
+def nlg_config(nlg_inputs, tmp_path) -> Config:
+    """An NLG experiment on Llama without scores, writing under tmp_path."""
+    from helpers import change
+    from pico_nlg import pico_config
+
+    return change(pico_config(nlg_inputs, tmp_path), "run", score=False)
+
+
+@pytest.fixture
+def own_nlg(nlg_inputs, nlg_config, tmp_path) -> tuple[Path, Config]:
+    """A copy of the pico Llamas that a test may damage, and the config that reads it."""
+    from helpers import change
+
+    shutil.copytree(nlg_inputs / "llama", tmp_path / "llama")
+    return tmp_path / "llama", change(nlg_config, "model", root=str(tmp_path / "llama"))

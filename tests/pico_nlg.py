@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from NLG.decoders import DECODER
 
 PICO_TASKS = ["math", "code"]
 SPECIAL = ["<s>", "</s>", "<unk>"]
@@ -23,6 +24,8 @@ PICO = {
     "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 TIED = {"gemma"}
+EMBEDDING, HEAD = DECODER.vocabulary
+NORM = "model.norm.weight"
 
 
 def pico_architecture(family: str, **changes) -> PretrainedConfig:

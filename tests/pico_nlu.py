@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForMaskedLM,
@@ -22,6 +23,10 @@ from transformers import (
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start, for_task
 from common.io.checkpoints import write_tensors
 from NLU.scoring import TASKS, Task
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

@@ -1,20 +1,17 @@
 """The benchmark: its reference computes what the engine does, and both stages measure a pico block."""
 
-import sys
 from argparse import Namespace
 
+import benchmark
 import pytest
 import torch
+from benchmark_blocks import ARCHS, random_block, random_expert, vit, write_whole
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.config import ROOT, Model
+from common.config import Model
 from common.core.seeding import seeded
 from common.core.task_vectors import subtract
 from common.fda.matching import matching_gradient
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark
-from benchmark_blocks import ARCHS, random_block, random_expert, vit, write_whole
 
 CPU = torch.device("cpu")
 

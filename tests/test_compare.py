@@ -1,38 +1,27 @@
 """The grid: seeds are runs of their own and means in one table, what is equal is scored once, a search sees no test."""
 
 import json
-import sys
 from collections import Counter
-from dataclasses import replace
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import pytest
+from compare import compare, plan
+from helpers import change, files_of
 from pico_nlg import pico_config as pico_nlg_config
 
-from common.config import ROOT, Config
+from common.config import Config
 from common.core.errors import InputError
 from common.evaluation.tables import row_name
 from common.io.checkpoints import Checkpoint
 from NLG import domain as nlg
 from Vision import domain
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from compare import compare, plan
-
 SCALES = {"ta": {"scale": [0.1, 0.2, 0.5]}}
-
-
-def change(config, section, **fields):
-    return replace(config, **{section: replace(getattr(config, section), **fields)})
 
 
 def rows_of(folder):
     return json.loads((folder / "results.json").read_text())["rows"]
-
-
-def files_of(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def counting(scored: Counter, score=domain.score):

@@ -8,8 +8,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from released import pickle_3, write_released
 from safetensors.torch import load_file
-from test_unpickling import pickle_3, write_released
 from torch import nn
 
 from scripts.convert_checkpoint import open_clip_names, target_of

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import assert_close
 from pico_nlg import pico_architecture, pico_tokenizer, save
-from test_merging_formulas import MATRICES, SHAPES, assert_close, task_vectors
+from pico_task_vectors import MATRICES, SHAPES, task_vectors
 from transformers import AutoModelForCausalLM
 
 from common.config import ROOT

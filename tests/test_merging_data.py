@@ -5,13 +5,14 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 
-import datasets
+import helpers
 import numpy as np
 import pytest
 import torch
 import transformers
-from pico_nlu import CONFIGS, PICO_TASKS, pico_config, write_pico_encoders, write_pico_texts
+from pico_nlu import CONFIGS, pico_config
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -40,13 +41,9 @@ DEFAULTS = {
 SPLITS = {"fisher": "train", "regmean": "train", "regmean_pp": "train", "adamerging": "test", "prodistill": "train"}
 WITH_DATA = [name for name, method in METHODS.items() if method.data]
 CPU = torch.device("cpu")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-datasets.disable_progress_bars()
 
 
-def assert_close(ours, expected, rtol=1e-9, atol=1e-12):
-    np.testing.assert_allclose(ours.detach().numpy(), np.asarray(expected), rtol=rtol, atol=atol)
+assert_close = partial(helpers.assert_close, rtol=1e-9, atol=1e-12)
 
 
 # --- a network of two blocks -----------------------------------------------------------------------------------------
@@ -330,20 +327,6 @@ def vision_inputs(pico_inputs, tmp_path_factory):
 @pytest.fixture
 def vision_config(pico_config, vision_inputs):
     return replace(pico_config, eval=replace(pico_config.eval, data=str(vision_inputs)))
-
-
-@pytest.fixture(scope="module")
-def nlu_inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("nlu")
-    for family in CONFIGS:
-        write_pico_encoders(root / family, family, PICO_TASKS)
-    write_pico_texts(root / "data", PICO_TASKS)
-    return root
-
-
-@pytest.fixture
-def nlu_config(nlu_inputs, tmp_path):
-    return pico_config(nlu_inputs, tmp_path)
 
 
 def expert_weights(config, task, domain):

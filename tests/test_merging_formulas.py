@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
+from pico_task_vectors import MATRICES, OTHERS, SHAPES, task_vectors
 
 from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
 from common.core.seeding import random_choice, random_mask
@@ -14,27 +16,9 @@ from common.merging.registry import merge
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
 
-SHAPES = {"fc.weight": (12, 9), "fc.bias": (12,), "proj.weight": (9, 16), "conv.weight": (4, 3, 2, 2), "scale": ()}
-MATRICES = ["fc.weight", "proj.weight"]
-OTHERS = [name for name in SHAPES if name not in MATRICES]
-
-
-def task_vectors(tasks, shapes=SHAPES, seed=0, size=1e-2, dtype=torch.float32):
-    """Random task vectors of the size that fine-tuning leaves, and a base of ones."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = [
-        {name: size * torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-        for _ in range(tasks)
-    ]
-    return {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}, deltas
-
 
 def stack64(deltas, name):
     return np.stack([delta[name].double().numpy() for delta in deltas])
-
-
-def assert_close(ours, expected, rtol=1e-5, atol=1e-7):
-    np.testing.assert_allclose(ours.double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)
 
 
 def norm(x):

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import files_of
 from pico_nlg import pico_config, write_pico_models
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -130,10 +131,6 @@ def work(stage, config, ready):
     STAGES[stage](config)
 
 
-def contents(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_ten_kills_change_no_byte(tmp_path, stage):
     """SIGKILL at random moments of the work itself: the processes are forked from one that has imported everything."""
@@ -166,7 +163,7 @@ def test_ten_kills_change_no_byte(tmp_path, stage):
     for name in configs:
         for earlier in BEFORE.get(stage, []):
             finish(earlier, name)
-    prepared = contents(configs["killed"].run.dir)
+    prepared = files_of(configs["killed"].run.dir)
     takes = finish(stage, "alone")
     kills, moments, met = 0, random.Random(0), set()
     while kills < 10:
@@ -176,12 +173,12 @@ def test_ten_kills_change_no_byte(tmp_path, stage):
             process.kill()
             process.join()
             kills += process.exitcode == -signal.SIGKILL
-            met.add(frozenset(contents(tmp_path / "killed") if (tmp_path / "killed").exists() else ()))
+            met.add(frozenset(files_of(tmp_path / "killed") if (tmp_path / "killed").exists() else ()))
         if process.exitcode == 0:  # it got through before the blow: begin anew
-            for file in set(contents(tmp_path / "killed")) - set(prepared):
+            for file in set(files_of(tmp_path / "killed")) - set(prepared):
                 (tmp_path / "killed" / file).unlink()
     print(f"{stage}: {takes:.1f} s, killed in {len(met)} different states of its folder")
     finish(stage, "killed")
-    whole, again = ({f: b for f, b in contents(tmp_path / n).items() if f != "run.json"} for n in configs)
+    whole, again = ({f: b for f, b in files_of(tmp_path / n).items() if f != "run.json"} for n in configs)
     assert whole == again
     assert len(whole) > len(prepared)

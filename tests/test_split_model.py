@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from helpers import files_of
 from pico_nlg import pico_model, pico_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,10 +51,6 @@ def llama(tmp_path):
     return model
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_stock_transformers_opens_the_result_with_the_same_logits(tmp_path, layout, family):
@@ -72,7 +69,7 @@ def test_stock_transformers_opens_the_result_with_the_same_logits(tmp_path, layo
 def test_one_file_can_be_split_too(tmp_path):
     save_file({"model.layers.0.a": torch.ones(2).half()}, tmp_path / "in.safetensors")
     split(tmp_path / "in.safetensors", tmp_path / "out")
-    assert contents(tmp_path / "out").keys() == {"model.layers.0.safetensors", INDEX_FILE}
+    assert files_of(tmp_path / "out").keys() == {"model.layers.0.safetensors", INDEX_FILE}
 
 
 def test_parts_are_layers_and_modules():
@@ -97,11 +94,11 @@ def test_an_interrupted_split_goes_on_and_ends_with_the_same_bytes(llama, tmp_pa
             patch.setattr("NLG.split_model.write_stored", dying)
             with pytest.raises(KeyboardInterrupt):
                 split(tmp_path / "in", tmp_path / "stopped")
-        assert INDEX_FILE not in contents(tmp_path / "stopped")
+        assert INDEX_FILE not in files_of(tmp_path / "stopped")
     times = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "stopped").iterdir()}
     assert len(times) == 3
     split(tmp_path / "in", tmp_path / "stopped")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "alone")
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "alone")
     assert all((tmp_path / "stopped" / name).stat().st_mtime_ns == then for name, then in times.items())
 
 
@@ -172,7 +169,7 @@ def test_a_full_disk_keeps_what_is_whole(llama, tmp_path, monkeypatch):
         patch.setattr("common.io.checkpoints.os.fsync", full)
         with pytest.raises(InputError, match="cannot write .*safetensors: .*No space left"):
             split(tmp_path / "in", tmp_path / "out")
-    assert len(contents(tmp_path / "out")) == 2
+    assert len(files_of(tmp_path / "out")) == 2
     split(tmp_path / "in", tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits, llama(TOKENS).logits)
 
@@ -191,4 +188,4 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "alone")

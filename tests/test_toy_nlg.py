@@ -1,19 +1,15 @@
 """The NLG toy as the command leaves it on disk, opened with stock libraries."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import nlg, nlg_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from NLG.generation import complete
 from NLG.scoring import RULES, TASKS, examples_of, prompts_of
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-from toy import nlg, nlg_data  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """The NLU toy as the command leaves it on disk, opened with stock libraries."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import nlu, nlu_base, nlu_data
 
 from NLU.domain import TASKS
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-from toy import nlu, nlu_base, nlu_data  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import vision, vision_data
 
+from common.config import ROOT
 from common.io.checkpoints import write_tensors
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-from toy import vision, vision_data  # noqa: E402
 
 
 def make(out: Path) -> str:

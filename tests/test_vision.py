@@ -11,7 +11,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import PICO_TASKS
+from helpers import change, files_of, rewrite
+from pico_vision import PICO_TASKS
 
 from common.config import Model
 from common.core.errors import InputError
@@ -22,25 +23,11 @@ from common.planning.dry_run import describe
 from Vision import domain
 
 
-def change(config, section, **fields):
-    return replace(config, **{section: replace(getattr(config, section), **fields)})
-
-
-def files_of(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob(pattern)) if f.is_file()}
-
-
 @pytest.fixture
 def own_inputs(pico_inputs, pico_config, tmp_path):
     """A copy of the pico checkpoints that a test may damage, and the config that reads it."""
     shutil.copytree(pico_inputs / "clip", tmp_path / "clip")
     return tmp_path / "clip", change(pico_config, "model", root=str(tmp_path / "clip"))
-
-
-def rewrite(file, edit):
-    tensors = dict(Checkpoint(file).read_under(""))
-    edit(tensors)
-    write_tensors(file, tensors)
 
 
 def test_every_start_gives_a_checkpoint_that_stock_open_clip_opens(pico_config):

@@ -1,0 +1,48 @@
+"""What tests of several subjects share: configs with another value, what files hold, tensors compared."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from common.config import Config
+from common.core.task_vectors import Params
+from common.io.checkpoints import Checkpoint, write_tensors
+
+
+def change(config: Config, section: str, **fields) -> Config:
+    """The config with other values in one of its sections."""
+    return replace(config, **{section: replace(getattr(config, section), **fields)})
+
+
+def files_of(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    """{path below the folder: its bytes} of all files, however deep, whose name fits the pattern."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob(pattern)) if f.is_file()}
+
+
+def rewrite(file: Path, edit: Callable[[Params], Any]) -> None:
+    """Change a file of tensors: `edit` gets {name: tensor}, changes it in place or returns another dictionary."""
+    tensors = load_file(file)
+    edited = edit(tensors)
+    write_tensors(file, edited if isinstance(edited, dict) else tensors)
+
+
+def edit_config(folder: Path, **fields) -> None:
+    """Change fields of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def read(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, in float32."""
+    return Checkpoint(path).read([name])[name]
+
+
+def assert_close(ours: torch.Tensor, expected, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    """A tensor of the project is, in float64, what another computation expects."""
+    np.testing.assert_allclose(ours.detach().double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)

@@ -1,0 +1,115 @@
+"""Unlike vocabularies, tied heads, tokenizers, and the type of the merged weights."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import change, read, rewrite
+from pico_nlg import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    VOCABULARY,
+    pico_tokenizer,
+    save,
+    write_pico_models,
+)
+from transformers import AutoModelForCausalLM
+
+from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint
+from common.io.model_files import INDEX_FILE
+from common.pipeline import adapt, construct, merge_alone
+from NLG import domain
+from NLG.export import stored_dtype
+
+
+def test_unlike_vocabularies_are_refused_unless_a_policy_is_chosen(nlg_config):
+    refused = change(nlg_config, "model", vocabulary="refuse")
+    for stage in (construct, adapt, merge_alone):
+        with pytest.raises(
+            InputError, match=r"math has 42 tokens, .*base has 41; model.vocabulary may be pad .* or base"
+        ):
+            stage(refused, domain)
+    assert not nlg_config.run.dir.exists()
+
+
+def test_the_policy_base_cuts_to_the_bases_tokens(nlg_config):
+    cut = change(nlg_config, "model", vocabulary="base")
+    folder = merge_alone(cut, domain)
+    assert Checkpoint(folder).shapes[EMBEDDING] == Checkpoint(folder).shapes[HEAD] == (VOCABULARY, 16)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == VOCABULARY
+    padded = merge_alone(change(nlg_config, "run", name="padded"), domain)
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(read(folder, name), read(padded, name)[:VOCABULARY])
+
+
+def test_an_expert_with_two_tokens_more_and_one_with_none(own_nlg):
+    root, config = own_nlg
+    expert = AutoModelForCausalLM.from_pretrained(root / "math")
+    expert.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    save(expert, pico_tokenizer(), root / "math")
+    shutil.copytree(root / "base", root / "code", dirs_exist_ok=True)
+    merged = read(merge_alone(config, domain), EMBEDDING)
+    base, math = (read(root / name, EMBEDDING) for name in ("base", "math"))
+    assert len(merged) == VOCABULARY + 2
+    torch.testing.assert_close(merged[-2:], base.mean(0) + 0.5 * (math[-2:] - base.mean(0)))
+
+
+def test_equal_vocabularies_need_no_policy(own_nlg):
+    root, config = own_nlg
+    write_pico_models(root, "llama", extra_tokens=0)
+    folder = merge_alone(change(config, "model", vocabulary="refuse"), domain)
+    assert Checkpoint(folder).shapes[HEAD] == (VOCABULARY, 16)
+
+
+@pytest.mark.parametrize("tied", ["base", "math"])
+def test_tied_and_untied_models_do_not_merge(own_nlg, tied):
+    root, config = own_nlg
+    rewrite(root / tied / "model.safetensors", lambda t: t.pop(HEAD))
+    with pytest.raises(InputError, match=rf"has a head {HEAD}, .*{tied} is tied and has the embedding for it"):
+        construct(config, domain)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", ""])
+def test_the_merged_type_is_chosen_or_the_bases(own_nlg, dtype):
+    root, config = own_nlg
+    AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.bfloat16).save_pretrained(root / "base")
+    folder = merge_alone(change(config, "model", dtype=dtype), domain)
+    wanted = getattr(torch, dtype or "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == wanted
+    assert stored_dtype(folder) == wanted
+    exact = merge_alone(change(change(config, "model", dtype="float32"), "run", name="exact"), domain)
+    for name in Checkpoint(folder).names():
+        assert torch.equal(read(folder, name), read(exact, name).to(wanted).float())
+
+
+def test_weights_beyond_the_chosen_type_are_named(own_nlg):
+    root, config = own_nlg
+    rewrite(root / "math" / "model.safetensors", lambda t: t[NORM].fill_(1e6))
+    with pytest.raises(
+        InputError, match=rf"{NORM}: the merged weights reach 5e\+05, too much for model.dtype torch.float16"
+    ):
+        merge_alone(change(config, "model", dtype="float16"), domain)
+    assert not (config.run.dir / "merged" / "ta" / INDEX_FILE).exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_named_before_anything_is_made(own_nlg):
+    root, config = own_nlg
+    for file in (root / "code").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"model.tokenizers names code, but .*code holds none of tokenizer.json"):
+        merge_alone(config, domain)
+    assert not config.run.dir.exists()
+
+
+def test_os_errors_while_linking_are_reported(nlg_config, monkeypatch):
+    def no_links(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", no_links)
+    with pytest.raises(InputError, match=r"cannot link .*code/model-.*model.tokenizers: .*not permitted"):
+        merge_alone(nlg_config, domain)
+    assert os.listdir(nlg_config.run.dir / "merged" / "ta" / "code")

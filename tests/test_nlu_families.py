@@ -1,0 +1,194 @@
+"""Encoders of three families: stock transformers opens what was merged, and what is no such encoder is refused."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import change, edit_config
+from pico_nlu import (
+    CONFIGS,
+    pico_architecture,
+    pico_config,
+)
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, RobertaConfig
+
+from common.core.blocks import moved
+from common.core.errors import InputError
+from common.core.task_vectors import subtract
+from common.evaluation.scoring import score_run
+from common.experiment import open_experiment
+from common.fda.construction import Unit, optimise_anchors
+from common.fda.matching import matching_loss
+from common.io.checkpoints import Checkpoint, read_header, write_tensors
+from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import describe
+from NLU import domain, scoring
+
+KEY_BIAS = "attention.self.key.bias"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_stock_transformers_opens_the_encoder_of_every_start_and_family(nlu_inputs, tmp_path, family):
+    config = change(pico_config(nlu_inputs, tmp_path, family), "run", score=False)
+    construct(config, domain)
+    for start in ("pretrained", "ta", "tsv", "wudi"):
+        folder = adapt(change(config, "start", method=start), domain)
+        encoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert {name.split(".")[0] for name in report["missing_keys"]} <= {"pooler"} and not report["unexpected_keys"]
+        tokens = AutoTokenizer.from_pretrained(folder)("w1 w2", return_tensors="pt")
+        assert encoder(**tokens).last_hidden_state.isfinite().all()
+    score_run(config, domain)
+    rows = json.loads((config.run.dir / "results.json").read_text())["rows"]
+    assert Counter(r["method"] for r in rows) == {m: 3 * n for m, n in zip(
+        ("pretrained", "individual", "ta", "tsv", "wudi", "fda"), (1, 1, 1, 1, 1, 4), strict=True
+    )}  # fmt: skip
+    assert {r["task"]: (r["metric"], r["n"]) for r in rows} == {
+        "CoLA": ("Matthews", 30), "STS-B": ("Pearson and Spearman", 30), "MNLI": ("accuracy", 30)
+    }  # fmt: skip
+
+
+def test_position_embeddings_lie_in_what_is_stored(nlu_config):
+    """A step of length nothing leaves the anchors at their start: what is stored differs by the expert's rows."""
+    still = change(change(nlu_config, "anchors", steps=1, lr=1e-30), "run", score=False)
+    added = change(change(still, "anchors", position_embeddings=True), "run", name="added")
+    for one in (still, added):
+        construct(one, domain)
+    rows_TD = open_experiment(added, domain).positions("MNLI")
+    expert = Checkpoint(nlu_config.model.path("expert", "MNLI")).read(["roberta.embeddings.position_embeddings.weight"])
+    assert torch.equal(rows_TD, expert["roberta.embeddings.position_embeddings.weight"][:3])
+    stored, plain = (
+        load_file(c.run.dir / "anchors/weight/MNLI/block_01.safetensors")["anchors"] for c in (added, still)
+    )
+    torch.testing.assert_close(stored, plain + rows_TD)
+    adapt(added, domain)
+    with pytest.raises(InputError, match="anchors.position_embeddings = True, now it is False"):
+        construct(change(still, "run", name="added"), domain)
+
+
+def test_position_embeddings_are_added_while_anchors_are_optimised(nlu_config):
+    """The loss that the file records is the loss of what it holds, at the block itself."""
+    added = change(change(nlu_config, "anchors", position_embeddings=True), "run", score=False)
+    construct(added, domain)
+    experiment = open_experiment(added, domain)
+    file = experiment.anchor_file("CoLA", 0)
+    theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["CoLA"]))
+    tau = moved(experiment.task_vector("CoLA", theta_0, theta_t))
+    losses = matching_loss(experiment.block, theta_0, theta_t, tau, load_file(file)["anchors"])
+    assert dict(zip(tau, losses.tolist(), strict=True)) == pytest.approx(read_header(file)["losses"], abs=1e-4)
+
+
+def test_position_embeddings_that_cannot_be_added_are_refused(nlu_inputs, tmp_path, nlu_config):
+    """ELECTRA's are as narrow as its word embeddings; 141 tokens are more than there are positions."""
+    narrow = change(pico_config(nlu_inputs, tmp_path, "electra"), "anchors", position_embeddings=True)
+    with pytest.raises(InputError, match=r"position_embeddings.weight is \(140, 8\), anchors are \(3, 16\)"):
+        construct(narrow, domain)
+    with pytest.raises(InputError, match=r"is \(140, 16\), anchors are \(141, 16\)"):
+        construct(change(nlu_config, "anchors", position_embeddings=True, tokens=141), domain)
+
+
+@pytest.mark.parametrize("form", ["bare", "classifier", "legacy"])
+def test_a_base_saved_in_another_form_is_the_same_base(own_nlu, form):
+    """The pico base is a masked language model: roberta.… and lm_head.…; the names of the encoder are what counts."""
+    encoder = {
+        n: t for n, t in load_file(own_nlu.model.path("base") / "model.safetensors").items() if "lm_head" not in n
+    }
+    bare = {n.removeprefix("roberta."): t for n, t in encoder.items()}
+    forms = {
+        "bare": bare | {"pooler.dense.weight": torch.ones(16, 16), "embeddings.position_ids": torch.arange(140)[None]},
+        "classifier": encoder | {"classifier.dense.weight": torch.ones(16, 16)},
+        "legacy": {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for n, t in encoder.items()
+        },
+    }
+    write_tensors(own_nlu.model.path("base") / "model.safetensors", forms[form])
+    base = open_experiment(own_nlu, domain).base
+    assert base.shapes.keys() == bare.keys()
+    assert all(torch.equal(t, bare[n]) for n, t in base.read(base.shapes).items())
+
+
+def test_the_papers_models_have_the_papers_shapes(tmp_path):
+    large = RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    for name, architecture, width, depth, size in (
+        ("base", RobertaConfig(), 768, 12, 7_087_872),
+        ("large", large, 1024, 24, 12_596_224),
+    ):
+        architecture.save_pretrained(tmp_path / name)
+        model = replace(pico_config(tmp_path, tmp_path).model, root=str(tmp_path), base=name)
+        assert domain.token_shape(model) == (5, width)
+        blocks = domain.FAMILIES["roberta"].modules(domain.skeleton(model))
+        parameters = dict(blocks[0].named_parameters())
+        assert (len(blocks), len(parameters), sum(p.numel() for p in parameters.values())) == (depth, 16, size)
+        assert all(p.is_meta for p in parameters.values())
+
+
+def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
+    """No input moves it: its loss stays about 1, where chance has it, and what chases it is lost for the others."""
+    torch.manual_seed(0)
+    wide = pico_architecture("roberta", hidden_size=64, num_hidden_layers=1)
+    encoder = AutoModel.from_config(wide, attn_implementation="eager")
+    family = domain.FAMILIES["roberta"]
+    (module,) = family.modules(encoder)
+    block = family.pure(module)
+    theta_0 = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in module.named_parameters()}
+    theta_t = {n: p + 0.05 * torch.randn_like(p) for n, p in theta_0.items()}
+    x = torch.randn(8, 5, 64)
+
+    exact = {n: p.double().requires_grad_() for n, p in theta_0.items()}
+    block(exact, x.double()).square().sum().backward()
+    assert exact[KEY_BIAS].grad.abs().max() < 1e-12 < 1e-3 < exact["attention.self.query.bias"].grad.abs().max()
+
+    tau = subtract(theta_t, theta_0)
+    cleaned = family.without_null_gradients(tau)
+    kept, dropped, alone = (
+        optimise_anchors(block, theta_0, Unit(theta_t, t, x), steps=60, lr=0.05)
+        for t in (tau, cleaned, {KEY_BIAS: tau[KEY_BIAS]})
+    )
+    assert set(kept.losses) - set(dropped.losses) == {KEY_BIAS}
+    assert sum(alone.trace) / 61 == pytest.approx(1, abs=0.1), "sixty steps on it alone lead nowhere"
+    assert kept.losses[KEY_BIAS] > 0.5 > max(dropped.trace[-1], dropped.losses["attention.self.query.bias"])
+    others = [loss for name, loss in kept.losses.items() if name != KEY_BIAS]
+    assert sum(dropped.losses.values()) < sum(others), "the noise costs the other tensors as well"
+
+
+def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
+    """A BERT classifier pools before it classifies: whatever is merged, it scores with the expert's own pooler."""
+    config = pico_config(nlu_inputs, tmp_path, "bert")
+    merged = Checkpoint(merge_alone(change(change(config, "start", method="ta"), "run", score=False), domain))
+    assert {n.split(".")[0] for n in merged.shapes} == {"embeddings", "encoder"}
+    own, expert = scoring.open_classifier(config.model, "MNLI").state_dict(), config.model.path("expert", "MNLI")
+    stored = load_file(expert / "model.safetensors")
+    heads = [n for n in stored if n.startswith(("classifier.", "bert.pooler."))]
+    assert len(heads) == 4 and all(torch.equal(own[n], stored[n]) for n in heads)
+
+
+def test_checkpoints_of_another_kind_are_refused(own_nlu):
+    with pytest.raises(InputError, match="base has model type 'roberta', model.family is 'bert'"):
+        construct(change(own_nlu, "model", family="bert"), domain)
+    with pytest.raises(InputError, match="model.head is not for nlu"):
+        construct(change(own_nlu, "model", head="x"), domain)
+    expert = own_nlu.model.path("expert", "CoLA")
+    (expert / "model.safetensors").rename(expert / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"cola/model holds none of .*; scripts/convert_checkpoint.py makes .*\.bin"):
+        construct(own_nlu, domain)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "base/config.json is of no use"), (None, "no config.json")])
+def test_a_base_without_a_readable_config_is_refused_in_the_dry_run_too(own_nlu, content, message):
+    file = own_nlu.model.path("base") / "config.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        construct(own_nlu, domain)
+    assert message in describe(own_nlu, domain)
+
+
+def test_code_that_comes_with_a_model_is_never_run(own_nlu, tmp_path):
+    base = own_nlu.model.path("base")
+    (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    edit_config(base, model_type="strange", auto_map={"AutoConfig": "code.Config"})
+    with pytest.raises(InputError, match="base/config.json is of no use"):
+        construct(own_nlu, domain)
+    assert not (tmp_path / "ran").exists()

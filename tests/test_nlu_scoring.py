@@ -1,0 +1,201 @@
+"""GLUE scores as stock transformers gives them, on which examples; refused heads, tokenizers and tables."""
+
+import json
+import shutil
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import change, edit_config, rewrite
+from pico_nlu import (
+    CONFIGS,
+    PICO_TASKS,
+    pico_config,
+)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from common.core.errors import InputError
+from common.evaluation.metrics import METRICS
+from common.evaluation.scoring import score_run
+from common.pipeline import merge_alone
+from NLU import domain, scoring
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("task", PICO_TASKS)
+def test_the_score_is_that_of_stock_transformers(nlu_inputs, tmp_path, family, task):
+    """Expert, and merged encoder under the expert's head as exported, one example at a time."""
+    config = change(pico_config(nlu_inputs, tmp_path, family), "start", method="ta")
+    config = change(config, "model", heads=(task,))
+    expert, merged = config.model.path("expert", task), merge_alone(change(config, "run", score=False), domain)
+    found = domain.score(config, task, {"expert": expert, "merged": merged}, CPU)
+    folders = {"expert": expert, "merged": merged / "heads" / task}
+    tokenizer, row = AutoTokenizer.from_pretrained(expert), domain.TASKS[task]
+    records = datasets.load_from_disk(f"{config.eval.data}/{task}")[row.split]
+    for name in found:
+        stock, report = AutoModelForSequenceClassification.from_pretrained(folders[name], output_loading_info=True)
+        assert not any(report.values())
+        with torch.no_grad():
+            logits = torch.cat(
+                [stock(**tokenizer(*(r[key] for key in row.text), return_tensors="pt")).logits for r in records]
+            )
+        answers = logits[:, 0] if row.labels == 1 else logits.argmax(1)
+        assert found[name] == (pytest.approx(METRICS[row.metric](records["label"], answers), abs=1e-4), 30)
+
+
+def test_another_test_set_is_scored_under_the_head_of_its_task(own_nlu):
+    """eval.tests: the sentences of CoLA, called SST-2, under CoLA's head."""
+    shutil.copytree(f"{own_nlu.eval.data}/CoLA", f"{own_nlu.eval.data}/SST-2")
+    expert = {"x": own_nlu.model.path("expert", "CoLA")}
+    other = change(own_nlu, "eval", tests={"CoLA": ["CoLA", "SST-2"], "MNLI": ["RTE"]})
+    labels = datasets.load_from_disk(f"{own_nlu.eval.data}/CoLA")["validation"]["label"]
+    value, n = domain.score(other, "SST-2", expert, CPU)["x"]
+    assert n == len(labels) == 30 and round(value * 30) == pytest.approx(value * 30), "an accuracy, not Matthews'"
+    with pytest.raises(InputError, match="eval.tests: MNLI and RTE have unlike numbers of labels, 3 against 2"):
+        domain.score(other, "RTE", expert, CPU)
+
+
+def test_batches_and_limit(nlu_config):
+    """The score does not depend on the batches; a limit takes the first examples."""
+    expert = {"x": nlu_config.model.path("expert", "STS-B")}
+    whole = domain.score(nlu_config, "STS-B", expert, CPU)["x"]
+    assert domain.score(change(nlu_config, "eval", batch_size=7), "STS-B", expert, CPU)["x"] == pytest.approx(
+        whole, abs=1e-4
+    )
+    tokenizer = scoring.open_tokenizer(nlu_config.model, "STS-B", 50)
+    labels = [
+        x for _, batch in scoring.tokenised(change(nlu_config, "eval", limit=4), "STS-B", tokenizer) for x in batch
+    ]
+    first = datasets.load_from_disk(f"{nlu_config.eval.data}/STS-B")["validation"]["label"][:4]
+    assert sorted(labels) == pytest.approx(sorted(first))
+
+
+def test_the_validation_cut_is_scored_apart_from_the_test_set(nlu_config):
+    """The cut is the last tenth of a permutation by RandomState(0); rows of both splits stay, a table shows one."""
+    cut = change(nlu_config, "eval", split="validation_cut")
+    tokenizer = scoring.open_tokenizer(nlu_config.model, "STS-B", 50)
+    train = datasets.load_from_disk(f"{nlu_config.eval.data}/STS-B")["train"]["label"]
+    expected = [train[i] for i in np.random.RandomState(0).permutation(30)[27:]]
+    labels = [x for _, batch in scoring.tokenised(cut, "STS-B", tokenizer) for x in batch]
+    assert sorted(labels) == pytest.approx(sorted(expected))
+    tables = []
+    for one in (nlu_config, cut, nlu_config):
+        score_run(one, domain)
+        rows = json.loads((nlu_config.run.dir / "results.json").read_text())["rows"]
+        tables.append((nlu_config.run.dir / "table.md").read_text())
+    scores = [table.split("Avg:")[0] for table in tables]
+    assert Counter((r["split"], r["n"]) for r in rows) == {("test", 30): 6, ("validation_cut", 3): 6}
+    assert "STS-B Pearson and Spearman 3," in tables[1] and scores[0] == scores[2] != scores[1]
+
+
+def test_local_files_named_after_the_split_are_that_split(nlu_config, tmp_path):
+    """`datasets` alone would put validation_mismatched and validation_matched together as validation."""
+    for split, label in (("validation_matched", 1), ("validation_mismatched", 2), ("train", 0)):
+        (tmp_path / "data" / "MNLI").mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_dict({"premise": ["w1"] * 4, "hypothesis": ["w2"] * 4, "label": [label] * 4})
+        table.to_parquet(tmp_path / "data" / "MNLI" / f"{split}-00000-of-00001.parquet")
+    local = change(nlu_config, "eval", data=str(tmp_path / "data"))
+    ((_, labels),) = scoring.tokenised(local, "MNLI", scoring.open_tokenizer(nlu_config.model, "MNLI", 50))
+    assert labels.tolist() == [1] * 4
+
+
+def test_long_examples_are_cut_at_128_tokens(own_nlu):
+    long = {"sentence": ["w1 " * 300], "label": [1]}
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict(long)}).save_to_disk(f"{own_nlu.eval.data}/CoLA")
+    ((tokens, _),) = scoring.tokenised(own_nlu, "CoLA", scoring.open_tokenizer(own_nlu.model, "CoLA", 50))
+    assert tokens["input_ids"].shape == (1, 128)
+
+
+def labels_of(number: int) -> dict:
+    return {
+        "id2label": {str(i): f"LABEL_{i}" for i in range(number)},
+        "label2id": {f"LABEL_{i}": i for i in range(number)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "message"),
+    [
+        ("STS-B", 2, "stsb/model has num_labels 2, but the task STS-B is a regression and has 1"),
+        ("CoLA", 1, "cola/model has num_labels 1, but the task CoLA has 2 classes"),
+        ("MNLI", 4, "mnli/model has num_labels 4, but the task MNLI has 3 classes"),
+    ],
+)
+def test_a_head_with_another_number_of_outputs_is_refused(own_nlu, task, outputs, message):
+    edit_config(own_nlu.model.path("expert", task), **labels_of(outputs))
+    with pytest.raises(InputError, match=message):
+        domain.score(own_nlu, task, {}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: {n: x for n, x in t.items() if "classifier" not in n}, r"the head in .*/model: class\S+: missing"),
+        (lambda t: t | {"classifier.out_proj.bias": torch.ones(3)}, r"classifier.out_proj.bias: \(3,\) against \(2,\)"),
+        (lambda t: t | {"classifier.out_proj.bias": torch.full((2,), torch.nan)}, "classifier.out_proj.bias holds NaN"),
+    ],
+    ids=["missing", "shape", "nan"],
+)  # fmt: skip
+def test_an_expert_without_a_whole_head_is_refused(own_nlu, edit, message):
+    rewrite(own_nlu.model.path("expert", "CoLA") / "model.safetensors", edit)
+    with pytest.raises(InputError, match=message):
+        domain.score(own_nlu, "CoLA", {}, CPU)
+
+
+def test_an_encoder_whose_answers_are_not_finite_is_named(own_nlu):
+    def overflow(tensors):
+        tensors["roberta.encoder.layer.1.output.LayerNorm.weight"].fill_(3e38)
+
+    expert = own_nlu.model.path("expert", "MNLI")
+    rewrite(expert / "model.safetensors", overflow)
+    with pytest.raises(InputError, match="mnli/model answers task MNLI with NaN or Inf"):
+        domain.score(own_nlu, "MNLI", {"x": expert}, CPU)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_the_bases_stands_in(own_nlu):
+    with pytest.raises(InputError, match="cola/model knows 44 tokens, the encoder embeds 43"):
+        scoring.open_tokenizer(own_nlu.model, "CoLA", 43)
+    for which in ("expert", "base"):
+        for file in own_nlu.model.path(which, "CoLA").glob("tokenizer*"):
+            file.unlink()
+        if which == "expert":
+            assert len(scoring.open_tokenizer(own_nlu.model, "CoLA", 50)) == 44
+    with pytest.raises(InputError, match=r"no tokenizer: neither .*cola/model nor .*base holds one of tokenizer.json"):
+        scoring.open_tokenizer(own_nlu.model, "CoLA", 50)
+
+
+def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own_nlu):
+    tokenizer = scoring.open_tokenizer(own_nlu.model, "CoLA", 50)
+    for columns, message in (
+        ({"sentence": ["w1"], "target": [0]}, "task CoLA lacks the column label; it has sentence, target"),
+        ({"text": ["w1"]}, "task CoLA lacks the columns sentence, label; it has text"),
+        ({"sentence": ["w1", "w2"], "label": [-1, 2]}, "task CoLA has labels -1 to 2; the task has 0 to 1"),
+    ):
+        shutil.rmtree(f"{own_nlu.eval.data}/CoLA")
+        datasets.DatasetDict({"validation": datasets.Dataset.from_dict(columns)}).save_to_disk(
+            f"{own_nlu.eval.data}/CoLA"
+        )
+        with pytest.raises(InputError, match=message):
+            scoring.tokenised(own_nlu, "CoLA", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{text: [sentence], labels: 2}", "task X: .*missing .*'metric'"),
+        (
+            "{text: [sentence], labels: 2, metric: bleu}",
+            "task X: unknown metric 'bleu'; choose from accuracy, Matthews",
+        ),
+        ("{text: [sentence], labels: 1, metric: accuracy}", "task X: accuracy does not fit labels: 1"),
+        ("{text: [a], labels: 5, metric: Pearson and Spearman}", "task X: Pearson and Spearman does not fit labels: 5"),
+    ],
+)
+def test_a_row_of_tasks_that_cannot_be_scored_is_refused(tmp_path, row, message):
+    (tmp_path / "tasks.yaml").write_text(f"X: {row}\n")
+    with pytest.raises(InputError, match=message):
+        scoring.read_tasks(tmp_path / "tasks.yaml")
