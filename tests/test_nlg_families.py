@@ -117,15 +117,17 @@ def test_a_base_of_another_family_is_refused(nlg_config):
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("", r"there is no .*nowhere/config.json, and model.arch does not give its text"),
+        ("", r"there is no .*base/config.json, and model.arch does not give its text"),
         ("llama", "model.arch is no config of a model that transformers knows"),
         ('{"hidden_size": 8}', "model.arch is no config of a model that transformers knows"),
         ('{"model_type": "bert"}', "model.arch has model type 'bert', model.family is 'llama'"),
     ],
 )
-def test_an_architecture_that_cannot_be_had_is_named(nlg_config, arch, message):
+def test_an_architecture_that_cannot_be_had_is_named(own_nlg, arch, message):
+    root, config = own_nlg
+    (root / "base" / "config.json").unlink()
     with pytest.raises(InputError, match=message):
-        construct(change(nlg_config, "model", base="nowhere", arch=arch), domain)
+        construct(change(config, "model", arch=arch), domain)
 
 
 def test_test_sets_are_checked_before_anything_is_made(nlg_config):
