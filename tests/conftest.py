@@ -31,6 +31,21 @@ def pico_config(pico_inputs, tmp_path) -> Config:
     return pico_config(pico_inputs, tmp_path)
 
 
+@pytest.fixture
+def seeds(pico_config) -> Config:
+    """A grid of two starts and two seeds."""
+    from helpers import change
+
+    return change(pico_config, "compare", starts=["ta", "dare_ta"], inits=["weight"], seeds=[0, 1])
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Figures take most of a small run's time; tests of their own look at them."""
+    for name in ("plot_accuracy", "plot_matching"):
+        monkeypatch.setattr(f"common.evaluation.figures.{name}", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="session")
 def nlu_inputs(tmp_path_factory) -> Path:
     """Encoders of each family under its name, texts under data/."""

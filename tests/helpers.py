@@ -43,6 +43,11 @@ def read(path: Path, name: str) -> torch.Tensor:
     return Checkpoint(path).read([name])[name]
 
 
+def linear(params: Params, x_ATD: torch.Tensor) -> torch.Tensor:
+    """A block of one weight, without bias."""
+    return torch.nn.functional.linear(x_ATD, params["weight"])
+
+
 def assert_close(ours: torch.Tensor, expected, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     """A tensor of the project is, in float64, what another computation expects."""
     np.testing.assert_allclose(ours.detach().double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)

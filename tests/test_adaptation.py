@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import linear
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
@@ -23,10 +24,6 @@ from common.planning.cost import Ledger, memory_of_warm_start
 from Vision import domain
 
 UNUSED = {"unused": torch.ones(3)}
-
-
-def linear(params, x_ATD):
-    return x_ATD @ params["weight"].T
 
 
 def random_params(seed):

@@ -55,6 +55,20 @@ def test_files_stay_small():
     assert not long
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda f: f.name)
+def test_tests_share_by_helpers_and_have_short_names(file):
+    """What two tests need is in helpers.py, conftest.py or a pico_….py; pyproject.toml says where modules are found."""
+    modules = {part for module in imported(file) for part in module.split(".")}
+    assert not [m for m in modules if m.startswith("test_") or m == "conftest"], "a test file is imported"
+    tree = ast.walk(ast.parse(file.read_text()))
+    nodes = [node for node in tree if isinstance(node, ast.FunctionDef | ast.Attribute)]
+    long = [
+        n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.name.startswith("test_") and len(n.name) >= 70
+    ]
+    assert not long, "a test's name has 70 characters or more"
+    assert "sys.path" not in [ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute)], "see pythonpath"
+
+
 @pytest.mark.parametrize("launcher", sorted(ROOT.glob("[VN]*/*.sh")), ids=lambda f: f"{f.parent.name}/{f.name}")
 def test_every_launcher_passes_its_arguments_on(launcher):
     done = subprocess.run(["sh", str(launcher), "--nonsense"], capture_output=True, text=True, cwd="/")

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from helpers import linear
 
 from common.core.task_vectors import subtract
 from common.fda.construction import Unit, optimise_anchors
 from common.fda.matching import matching_loss
-
-
-def linear(params, x_ATD):
-    return torch.nn.functional.linear(x_ATD, params["weight"])
 
 
 def unit_of(theta_0, theta_t, x):

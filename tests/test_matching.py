@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from helpers import linear
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.core.task_vectors import subtract
 from common.fda.matching import DISTANCES, direction_cosine, matching_gradient, matching_loss, matching_value
 from Vision.domain import FAMILIES
-
-
-def linear(params, x_ATD):
-    return x_ATD @ params["weight"].T
 
 
 @pytest.fixture

@@ -348,7 +348,7 @@ def test_a_calibration_tasks_answers_give_the_score_of_images(vision_config, siz
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_calibration_tasks_answers_and_blocks_are_those_of_stock_transformers(nlu_inputs, tmp_path, family):
+def test_a_calibration_task_answers_as_stock_transformers_block_by_block(nlu_inputs, tmp_path, family):
     config = pico_config(nlu_inputs, tmp_path, family)
     task = nlu.calibration_task(config, "MNLI", Sample("train", 9, 4), CPU)
     theta, path = expert_weights(config, "MNLI", nlu), config.model.path("expert", "MNLI")

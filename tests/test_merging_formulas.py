@@ -296,7 +296,7 @@ def test_opcm_with_alpha_1_leaves_out_every_direction_of_the_merged_model(shape)
 
 
 @pytest.mark.parametrize(("share", "rank"), [(0.2, 0), (0.25, 1), (0.5, 2), (0.74, 2), (0.75, 3), (1.0, 4)])
-def test_a_partial_sum_that_equals_the_share_but_for_rounding_is_within_it(share, rank):
+def test_a_partial_sum_equal_to_the_share_but_for_rounding_is_within_it(share, rank):
     """Of four equal singular values, each changed in its last bit or not, a quarter is one and a half is two."""
     for bits in itertools.product([np.float32(0.1), np.nextafter(np.float32(0.1), np.float32(1))], repeat=4):
         assert rank_of_share(torch.tensor(sorted(bits, reverse=True)), share) == rank
@@ -449,7 +449,7 @@ def test_widens_middle_rank_is_not_above_the_mean_on_any_machine():
 
 @pytest.mark.parametrize("size", [3, 7, 10, 48, 97, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_widen_takes_no_weight_for_larger_than_the_mean_where_all_moved_as_far(size, dtype):
+def test_widen_finds_no_weight_above_the_mean_where_all_moved_as_far(size, dtype):
     """Each |τ| is 0.1, as after one step of Adam: every score is a softmax over two experts, 1/2, and δ their mean."""
     signs = [torch.ones(size, dtype=dtype), torch.ones(size, dtype=dtype)]
     signs[1][::3] = -1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import linear
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,10 +21,6 @@ CPU = prepare("cpu")
 @pytest.fixture(autouse=True)
 def small_maps_too(monkeypatch):
     monkeypatch.setattr(precision, "FEW", 0)
-
-
-def linear(params, x):
-    return F.linear(x, params["weight"])
 
 
 def block_and_tasks(relative):
