@@ -39,6 +39,7 @@ class Task:
     hub: str = ""
     hub_configs: list[str | None] = field(default_factory=lambda: [None])
     split: str = "test"
+    train_split: str | None = None  # none of them has one here
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from common.command import run
 from common.pipeline import adapt
+from NLU import domain
 
 if __name__ == "__main__":
-    run(adapt, __doc__)
+    run(adapt, domain, __doc__)

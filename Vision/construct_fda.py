@@ -2,6 +2,7 @@
 
 from common.command import run
 from common.pipeline import construct
+from Vision import domain
 
 if __name__ == "__main__":
-    run(construct, __doc__)
+    run(construct, domain, __doc__)

@@ -1,8 +1,6 @@
-"""Merged checkpoints: the starts that methods of parameter space make, and the models that adaptation makes of them.
+"""Merged checkpoints: the starts that merge methods make, and the models that adaptation makes of them.
 
-runs/<name>/merged/<method>/                   a start: a checkpoint that stock libraries open
-runs/<name>/merged/fda-<method>-<init>/        the same, adapted; blocks/ holds its blocks while it is being made
-.../provenance.json                            written last: the folder is whole, and this is what it was made from
+Where they are written, and what they say of themselves, is in layout.py.
 """
 
 import json
@@ -14,29 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from common.config import PRETRAINED, Config, as_dict
+from common.config import PRETRAINED
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
 from common.domain import Domain
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, check_provenance, write_text
+from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
-from common.io.hashes import file_hash, identity
+from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
 from common.merging.registry import METHODS, merge
 from common.run.run_log import recorded
 
-PROVENANCE_FILE = "provenance.json"
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
-
-
-def result_dir(config: Config) -> Path:
-    """Folder of the adapted model."""
-    parts = ["fda", config.start.method, config.anchors.init, config.adapt.label]
-    return config.run.dir / "merged" / "-".join(part for part in parts if part)
-
-
-def block_file(folder: Path, index: int) -> Path:
-    """Where an adapted block waits until all are there."""
-    return folder / "blocks" / f"block_{index:02d}.safetensors"
 
 
 def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
@@ -46,8 +32,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
         return experiment.base
     if experiment.config.start.checkpoint:
         return experiment.given_start()
-    folder = experiment.config.run.dir / "merged" / method
-    provenance = {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
+    folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
         with recorded(experiment.config, f"merge {method}"):
             if METHODS[method].data:
@@ -101,15 +86,15 @@ def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tenso
     return experiment.read(checkpoint, [name])[name]
 
 
-def assemble(
-    experiment: Experiment, domain: Domain, start: Checkpoint, folder: Path, provenance: Mapping[str, Any]
-) -> bool:
+def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> bool:
     """Put the adapted blocks and the rest together; False if blocks are missing because they are made elsewhere."""
-    missing = [i for i in range(experiment.depth) if not block_file(folder, i).is_file()]
+    layout = RunLayout(experiment.config)
+    folder = layout.adapted
+    missing = [i for i in range(experiment.depth) if not layout.block_file(i).is_file()]
     if missing:
         print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
         return False
-    finish(experiment, domain, adapted_tensors(experiment, start, folder), folder, provenance)
+    finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
     remove_blocks(folder)
     return True
 
@@ -119,13 +104,13 @@ def remove_blocks(folder: Path) -> None:
     shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
-def adapted_tensors(experiment: Experiment, start: Checkpoint, folder: Path) -> Iterator[tuple[str, Tensor]]:
+def adapted_tensors(experiment: Experiment, start: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
     rest = start if experiment.config.adapt.rest == "start" else experiment.base
     for name in experiment.rest_names():
         yield from rest.read([name]).items()
     for index in range(experiment.depth):
-        block = Checkpoint(block_file(folder, index)).read_under("")
+        block = Checkpoint(RunLayout(experiment.config).block_file(index)).read_under("")
         yield from ((experiment.family.prefix(index) + name, tensor) for name, tensor in block.items())
 
 
@@ -139,42 +124,3 @@ def finish(
     """Write a checkpoint and, when it is whole, its provenance."""
     domain.export(experiment.config.model, tensors, folder)
     write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
-
-
-def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
-    file = folder / PROVENANCE_FILE
-    if not file.is_file():
-        return False
-    check_provenance(file, json.loads(file.read_text()), provenance)
-    return True
-
-
-def inputs_of(experiment: Experiment) -> dict[str, Any]:
-    """What identifies the checkpoints that are merged, in the order of the tasks."""
-    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
-    model = experiment.config.model
-    written = {"vocabulary": model.vocabulary, "dtype": model.dtype, "tokenizers": model.tokenizers}
-    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
-
-
-def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
-    """What decides an adapted model: settings, seed, start, the experts and every anchor."""
-    config = experiment.config
-    settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
-    del settings["by_start"]
-    anchors = [
-        file_hash(experiment.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks
-    ]
-    return {
-        "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
-        "adapt": settings,
-        "run": {"seed": config.run.seed},
-        "anchors": {"init": config.anchors.init, "files": identity(anchors)},
-        "inputs": inputs_of(experiment),
-    } | data_of(json.loads(made.read_text()) if made.is_file() else {})
-
-
-def data_of(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Under "data" what inputs of the tasks a model of this provenance was made with, if with any; {} otherwise."""
-    return {"data": made["data"]} if "data" in made else {}

@@ -12,25 +12,33 @@ from jsonargparse import ArgumentParser
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
-from common.domain import Domain
+from common.domain import FOLDERS, Domain
 from common.planning.dry_run import describe
-
-FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}
+from common.validation import check_domain
 
 
 def run(
     stage: Callable[[Config, Domain], Any],
+    domain: Domain | None,
     description: str | None,
     plan: Callable[[Config, Domain], str] = describe,
 ) -> None:
-    """Run one stage for the config on the command line, in the domain it names; with --dry-run print its plan.
+    """Run one stage for the config on the command line; with --dry-run print its plan.
+
+    Args:
+        stage: What is run.
+        domain: The domain module of a recipe, which refuses a config of another one; None for a command of all domains,
+            which takes the one that the config names.
+        description: What --help says, the docstring of the command.
+        plan: What --dry-run prints.
 
     Ends the process with status 2 on an InputError, and with 130 when interrupted.
     """
     try:
         config = parse(description or "")
-        # By name: nothing in common depends on a domain.
-        domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
+        if domain is None:  # by name: nothing in common depends on a domain
+            domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
+        check_domain(config, domain)
         if config.dry_run:
             print(plan(config, domain))
         else:

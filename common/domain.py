@@ -1,8 +1,8 @@
-"""What a domain module (Vision/domain.py, ...) offers."""
+"""What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,30 @@ from common.core.blocks import BlockFamily
 from common.io.examples import Sample
 from common.merging.calibration import CalibrationTask
 
+FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}  # the package of each domain, and its folder
+
+
+class TaskRow(Protocol):
+    """A test set, one row of a domain's tasks.yaml; what else it holds is the domain's own affair."""
+
+    @property
+    def train_split(self) -> str | None:
+        """The split that a validation cut is taken from; None where there is no training set."""
+
 
 class Domain(Protocol):
-    """What a domain module (Vision/domain.py, ...) offers."""
+    """A module that knows one kind of model: its blocks, its test sets, how it is written and scored.
+
+    NAME: the config's domain. FAMILIES: architectures by name. TASKS: test sets by name. PERCENT: tables print percent.
+    """
 
     NAME: str
-    FAMILIES: Mapping[str, BlockFamily]
-    TASKS: Mapping[str, Any]
     PERCENT: bool
+
+    @property
+    def FAMILIES(self) -> Mapping[str, BlockFamily]: ...
+    @property
+    def TASKS(self) -> Mapping[str, TaskRow]: ...
 
     @property
     def calibration_task(self) -> Callable[[Config, str, Sample, torch.device], CalibrationTask] | None:
@@ -34,3 +50,8 @@ class Domain(Protocol):
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, tuple[float, int]]: ...
+
+
+def block_family(domain: Domain, model: Model) -> BlockFamily:
+    """The family that a config names, or the first of the domain; `check_choices` refuses an unknown name."""
+    return domain.FAMILIES[model.family_of(domain.FAMILIES)]

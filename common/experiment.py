@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import Config, as_dict
+from common.config import Config
 from common.core.blocks import Block, BlockFamily, moved
 from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes, subtract
-from common.domain import Domain
+from common.domain import Domain, block_family
 from common.fda.anchors import SCALES
-from common.io.anchor_files import load_anchors, load_published
-from common.io.checkpoints import Checkpoint, digest
+from common.io.checkpoints import Checkpoint
 from common.io.lora import open_checkpoint
 from common.io.vocabulary import row_counts
 from common.merging.registry import hyperparameters
@@ -103,12 +102,6 @@ class Experiment:
         defaults = {name: p.default for name, p in hyperparameters(method).items()}
         return defaults | self.config.start.hyper.get(method, {})
 
-    def anchor_file(self, task: str, index: int) -> Path:
-        """Where the anchors of a unit are: ours, or those of anchors.source in the released layout."""
-        if self.config.anchors.source:
-            return self.config.anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
-        return self.config.run.dir / "anchors" / self.config.anchors.init / task / f"block_{index:02d}.safetensors"
-
     def positions(self, task: str) -> Tensor:
         """What is added to the anchors of a task before a block sees them, on the device: 0, or with
         anchors.position_embeddings rows 0 to T - 1 of the expert's position embeddings, (T, D).
@@ -124,31 +117,11 @@ class Experiment:
         scale = self.config.anchors.scale
         return SCALES[self.config.anchors.init] if scale is None else scale
 
-    def anchor_provenance(self, task: str, index: int, theta_0: Params, theta_t: Params) -> dict[str, Any]:
-        """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
-        settings = as_dict(self.config.anchors) | {"shape": list(self.shape), "scale": self.anchor_scale()}
-        for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
-            del settings[said_by_shape_or_no_matter]
-        run = self.config.run
-        unit = {"task": task, "block": index, "seed": run.seed, "precision": run.precision}
-        weights = {"base": digest(theta_0), "expert": digest(theta_t)}
-        if self.config.anchors.position_embeddings:
-            weights["positions"] = digest({self.family.positions: self.positions(task)})
-        return {"anchors": settings, "run": unit, "weights": weights}
-
-    def anchors_of(self, task: str, index: int, theta_0: Params, theta_t: Params) -> torch.Tensor:
-        """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
-        file = self.anchor_file(task, index)
-        if self.config.anchors.source:
-            return load_published(file, self.family.published_axes, self.shape[2]).to(self.device)
-        if not file.is_file():
-            raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
-        return load_anchors(file, self.anchor_provenance(task, index, theta_0, theta_t)).to(self.device)
-
 
 def open_experiment(config: Config, domain: Domain) -> Experiment:
     """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
-    family = check_choices(config, domain)
+    check_choices(config, domain)
+    family = block_family(domain, config.model)
     base = Checkpoint(config.model.path("base"), family.names)
     modules = family.modules(domain.skeleton(config.model))
     for index in config.run.blocks or []:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.assembly import assemble, block_file, fit_provenance, is_finished, merge_start, remove_blocks, result_dir
+from common.assembly import assemble, merge_start, remove_blocks
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
@@ -19,6 +19,7 @@ from common.fda.construction import Unit, optimise_anchors, optimise_together
 from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
+from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished
 from common.run.background import read_ahead, written_behind
 from common.run.device import threads_for
 from common.run.progress import UnitBar
@@ -49,8 +50,11 @@ def construct_units(
 ) -> None:
     """Make the anchors of one block for every task whose θ_t is given, unless all their files are there already."""
     config, run = experiment.config.anchors, experiment.config.run
-    files = {task: experiment.anchor_file(task, index) for task in thetas}
-    provenance = {task: experiment.anchor_provenance(task, index, theta_0, theta_t) for task, theta_t in thetas.items()}
+    layout = RunLayout(experiment.config)
+    files = {task: layout.anchor_file(task, index) for task in thetas}
+    provenance = {
+        task: anchor_provenance(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()
+    }
     there = [task for task, file in files.items() if file.is_file()]
     for task in there:
         check_provenance(files[task], read_header(files[task]), provenance[task])
@@ -89,7 +93,7 @@ def adapt(config: Config, domain: Domain) -> Path:
     experiment = open_experiment(config, domain)
     domain.check_export(config.model)
     start = merge_start(experiment, domain)
-    folder = result_dir(config)
+    folder = RunLayout(config).adapted
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
@@ -98,8 +102,8 @@ def adapt(config: Config, domain: Domain) -> Path:
         with threads_for(experiment.largest_product), recorded(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
-                    adapt_unit(experiment, start, folder, index, provenance, bar)
-            assemble(experiment, domain, start, folder, provenance)
+                    adapt_unit(experiment, start, index, provenance, bar)
+            assemble(experiment, domain, start, provenance)
     if config.run.score:
         score_run(config, domain)
     return folder
@@ -115,11 +119,9 @@ def merge_alone(config: Config, domain: Domain) -> Path:
     return start.path
 
 
-def adapt_unit(
-    experiment: Experiment, start: Checkpoint, folder: Path, index: int, provenance: dict, bar: UnitBar
-) -> None:
+def adapt_unit(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
     """Fit one merged block, unless its file is there already."""
-    config, file = experiment.config, block_file(folder, index)
+    config, file = experiment.config, RunLayout(experiment.config).block_file(index)
     if file.is_file():
         check_provenance(file, read_header(file), provenance)
         return bar.keep()
@@ -127,7 +129,7 @@ def adapt_unit(
     inputs, targets = [], []
     for task, expert in experiment.experts.items():
         theta_t = experiment.read_block(expert, index)
-        inputs.append(experiment.anchors_of(task, index, theta_0, theta_t))
+        inputs.append(anchors_of(experiment, task, index, theta_0, theta_t))
         with torch.no_grad():
             targets.append(experiment.block(theta_t, inputs[-1]))
     settings = config.adapt.for_start(config.start.method)

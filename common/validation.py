@@ -1,31 +1,46 @@
-"""Choices refused by name, before anything is opened."""
+"""Choices refused by name, before anything is opened. Each check raises InputError with the choices there are."""
 
 from common.config import PRETRAINED, Config, Model
-from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.domain import Domain
+from common.domain import FOLDERS, Domain, block_family
 from common.merging.registry import METHODS, check_hyper, method_choices
 
-
-def check_data(config: Config, domain: Domain, method: str) -> None:
-    """InputError if a merge method that uses inputs of the tasks cannot have any."""
-    if domain.calibration_task is None:
-        raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
-    for task in config.tasks:
-        if task not in config.tests.values():
-            raise InputError(f"{method} needs data of every task, but eval.tests has no test set of {task}")
+POSITIVE = {
+    "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
+    "adapt": ("lr", "epochs", "batch_size"),
+    "eval": ("batch_size",),
+}
 
 
-def check_choices(config: Config, domain: Domain) -> BlockFamily:
-    """The family of the config; InputError naming the choices where a task, family or method is none of them."""
+def check_choices(config: Config, domain: Domain) -> None:
+    """Refuse every choice that the domain, the registry of methods or another choice rules out."""
+    check_domain(config, domain)
+    check_tasks(config)
+    check_tests(config, domain)
+    check_family(config, domain)
+    check_starts(config, domain)
+    check_settings(config)
+
+
+def check_domain(config: Config, domain: Domain) -> None:
+    """A recipe is of one domain, and so must the config be."""
     if config.domain != domain.NAME:
-        raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}")
+        recipes = f"the commands for it are in {FOLDERS[config.domain]}/"
+        raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}; {recipes}")
+
+
+def check_tasks(config: Config) -> None:
+    """There is a task, and none twice."""
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError("tasks must name at least one task, and none twice")
+
+
+def check_tests(config: Config, domain: Domain) -> None:
+    """Test sets exist, belong to one task each, and have the split that is scored."""
     for test in config.tests:
         if test not in domain.TASKS:
             raise InputError(f"unknown task {test!r}; choose from {', '.join(domain.TASKS)}")
-        if config.eval.split != "test" and not hasattr(domain.TASKS[test], "train_split"):
+        if config.eval.split != "test" and domain.TASKS[test].train_split is None:
             raise InputError(f"eval.split is {config.eval.split}, but {test} has no training set to cut from")
     named = [test for task in config.tasks for test in config.eval.tests.get(task, [task])]
     if len(named) > len(config.tests):
@@ -33,36 +48,52 @@ def check_choices(config: Config, domain: Domain) -> BlockFamily:
     for task in config.eval.tests:
         if task not in config.tasks:
             raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
-    family = config.model.family_of(domain.FAMILIES)
-    if family not in domain.FAMILIES:
-        raise InputError(f"unknown model.family {family!r}; choose from {', '.join(domain.FAMILIES)}")
-    for name in ("vocabulary", "dtype", "tokenizers"):
-        if not domain.FAMILIES[family].vocabulary and getattr(config.model, name) != getattr(Model(), name):
-            raise InputError(f"model.{name} is for language models, not for {config.domain}")
-    if config.start.checkpoint and config.start.method == PRETRAINED:
+
+
+def check_family(config: Config, domain: Domain) -> None:
+    """The family exists, and options of language models go with one."""
+    name = config.model.family_of(domain.FAMILIES)
+    if name not in domain.FAMILIES:
+        raise InputError(f"unknown model.family {name!r}; choose from {', '.join(domain.FAMILIES)}")
+    if block_family(domain, config.model).vocabulary:
+        return
+    for option in ("vocabulary", "dtype", "tokenizers"):
+        if getattr(config.model, option) != getattr(Model(), option):
+            raise InputError(f"model.{option} is for language models, not for {config.domain}")
+
+
+def check_starts(config: Config, domain: Domain) -> None:
+    """Every start that the config names exists, and its hyperparameters and data do."""
+    start = config.start
+    if start.checkpoint and start.method == PRETRAINED:
         raise InputError("start.checkpoint needs start.method to name it: the method that it was merged by, say")
-    for method in sorted(
-        {config.start.method, *config.compare.starts, *config.start.hyper, *config.adapt.by_start} - {PRETRAINED}
-    ):
-        if method == config.start.method and config.start.checkpoint:
+    for method in sorted({start.method, *config.compare.starts, *start.hyper, *config.adapt.by_start} - {PRETRAINED}):
+        if method == start.method and start.checkpoint:
             continue
         if method not in METHODS:
             raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
         if METHODS[method].data:
             check_data(config, domain, method)
-        check_hyper(method, config.start.hyper.get(method, {}), len(config.tasks))
+        check_hyper(method, start.hyper.get(method, {}), len(config.tasks))
+
+
+def check_data(config: Config, domain: Domain, method: str) -> None:
+    """A merge method that uses inputs of the tasks can have some of each."""
+    if domain.calibration_task is None:
+        raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
+    for task in config.tasks:
+        if task not in config.tests.values():
+            raise InputError(f"{method} needs data of every task, but eval.tests has no test set of {task}")
+
+
+def check_settings(config: Config) -> None:
+    """Numbers are in range, and settings go together."""
     if config.anchors.together != "no" and config.anchors.chunk:
         raise InputError("anchors.together has all anchors of all tasks in memory; anchors.chunk cannot be set with it")
-    positive = {
-        "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
-        "adapt": ("lr", "epochs", "batch_size"),
-        "eval": ("batch_size",),
-    }
-    for section, names in positive.items():
+    for section, names in POSITIVE.items():
         for name in names:
             value = getattr(getattr(config, section), name)
             if value is not None and value <= 0 and not (name == "epochs" and config.adapt.warm_start != "none"):
                 raise InputError(f"{section}.{name} is {value}; it must be above zero")
     if config.adapt.for_start(config.start.method).speedup < 1:
         raise InputError("adapt.speedup divides the epochs; it must be at least 1")
-    return domain.FAMILIES[family]

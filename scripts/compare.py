@@ -72,4 +72,4 @@ def plan(config: Config, domain: Domain) -> str:
 
 
 if __name__ == "__main__":
-    run(compare, __doc__, plan)
+    run(compare, None, __doc__, plan)

@@ -4,4 +4,4 @@ from common.command import run
 from common.evaluation.scoring import score_run
 
 if __name__ == "__main__":
-    run(score_run, __doc__)
+    run(score_run, None, __doc__)

@@ -4,4 +4,4 @@ from common.command import run
 from common.pipeline import merge_alone
 
 if __name__ == "__main__":
-    run(merge_alone, __doc__)
+    run(merge_alone, None, __doc__)

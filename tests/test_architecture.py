@@ -17,6 +17,7 @@ ORDER = [
     ["domain"],
     ["validation"],
     ["experiment"],
+    ["layout"],
     ["assembly"],
     ["evaluation", "planning"],
     ["pipeline"],

@@ -16,13 +16,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from common.assembly import inputs_of
 from common.config import Config, Model
 from common.core.errors import InputError
 from common.evaluation.tables import read_results
 from common.experiment import open_experiment
 from common.io.checkpoints import Checkpoint
 from common.io.lora import LoraCheckpoint, open_checkpoint
+from common.layout import inputs_of
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from NLG import domain as nlg

@@ -23,6 +23,7 @@ from common.experiment import open_experiment
 from common.fda.construction import Unit, optimise_anchors
 from common.fda.matching import matching_loss
 from common.io.checkpoints import Checkpoint, read_header, write_tensors
+from common.layout import RunLayout
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from NLU import domain, scoring
@@ -73,7 +74,7 @@ def test_position_embeddings_are_added_while_anchors_are_optimised(nlu_config):
     added = change(change(nlu_config, "anchors", position_embeddings=True), "run", score=False)
     construct(added, domain)
     experiment = open_experiment(added, domain)
-    file = experiment.anchor_file("CoLA", 0)
+    file = RunLayout(added).anchor_file("CoLA", 0)
     theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["CoLA"]))
     tau = moved(experiment.task_vector("CoLA", theta_0, theta_t))
     losses = matching_loss(experiment.block, theta_0, theta_t, tau, load_file(file)["anchors"])

@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-from common.assembly import PROVENANCE_FILE, data_of
 from common.config import PRETRAINED, ROOT, Config, as_dict
 from common.domain import Domain
 from common.evaluation.figures import Traces, write_report
 from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
 from common.experiment import Experiment, open_experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
+from common.layout import PROVENANCE_FILE, RunLayout, data_of
 from common.run.progress import Units
 from common.run.run_log import commit, recorded, total_cost
 
@@ -70,7 +70,7 @@ def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping
 
 def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware."""
-    if checkpoint.path.parent != config.run.dir / "merged":
+    if checkpoint.path.parent != RunLayout(config).merged:
         return {}
     made = checkpoint.path.name
     stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
@@ -84,7 +84,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
     yield row | {"method": "individual"}, experiment.experts[task]
     if experiment.config.start.checkpoint:
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
-    for file in sorted((experiment.config.run.dir / "merged").glob(f"*/{PROVENANCE_FILE}")):
+    for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
         made = json.loads(file.read_text())
         method, used = made["start"]["method"], data_of(made)
         if "anchors" in made:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from common.assembly import inputs_of, merge_start
+from common.assembly import merge_start
 from common.config import Config, as_dict
 from common.core.errors import InputError
 from common.domain import Domain
 from common.experiment import open_experiment
 from common.io.checkpoints import digest, write_text
+from common.layout import inputs_of
 from common.merging.registry import check_hyper
 from common.run.run_log import commit
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from common.assembly import result_dir
 from common.config import Config, as_dict
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.domain import Domain
+from common.domain import Domain, block_family
 from common.fda.adaptation import shortened
 from common.io.checkpoints import Checkpoint
 from common.io.lora import is_adapter, open_adapter
+from common.layout import RunLayout
 from common.planning.cost import (
     GIB,
     arithmetic,
@@ -31,7 +31,8 @@ from common.validation import check_choices
 
 def describe(config: Config, domain: Domain) -> str:
     """The resolved config, every input as found or missing, the outputs, and what the work needs."""
-    family = check_choices(config, domain)
+    check_choices(config, domain)
+    family = block_family(domain, config.model)
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
     return "\n".join(
         [settings, "Inputs", *inputs(config), "", "Outputs", *outputs(config), "", *needs(config, domain, family)]
@@ -69,9 +70,10 @@ def checkpoint_line(what: str, path: Path) -> str:
 
 def outputs(config: Config) -> list[str]:
     """The folders that would be written, and whether something is there already."""
-    folders = [config.run.dir / "anchors" / config.anchors.init, result_dir(config)]
+    layout = RunLayout(config)
+    folders = [layout.anchor_folder, layout.adapted]
     if config.start.method != "pretrained" and not config.start.checkpoint:
-        folders.append(config.run.dir / "merged" / config.start.method)
+        folders.append(layout.start)
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 
 

@@ -1,0 +1,136 @@
+"""Where a run keeps its files, and what each says it was made from.
+
+runs/<name>/anchors/<init>/<task>/block_07.safetensors   the anchors of one unit; the header has their provenance
+runs/<name>/merged/<method>/                             a start: a checkpoint that stock libraries open
+runs/<name>/merged/fda-<method>-<init>/                  an adapted model; blocks/ holds its blocks while it is made
+.../provenance.json                                      written last: the folder is whole, and made from this
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.config import Config, as_dict
+from common.core.errors import InputError
+from common.core.task_vectors import Params
+from common.experiment import Experiment
+from common.io.anchor_files import load_anchors, load_published
+from common.io.checkpoints import Checkpoint, check_provenance, digest
+from common.io.hashes import file_hash, identity
+
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The files and folders of one run."""
+
+    config: Config
+
+    def anchor_file(self, task: str, index: int) -> Path:
+        """The anchors of a unit: ours, or those of anchors.source in the released layout."""
+        anchors = self.config.anchors
+        if anchors.source:
+            return anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
+        return self.anchor_folder / task / f"block_{index:02d}.safetensors"
+
+    @property
+    def anchor_folder(self) -> Path:
+        """All anchors that are made from anchors.init."""
+        return self.config.run.dir / "anchors" / self.config.anchors.init
+
+    @property
+    def merged(self) -> Path:
+        """All models that the run makes, a folder each."""
+        return self.config.run.dir / "merged"
+
+    @property
+    def start(self) -> Path:
+        """The merge that adaptation starts from, where start.method is one."""
+        return self.merged / self.config.start.method
+
+    @property
+    def adapted(self) -> Path:
+        """The adapted model."""
+        parts = ["fda", self.config.start.method, self.config.anchors.init, self.config.adapt.label]
+        return self.merged / "-".join(part for part in parts if part)
+
+    def block_file(self, index: int) -> Path:
+        """Where an adapted block waits until all are there."""
+        return self.adapted / "blocks" / f"block_{index:02d}.safetensors"
+
+
+# ---- what it was made from -------------------------------------------------------------------------------------------
+
+
+def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return False
+    check_provenance(file, json.loads(file.read_text()), provenance)
+    return True
+
+
+def anchor_provenance(
+    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
+) -> dict[str, Any]:
+    """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
+    config = experiment.config
+    settings = as_dict(config.anchors) | {"shape": list(experiment.shape), "scale": experiment.anchor_scale()}
+    for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
+        del settings[said_by_shape_or_no_matter]
+    unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
+    weights = {"base": digest(theta_0), "expert": digest(theta_t)}
+    if config.anchors.position_embeddings:
+        weights["positions"] = digest({experiment.family.positions: experiment.positions(task)})
+    return {"anchors": settings, "run": unit, "weights": weights}
+
+
+def anchors_of(experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params) -> Tensor:
+    """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
+    file = RunLayout(experiment.config).anchor_file(task, index)
+    if experiment.config.anchors.source:
+        axes, width = experiment.family.published_axes, experiment.shape[2]
+        return load_published(file, axes, width).to(experiment.device)
+    if not file.is_file():
+        raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
+    return load_anchors(file, anchor_provenance(experiment, task, index, theta_0, theta_t)).to(experiment.device)
+
+
+def merge_provenance(experiment: Experiment) -> dict[str, Any]:
+    """What decides the merge of start.method: its hyperparameters and checkpoints; "data" follows if it has any."""
+    method = experiment.config.start.method
+    return {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
+
+
+def inputs_of(experiment: Experiment) -> dict[str, Any]:
+    """What identifies the checkpoints that are merged, in the order of the tasks."""
+    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
+    model = experiment.config.model
+    written = {"vocabulary": model.vocabulary, "dtype": model.dtype, "tokenizers": model.tokenizers}
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
+
+
+def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
+    """What decides an adapted model: settings, seed, start, the experts and every anchor."""
+    config, layout = experiment.config, RunLayout(experiment.config)
+    settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
+    del settings["by_start"]
+    anchors = [file_hash(layout.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks]
+    return {
+        "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
+        "adapt": settings,
+        "run": {"seed": config.run.seed},
+        "anchors": {"init": config.anchors.init, "files": identity(anchors)},
+        "inputs": inputs_of(experiment),
+    } | data_of(json.loads(made.read_text()) if made.is_file() else {})
+
+
+def data_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Under "data" what inputs of the tasks a model of this provenance was made with, if with any; {} otherwise."""
+    return {"data": made["data"]} if "data" in made else {}
