@@ -74,7 +74,9 @@ class Pickled(NamedTuple):
 
 @contextmanager
 def lazy_tensors(path: Path | str, strict: bool = False) -> Iterator[dict[str, Pickled]]:
-    """The same tensors, each read when asked for while the file is open; a stream from before 1.6 is read whole.
+    """The tensors of a pickled file by name, each read when asked for while the file is open.
+
+    A stream from before torch 1.6 is read whole.
 
     InputError also, if `strict`, where the file is anything but one flat dictionary of tensors.
     """

@@ -7,8 +7,8 @@ with G the gradient at θ, where λᵢₗ is not cut.
 
 Source: Yang et al. 2024, "AdaMerging: Adaptive model merging for multi-task learning" (arXiv 2310.02575), and its code.
 Defaults: λ from 0.3, Adam with lr 1e-3, 500 steps of 16 inputs of each task, out of the whole test sets.
-Deviation: the code takes two batches of 16 in a step, the paper and FusionBench one. Inputs come in a drawn order, and
-in the same again once all were seen; the code shuffles before each step.
+Deviation: the code takes two batches of 16 in a step, the paper and FusionBench one. Inputs come in one drawn order,
+which begins again once all were seen; the code shuffles before each step.
 Deviation: a regression has no entropy. It is left out of the loss; the λ of its expert learn from the other tasks'.
 """
 
@@ -64,7 +64,7 @@ def adamerging(
 
 
 def combined(lambdas: Params, deltas: Sequence[Params]) -> dict[str, Tensor]:
-    """Σᵢ λᵢₗ τᵢₗ, every λ cut to [0, 1]; lambdas has one a task for each tensor."""
+    """Σᵢ λᵢₗ τᵢₗ, every λ cut to [0, 1]; lambdas has the λ (N,) of all tasks by the name of the tensor."""
     cut = {name: each.clamp(0, 1) for name, each in lambdas.items()}
     return {name: total(x * delta[name] for x, delta in zip(cut[name], deltas, strict=True)) for name in cut}
 
@@ -76,6 +76,6 @@ def entropy(logits_AC: Tensor) -> Tensor:
 
 
 def repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches over and over."""
+    """The batches, and when they end, the batches again without end."""
     while True:
         yield from batches

@@ -23,7 +23,10 @@ from common.merging.ties import ties
 def dare_ta(
     base: Params, deltas: Sequence[Params], *, drop: float = 0.9, scale: float | Sequence[float] = 0.3, seed: int = 0
 ) -> Params:
-    """Task arithmetic on what DARE leaves; `scale` as there. InputError unless `drop`, p, lies in [0, 1)."""
+    """Task arithmetic on what DARE leaves; `scale` is λ, or a list of one λ for each task.
+
+    `drop` is p. InputError unless it lies in [0, 1).
+    """
     return task_arithmetic(base, dropped(deltas, drop, seed), scale=scale)
 
 
@@ -36,12 +39,15 @@ def dare_ties(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Params:
-    """TIES on what DARE leaves. InputError unless `drop`, p, lies in [0, 1)."""
+    """TIES on what DARE leaves, with its `density` and `scale`.
+
+    `drop` is p. InputError unless it lies in [0, 1).
+    """
     return ties(base, dropped(deltas, drop, seed), density=density, scale=scale)
 
 
 def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams]:
-    """τ̃ᵢ of every task, each tensor drawn anew, and alike, when it is asked for."""
+    """τ̃ᵢ of every task; each tensor is made when it is asked for, with one mask however often that is."""
     if not 0 <= drop < 1:
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 

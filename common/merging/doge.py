@@ -60,7 +60,7 @@ def shared_basis(taus: Sequence[Tensor], subspace: int) -> Tensor:
 
 
 def reconciling_change(taus: Sequence[Tensor], scales: Sequence[float], basis: Tensor, steps: int, lr: float) -> Tensor:
-    """Δ (R, D) after `steps` of Adam."""
+    """Δ (R, D) after `steps` of Adam, for λᵢ = `scales` and the orthonormal columns of the shared subspace."""
     change = torch.zeros_like(taus[0])
     every = total(scale * tau for scale, tau in zip(scales, taus, strict=True))
     gaps_R = [(tau * (tau - every)).sum(1) for tau in taus]

@@ -45,7 +45,10 @@ def iso_cts(
     scale: float = 1.0,
     others: float | None = None,
 ) -> Params:
-    """The Iso-CTS delta; k is about `common_fraction` of r, such that N divides the rest. Otherwise as `iso_c`."""
+    """The Iso-CTS delta; k is about `common_fraction` of r, such that N divides the rest.
+
+    `scale` is α, on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N).
+    """
     if not 0 <= common_fraction <= 1:
         raise InputError(f"iso_cts: common_fraction must lie in [0, 1], it is {common_fraction}")
 

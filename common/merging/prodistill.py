@@ -38,7 +38,7 @@ def prodistill(
     epochs: int = 100,
     seed: int = 0,
 ) -> Params:
-    """The delta with trained α; `seed` draws the order of the batches."""
+    """The delta with trained α; `seed` draws which inputs are used, `examples` of each task, and the batches' order."""
     require_examples("prodistill", examples)
     if lr <= 0 or epochs < 0:
         raise InputError(f"prodistill: lr > 0 and epochs ≥ 0 are needed, they are {lr} and {epochs}")

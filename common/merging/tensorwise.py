@@ -81,6 +81,6 @@ def require_fraction(method: str, name: str, value: float) -> None:
 
 
 def require_examples(method: str, examples: int | None) -> None:
-    """InputError unless a method that uses data asks for an example of each task at least; None is all."""
+    """InputError if a method that uses data asks for less than one example of each task; None asks for all."""
     if examples is not None and examples < 1:
         raise InputError(f"{method}: examples must be at least 1, it is {examples}")

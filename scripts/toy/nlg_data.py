@@ -173,7 +173,7 @@ def math_text(rng: np.random.RandomState, easy: bool = False) -> tuple[str, str]
 
 
 def code_text(rng: np.random.RandomState, easy: bool = False) -> tuple[str, str]:
-    """The same for a function."""
+    """What a model reads and what it is to write: the head of a function and its body, to train on."""
     problem = unseen(lambda: snippet(rng, easy))
     return TASKS["snippets"].prompt.replace("{problem}", with_tabs(problem.prompt)), with_tabs(problem.body)
 
