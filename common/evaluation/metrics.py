@@ -5,11 +5,14 @@ A correlation with labels or predictions that are all alike is 0 here, where the
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+NO_POSITIVES: Any = 0  # F1 where there are none; scikit-learn's default is a word, and checkers take its type for all
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -24,14 +27,16 @@ def matthews(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 def accuracy_and_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
     """Mean of accuracy and of F1 of class 1."""
-    return mean_of_rounded([accuracy(labels, predictions), float(f1_score(labels, predictions, zero_division=0))])
+    f1 = float(f1_score(labels, predictions, zero_division=NO_POSITIVES))
+    return mean_of_rounded([accuracy(labels, predictions), f1])
 
 
 def pearson_and_spearman(labels: ArrayLike, predictions: ArrayLike) -> float:
     """Mean of Pearson's correlation and of Spearman's rank correlation, -1 to 1."""
     if are_alike(labels) or are_alike(predictions):
         return 0.0
-    return mean_of_rounded([float(f(labels, predictions).statistic) for f in (pearsonr, spearmanr)])
+    results: list[Any] = [pearsonr(labels, predictions), spearmanr(labels, predictions)]
+    return mean_of_rounded([float(result.statistic) for result in results])
 
 
 def are_alike(values: ArrayLike) -> bool:

@@ -47,9 +47,11 @@ class ModelFiles:
                 where = f"{rows[row.stored].file} and {row.file.name}"
                 raise InputError(f"the tensor {row.stored} is in two shards, {where}; save the model again")
             rows[row.stored] = row
-        for name, shard in (weight_map(self.index) if self.index else {}).items():
-            if name not in rows or rows[name].file != self.index.parent / shard:
-                raise InputError(f"{self.index} has the tensor {name} in {shard}, which lacks it; save the model again")
+        if self.index:
+            for name, shard in weight_map(self.index).items():
+                if name not in rows or rows[name].file != self.index.parent / shard:
+                    named = f"{self.index} has the tensor {name} in {shard}"
+                    raise InputError(f"{named}, which lacks it; save the model again")
         return list(rows.values())
 
     def __str__(self) -> str:

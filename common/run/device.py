@@ -23,7 +23,8 @@ def prepare(device: str) -> torch.device:
         raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes what it allocates
+    # Every kernel here writes what it allocates. The name is made when torch is imported, so checkers do not know it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_float32_matmul_precision("highest")
     torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
     keep_freed_memory()
