@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.config import Config
-from common.core.blocks import Block, BlockFamily, moved
+from common.core.blocks import Block, BlockFamily, nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.domain import Domain, block_family
@@ -82,8 +82,8 @@ class Experiment:
     def task_vector(self, task: str, theta_0: Params, theta_t: Params) -> Params:
         """τ of one block without what cannot be matched; InputError if the expert differs from the base nowhere."""
         tau = subtract(theta_t, theta_0)
-        if not moved(tau) and not any(
-            moved(subtract(self.read_block(self.experts[task], i), self.read_block(self.base, i)))
+        if not nonzero_tensors(tau) and not any(
+            nonzero_tensors(subtract(self.read_block(self.experts[task], i), self.read_block(self.base, i)))
             for i in range(self.depth)
         ):
             raise InputError(f"the expert of {task}, {self.experts[task].path}, equals the base in every block")

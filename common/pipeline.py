@@ -1,10 +1,11 @@
 """Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.assembly import assemble, merge_start, remove_blocks
 from common.config import PRETRAINED, Config
@@ -13,9 +14,10 @@ from common.core.task_vectors import Params, subtract
 from common.domain import Domain
 from common.evaluation.scoring import score_run
 from common.experiment import Experiment, open_experiment
-from common.fda.adaptation import Trainable, coefficients, fit_block, own_weights, regmean_warm_start
+from common.fda.adaptation import FitSettings, Trainable, coefficients, fit_block, own_weights, regmean_warm_start
 from common.fda.anchors import initial_anchors
-from common.fda.construction import Unit, optimise_anchors, optimise_together
+from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors, optimise_together
+from common.fda.matching import MatchingProblem
 from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
@@ -25,14 +27,14 @@ from common.run.device import threads_for
 from common.run.progress import UnitBar
 from common.run.run_log import recorded
 
-SEARCH_SETTINGS = ("distance", "steps", "lr", "optimizer", "schedule", "stop_loss", "patience")
-
 
 def construct(config: Config, domain: Domain) -> None:
-    """Box 1: for every block, for every task, make anchors whose induced gradient points along the task vector."""
+    """Box 1: for every block and every task, make anchors whose induced gradient points along the task vector.
+
+    Together, one block and one task are a unit; with anchors.together the units of one block are optimised in one go.
+    """
     experiment = open_experiment(config, domain)
-    units = len(experiment.blocks) * len(config.tasks)
-    bar = UnitBar("construct", units)
+    bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))
     threads = threads_for(experiment.largest_product)
     with threads, recorded(config, f"construct {config.anchors.init}", bar), bar, written_behind() as write:
         for index, theta_0, thetas in read_ahead(experiment.units()):
@@ -48,41 +50,72 @@ def construct_units(
     bar: UnitBar,
     write: Callable[..., None],
 ) -> None:
-    """Make the anchors of one block for every task whose θ_t is given, unless all their files are there already."""
-    config, run = experiment.config.anchors, experiment.config.run
+    """Make and store the anchors of one block for every task in `thetas` (θ_t), unless all their files are there."""
     layout = RunLayout(experiment.config)
     files = {task: layout.anchor_file(task, index) for task in thetas}
     provenance = {
         task: anchor_provenance(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()
     }
-    there = [task for task, file in files.items() if file.is_file()]
-    for task in there:
-        check_provenance(files[task], read_header(files[task]), provenance[task])
-    if len(there) == len(files):
+    if all_there(files, provenance):
         return bar.keep(len(files))
-    units = [unit_of(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
-    how: dict[str, Any] = {key: getattr(config, key) for key in SEARCH_SETTINGS}
-    how["precision"] = effective_precision(run.precision, experiment.device, theta_0, units[0].x_init[: config.chunk])
-    how["progress"] = lambda step, loss: bar.advance(len(units) * step / config.steps, loss)
-    if config.together == "no":
-        found = [optimise_anchors(experiment.block, theta_0, unit, chunk=config.chunk, **how) for unit in units]
-    else:
-        found = optimise_together(experiment.block, theta_0, units, compiler=config.together, **how)
+    # task vectors τ = θ_t − θ₀, and initial anchors
+    problems = [matching_problem(experiment, task, theta_0, theta_t) for task, theta_t in thetas.items()]
+    x_inits = [initial(experiment, task, index, theta_t) for task, theta_t in thetas.items()]
+    # minimise the matching loss over the anchors
+    found = optimise(experiment, problems, x_inits, bar)
     for (task, file), best in zip(files.items(), found, strict=True):
         outcome = {"steps_done": max(0, len(best.trace) - 1), "best_step": best.best_step}
         outcome |= {"losses": best.losses, "trace": best.trace}
         write(save_anchors, file, best.x + experiment.positions(task), provenance[task] | outcome)
 
 
-def unit_of(experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params) -> Unit:
-    """What the anchors of one block and one task are made from."""
-    config = experiment.config.anchors
-    generator = seeded(experiment.config.run.seed, "anchors", task, index)
-    x_init = initial_anchors(
-        config.init, experiment.shape, theta_t=theta_t, scale=experiment.anchor_scale(), generator=generator
-    )
+def all_there(files: Mapping[str, Path], provenance: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether no file is missing. Raises: InputError if one that is there was made from something else."""
+    there = [task for task, file in files.items() if file.is_file()]
+    for task in there:
+        check_provenance(files[task], read_header(files[task]), provenance[task])
+    return len(there) == len(files)
+
+
+def matching_problem(experiment: Experiment, task: str, theta_0: Params, theta_t: Params) -> MatchingProblem:
+    """What the anchors of one block and one task have to match: the task vector τ, at θ₀."""
     tau = experiment.task_vector(task, theta_0, theta_t)
-    return Unit(theta_t, tau, x_init.to(experiment.device), experiment.positions(task))
+    return MatchingProblem(experiment.block, theta_0, theta_t, tau, experiment.positions(task))
+
+
+def initial(experiment: Experiment, task: str, index: int, theta_t: Params) -> Tensor:
+    """The anchors x_ATD of one block and one task before the first step."""
+    generator = seeded(experiment.config.run.seed, "anchors", task, index)
+    scheme, scale = experiment.config.anchors.init, experiment.anchor_scale()
+    x_ATD = initial_anchors(scheme, experiment.shape, theta_t=theta_t, scale=scale, generator=generator)
+    return x_ATD.to(experiment.device)
+
+
+def optimise(
+    experiment: Experiment, problems: Sequence[MatchingProblem], x_inits: Sequence[Tensor], bar: UnitBar
+) -> list[OptimisedAnchors]:
+    """Optimise the anchors of one block for some tasks, as the config says."""
+    config, theta_0 = experiment.config.anchors, problems[0].theta_0
+    settings = SearchSettings(
+        steps=config.steps,
+        lr=config.lr,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        distance=config.distance,
+        stop_loss=config.stop_loss,
+        patience=config.patience,
+        precision=effective_precision(
+            experiment.config.run.precision, experiment.device, theta_0, x_inits[0][: config.chunk]
+        ),
+    )
+
+    def progress(step: int, loss: float) -> None:
+        bar.advance(len(problems) * step / config.steps, loss)
+
+    if config.together != "no":
+        return optimise_together(problems, x_inits, settings, compiler=config.together, progress=progress)
+    pairs = zip(problems, x_inits, strict=True)
+    return [optimise_anchors(p, x, settings, chunk=config.chunk, progress=progress) for p, x in pairs]
 
 
 def adapt(config: Config, domain: Domain) -> Path:
@@ -102,29 +135,20 @@ def adapt(config: Config, domain: Domain) -> Path:
         with threads_for(experiment.largest_product), recorded(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
-                    adapt_unit(experiment, start, index, provenance, bar)
+                    adapt_block(experiment, start, index, provenance, bar)
             assemble(experiment, domain, start, provenance)
     if config.run.score:
         score_run(config, domain)
     return folder
 
 
-def merge_alone(config: Config, domain: Domain) -> Path:
-    """The start by itself: merge in parameter space, write the checkpoint, score it."""
-    experiment = open_experiment(config, domain)
-    domain.check_export(config.model)
-    start = merge_start(experiment, domain)
-    if config.run.score:
-        score_run(config, domain)
-    return start.path
-
-
-def adapt_unit(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
-    """Fit one merged block, unless its file is there already."""
+def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
+    """Fit and store one merged block, unless its file is there already."""
     config, file = experiment.config, RunLayout(experiment.config).block_file(index)
     if file.is_file():
         check_provenance(file, read_header(file), provenance)
         return bar.keep()
+    # the anchors of every task, and the outputs φ(θ_t; x) of its expert there
     theta_0 = experiment.read_block(experiment.base, index)
     inputs, targets = [], []
     for task, expert in experiment.experts.items():
@@ -132,31 +156,25 @@ def adapt_unit(experiment: Experiment, start: Checkpoint, index: int, provenance
         inputs.append(anchors_of(experiment, task, index, theta_0, theta_t))
         with torch.no_grad():
             targets.append(experiment.block(theta_t, inputs[-1]))
+    # the merged block before the first step
     settings = config.adapt.for_start(config.start.method)
     trained = trainable(experiment, start, index, theta_0)
     del theta_0, theta_t  # a block can fill a machine; fitting holds several of its size
     if settings.warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
         trained = regmean_warm_start(experiment.block, trained, zip(thetas, inputs, strict=True))
-    merged, trace = fit_block(
-        experiment.block,
-        trained,
-        torch.cat(inputs),
-        torch.cat(targets),
-        distance=settings.distance,
-        lr=settings.lr,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        generator=seeded(config.run.seed, "adapt", index),
-        speedup=settings.speedup,
-        progress=bar.advance,
-    )
+    # minimise the distance to the experts' outputs
+    fit = FitSettings(settings.distance, settings.lr, settings.epochs, settings.batch_size, settings.speedup)
+    generator = seeded(config.run.seed, "adapt", index)
+    x_ATD, y_ATD = torch.cat(inputs), torch.cat(targets)
+    merged, trace = fit_block(experiment.block, trained, x_ATD, y_ATD, fit, generator=generator, progress=bar.advance)
     write_tensors(file, merged, provenance | {"trace": trace})
 
 
 def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:
-    """What is trained: from the pretrained model its weights (paper Eq. 5); from TA one coefficient for each weight of
-    each task vector, from any other start one for each weight of its one merged task vector (paper Eq. 6).
+    """The merged block as a function of what is trained: from the pretrained model its weights (paper Eq. 5); from TA
+    a coefficient for each weight of each task vector, from any other start one for each weight of its one merged task
+    vector (paper Eq. 6).
     """
     config = experiment.config
     if config.start.method == PRETRAINED:
@@ -171,3 +189,13 @@ def ta_scales(experiment: Experiment) -> list[float]:
     """λ of each task in task arithmetic."""
     scale = experiment.hyper("ta")["scale"]
     return list(scale) if isinstance(scale, list | tuple) else [scale] * len(experiment.config.tasks)
+
+
+def merge_alone(config: Config, domain: Domain) -> Path:
+    """The start by itself: merge in parameter space, write the checkpoint, score it."""
+    experiment = open_experiment(config, domain)
+    domain.check_export(config.model)
+    start = merge_start(experiment, domain)
+    if config.run.score:
+        score_run(config, domain)
+    return start.path

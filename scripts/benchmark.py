@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.command import FOLDERS, parse
 from common.config import PRESETS
-from common.core.blocks import Block, moved
+from common.core.blocks import nonzero_tensors
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
-from common.fda.adaptation import coefficients, fit_block, own_weights
+from common.fda.adaptation import FitSettings, coefficients, fit_block, own_weights
 from common.fda.anchors import initial_anchors
 from common.fda.batching import batched_matching_gradient
-from common.fda.construction import Unit, optimise_anchors
-from common.fda.matching import DISTANCES, matching_gradient, matching_value
-from common.fda.precision import answers_in, effective_precision, in_precision
+from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors
+from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient, matching_value
+from common.fda.precision import effective_precision, forward_in, in_precision
 from common.io.checkpoints import Checkpoint
-from common.pipeline import SEARCH_SETTINGS
 from common.pipeline import construct as construct_all
 from common.planning.cost import Ledger
 from common.run.device import prepare
@@ -58,7 +57,8 @@ def preset(section: str) -> dict[str, Any]:
 
 def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare one unit of construction; `base` and `expert` are whole checkpoints."""
-    settings = {name: value for name, value in preset("anchors").items() if name in SEARCH_SETTINGS}
+    given = preset("anchors")
+    settings = {field.name: given[field.name] for field in fields(SearchSettings) if field.name in given}
     settings["steps"] = args.steps or max(20, round(settings["steps"] * args.reference_steps / PAPER_STEPS))
     prefix = of.prefixes[min(TOY_BLOCK, len(of.prefixes) - 1)]
     clocks = {who: {what: Clock(device) for what in ("load", "step", "run")} for who in ("reference", "engine")}
@@ -73,20 +73,21 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
 
     clocks["reference"]["load"](load_whole)
     theta_0, theta_t = clocks["engine"]["load"](load_block)
-    tau = moved(of.family.without_null_gradients(subtract(theta_t, theta_0)))  # rounding has no direction to match
+    tau = nonzero_tensors(
+        of.family.without_null_gradients(subtract(theta_t, theta_0))
+    )  # rounding has no direction to match
     x_init = initial_anchors("weight", of.shape, theta_t=theta_t, scale=1.0, generator=seeded(0)).to(device)
     precision = effective_precision(preset("run")["precision"], device, theta_0, x_init)
-    unit = of.block, theta_0, theta_t
-    plain, warm_up, answers = Reference(*unit, x_init), Reference(*unit, x_init), answers_in(precision)
+    problem, forward = MatchingProblem(of.block, theta_0, theta_t, tau), forward_in(precision)
+    plain, warm_up = (Reference(of.block, theta_0, theta_t, x_init) for _ in range(2))
 
     def engine_step() -> None:
         with in_precision(precision, device):
-            matching_gradient(*unit, tau, x_init, answers=answers)
+            matching_gradient(problem, x_init, forward=forward)
 
-    def run_engine(**changes: Any) -> Any:
-        return optimise_anchors(
-            of.block, theta_0, Unit(theta_t, tau, x_init), **settings | changes, precision=precision
-        )
+    def run_engine(stop_loss: float) -> OptimisedAnchors:
+        search = SearchSettings(**settings | {"stop_loss": stop_loss}, precision=precision)
+        return optimise_anchors(problem, x_init, search)
 
     with sdpa_kernel(SDPBackend.MATH):
         memory = {"reference": peak_memory(warm_up.step, device)}
@@ -97,10 +98,10 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
         for _ in range(args.repeats):
             clocks["reference"]["step"](plain.step)
             clocks["engine"]["step"](engine_step)
-        plain = Reference(*unit, x_init)
+        plain = Reference(of.block, theta_0, theta_t, x_init)
         for _ in range(args.reference_steps):
             clocks["reference"]["run"](plain.step)
-        target = matching_value(*unit, tau, plain.x).mean().item()
+        target = matching_value(problem, plain.x).mean().item()
     found = clocks["engine"]["run"](run_engine, stop_loss=target)
     reached = sum(found.losses.values()) / len(found.losses)
     for who in clocks:
@@ -108,7 +109,7 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
         for what in ("load", "run"):
             total.seconds += clocks[who][what].seconds
             total.cpu_seconds += clocks[who][what].cpu_seconds
-    share = tasks_together(of.block, theta_0, (theta_t, tau, 0.0), x_init, precision, args) if args.together else None
+    share = tasks_together(problem, x_init, precision, args) if args.together else None
     speed = ledger.operations * args.repeats / clocks["engine"]["step"].seconds
     return {
         "step_time_ratio": ratios(*(by["step"] for by in clocks.values())),
@@ -132,18 +133,13 @@ def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, devi
 
 
 def tasks_together(
-    block: Block,
-    theta_0: Params,
-    unit: tuple[Params, Params, float],
-    x_init: Tensor,
-    precision: str,
-    args: argparse.Namespace,
+    problem: MatchingProblem, x_init: Tensor, precision: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Steps of so many tasks in one go, as anchors.together takes them, against the same one after the other."""
+    """Compare steps of several tasks in one go, as anchors.together takes them, with steps of one after the other."""
     how = {"distance": "cos", "precision": precision}
     alone, joint = Clock(x_init.device), Clock(x_init.device)
     one, all_of_them = (
-        batched_matching_gradient(block, theta_0, [unit] * number, **how, compiler=compiler)
+        batched_matching_gradient([problem] * number, **how, compiler=compiler)
         for number, compiler in ((1, "eager"), (args.together, args.compiler))
     )
     first = Clock(x_init.device)
@@ -180,8 +176,8 @@ def adapt(
         trained = (
             own_weights(theta_0) if start == "pretrained" else coefficients(theta_0, deltas, [TA_SCALE] * len(deltas))
         )
-        settings = {"distance": "cos", "lr": rates[start], "epochs": epochs, "batch_size": batch, "speedup": speedup}
-        return fit_block(of.block, trained, x, y, generator=seeded(0), **settings)[0]
+        settings = FitSettings("cos", lr=rates[start], epochs=epochs, batch_size=batch, speedup=speedup)
+        return fit_block(of.block, trained, x, y, settings, generator=seeded(0))[0]
 
     @torch.no_grad()
     def loss(theta: Params) -> float:

@@ -17,7 +17,7 @@ class Reference:
         self.theta_0 = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
         self.theta_t = {n: p.clone().requires_grad_() for n, p in theta_t.items()}
         self.x = x_init.clone().requires_grad_()
-        self.stepper = torch.optim.AdamW([self.x], lr=1e-2)
+        self.optimizer = torch.optim.AdamW([self.x], lr=1e-2)
 
     def step(self) -> None:
         y, target = self.block(self.theta_0, self.x), self.block(self.theta_t, self.x)
@@ -26,9 +26,9 @@ class Reference:
         loss = torch.zeros((), device=self.x.device)
         for g, p, q in zip(gradients, self.theta_0.values(), self.theta_t.values(), strict=True):
             loss = loss + 1 - torch.cosine_similarity(-g.flatten(), (q - p).detach().flatten(), dim=0)
-        self.stepper.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.stepper.step()
+        self.optimizer.step()
 
 
 def plain_fit(
@@ -37,21 +37,21 @@ def plain_fit(
 ) -> Params:  # fmt: skip
     """The plain loop: dictionaries rebuilt and all gradients zeroed in every step, Adam tensor by tensor."""
     if deltas:
-        free = {(n, i): torch.full_like(p, scale) for i in range(len(deltas)) for n, p in theta_0.items()}
+        params = {(n, i): torch.full_like(p, scale) for i in range(len(deltas)) for n, p in theta_0.items()}
     else:
-        free = {(n, 0): p.clone() for n, p in theta_0.items()}
+        params = {(n, 0): p.clone() for n, p in theta_0.items()}
 
     def build() -> Params:
         if not deltas:
-            return {n: free[n, 0] for n in theta_0}
-        return {n: p + sum(free[n, i] * delta[n] for i, delta in enumerate(deltas)) for n, p in theta_0.items()}
+            return {n: params[n, 0] for n in theta_0}
+        return {n: p + sum(params[n, i] * delta[n] for i, delta in enumerate(deltas)) for n, p in theta_0.items()}
 
-    stepper = torch.optim.Adam([p.requires_grad_() for p in free.values()], lr=lr, foreach=False, fused=False)
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in params.values()], lr=lr, foreach=False, fused=False)
     generator = seeded(0)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
-            stepper.zero_grad()
-            DISTANCES["cos"](block(build(), x[chosen]), y[chosen]).backward()
-            stepper.step()
+        for batch_indices in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+            optimizer.zero_grad()
+            DISTANCES["cos"](block(build(), x[batch_indices]), y[batch_indices]).backward()
+            optimizer.step()
     with torch.no_grad():
         return {n: p.clone() for n, p in build().items()}

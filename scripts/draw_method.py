@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from common.core.seeding import seeded
-from common.fda.adaptation import fit_block, own_weights
+from common.fda.adaptation import FitSettings, fit_block, own_weights
 from common.fda.anchors import initial_anchors
-from common.fda.construction import Unit, optimise_anchors
-from common.fda.matching import squared
+from common.fda.construction import SearchSettings, optimise_anchors
+from common.fda.matching import MatchingProblem, squared
 
 COLOURS = ("#0072B2", "#D55E00")
 TAU = (torch.tensor([[2.0, 0.4]]), torch.tensor([[0.5, 1.8]]))  # the two task vectors; θ₀ is the origin
@@ -45,9 +45,9 @@ def draw(path: Path) -> None:
     for task, (tau, colour) in enumerate(zip(TAU, COLOURS, strict=True)):
         theta_t = {"weight": tau}
         start = initial_anchors("gauss", (24, 1, 2), theta_t=theta_t, scale=0.1, generator=seeded(3, task))
-        unit = Unit(theta_t, theta_t, start)  # θ₀ is 0
+        problem = MatchingProblem(block, THETA_0, theta_t, tau=theta_t)  # θ₀ is 0
         for k, steps in enumerate(MOMENTS):
-            x = optimise_anchors(block, THETA_0, unit, steps=steps, lr=1e-2, distance="mse").x
+            x = optimise_anchors(problem, start, SearchSettings(steps, lr=1e-2, distance="mse")).x
             arrow(middle, 1.25 * gradient(theta_t, x), colour, alpha=(k + 1) / len(MOMENTS), lw=1.2)
         left.plot(*start[:, 0].T, "o", mfc="none", mec=colour, ms=4, alpha=0.45)
         left.plot(*x[:, 0].T, "o", color=colour, ms=4, label=f"task {task + 1}")
@@ -64,7 +64,7 @@ def draw(path: Path) -> None:
     path_of = torch.cat(
         [
             fit_block(
-                block, own_weights(THETA_0), x, y, distance="mse", lr=0.03, epochs=epochs, batch_size=48,
+                block, own_weights(THETA_0), x, y, FitSettings("mse", lr=0.03, epochs=epochs, batch_size=48),
                 generator=seeded(0),
             )[0]["weight"]
             for epochs in range(0, 200, 4)

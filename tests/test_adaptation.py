@@ -10,6 +10,7 @@ from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.fda.adaptation import (
     BETAS,
+    FitSettings,
     Trainable,
     coefficient_adam,
     coefficients,
@@ -31,8 +32,8 @@ def random_params(seed):
 
 
 def fit(start, x, y, **changes):
-    settings = {"distance": "mse", "lr": 1e-2, "epochs": 5, "batch_size": 4} | changes
-    return fit_block(linear, start, x, y, generator=seeded(0, "fit"), **settings)
+    settings = FitSettings(**{"distance": "mse", "lr": 1e-2, "epochs": 5, "batch_size": 4} | changes)
+    return fit_block(linear, start, x, y, settings, generator=seeded(0, "fit"))
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1"])  # their gradient is exactly zero where the outputs are equal
@@ -59,7 +60,7 @@ def test_coefficients_begin_at_the_scaled_sum_and_move_with_task_vectors():
     deltas[0]["weight"][0], deltas[1]["weight"][1] = 1.0, 2.0
     start = coefficients(theta_0, deltas, [0.3, 0.5])
     expected = theta_0["weight"] + 0.3 * deltas[0]["weight"] + 0.5 * deltas[1]["weight"]
-    torch.testing.assert_close(start.build(start.free)["weight"], expected)
+    torch.testing.assert_close(start.build(start.params)["weight"], expected)
     x = torch.randn(8, 1, 3, generator=seeded(2))
     merged, _ = fit(start, x, torch.ones(8, 1, 4))
     moved = (merged["weight"] != expected).any(1)
@@ -91,7 +92,7 @@ def test_parameters_that_the_block_does_not_use_stay(start):
     start = start(random_params(0) | UNUSED)
     merged, (first, *_, last) = fit(start, x, linear(random_params(1), x), epochs=10)
     assert last < first
-    assert torch.equal(merged["unused"], start.build(start.free)["unused"])
+    assert torch.equal(merged["unused"], start.build(start.params)["unused"])
 
 
 @pytest.mark.parametrize("betas", [BETAS, (0.7, 0.98)])
@@ -113,12 +114,12 @@ def test_adam_on_the_sum_is_adam_on_every_coefficient(betas):
 
 
 def test_a_speedup_divides_the_epochs_and_keeps_the_sum_of_the_rates():
-    """Rates told by a stepper that only notes them: 10 epochs of 2 batches, then 5 of them, with a rise and a fall."""
+    """Rates that an optimizer notes and nothing else: 10 epochs of 2 batches, then 5, with a rise and a fall."""
     noted = []
 
     def start():
         noted.clear()
-        return Trainable(random_params(0), dict, lambda free, betas: noted.append)
+        return Trainable(random_params(0), dict, lambda params, betas: noted.append)
 
     x = torch.randn(8, 1, 3, generator=seeded(1))
     _, whole = fit(start(), x, x[..., [0, 0, 0, 0]], lr=0.1, epochs=10)
@@ -158,16 +159,16 @@ def test_the_warm_start_of_one_expert_is_the_expert():
     tau = {"weight": theta_t["weight"] - theta_0["weight"]}
     for start in (own_weights(theta_0), coefficients(theta_0, [tau], [0.3])):
         warm = regmean_warm_start(linear, start, [(theta_t, x)])
-        torch.testing.assert_close(warm.build(warm.free)["weight"], theta_t["weight"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(warm.build(warm.params)["weight"], theta_t["weight"], atol=1e-5, rtol=0)
 
 
-def test_the_warm_start_answers_every_expert_on_its_own_directions_alone():
+def test_the_warm_start_matches_every_expert_on_its_own_directions_alone():
     """Expert 1 has anchors along axis 0, expert 2 along axis 1, nobody along axis 2."""
     theta_0, *thetas = (random_params(i) for i in range(3))
     axes = torch.eye(3)
     warm = regmean_warm_start(linear, own_weights(theta_0), [(t, axes[i].view(1, 1, 3)) for i, t in enumerate(thetas)])
     expected = torch.stack([thetas[0]["weight"][:, 0], thetas[1]["weight"][:, 1], theta_0["weight"][:, 2]], dim=1)
-    torch.testing.assert_close(warm.build(warm.free)["weight"], expected)
+    torch.testing.assert_close(warm.build(warm.params)["weight"], expected)
 
 
 def test_the_inputs_of_a_fused_projection_are_seen():

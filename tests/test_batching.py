@@ -11,7 +11,8 @@ from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import subtract
-from common.fda.construction import Unit, optimise_anchors, optimise_together
+from common.fda.construction import SearchSettings, optimise_anchors, optimise_together
+from common.fda.matching import MatchingProblem
 from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
 from Vision import domain
@@ -24,14 +25,15 @@ def units(pico_inputs):
     modules = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
     generator = seeded(0)
     theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in modules[0].named_parameters()}
-    made = []
+    problems, x_inits = [], []
     for task in range(3):
         theta_t = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in theta_0.items()}
         if task == 2:
             theta_t["mlp.c_fc.bias"] = theta_0["mlp.c_fc.bias"]
         tau = family.without_null_gradients(subtract(theta_t, theta_0))
-        made.append(Unit(theta_t, tau, torch.randn(4, 5, 16, generator=generator), 0.1 * torch.ones(5, 16)))
-    return family.pure(modules[0]), theta_0, made
+        problems.append(MatchingProblem(family.pure(modules[0]), theta_0, theta_t, tau, 0.1 * torch.ones(5, 16)))
+        x_inits.append(torch.randn(4, 5, 16, generator=generator))
+    return problems, x_inits
 
 
 @pytest.mark.parametrize(
@@ -39,10 +41,9 @@ def units(pico_inputs):
 )
 def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precision, apart, monkeypatch):
     monkeypatch.setattr("common.fda.precision.FEW", 0)
-    block, theta_0, made = units
-    how = {"steps": 30, "lr": lr, "optimizer": optimizer, "schedule": "linear", "precision": precision}
-    alone = [optimise_anchors(block, theta_0, unit, **how) for unit in made]
-    for found, expected in zip(optimise_together(block, theta_0, made, **how), alone, strict=True):
+    settings = SearchSettings(30, lr=lr, optimizer=optimizer, schedule="linear", precision=precision)
+    alone = [optimise_anchors(problem, x, settings) for problem, x in zip(*units, strict=True)]
+    for found, expected in zip(optimise_together(*units, settings), alone, strict=True):
         assert found.losses.keys() == expected.losses.keys()
         assert found.trace == pytest.approx(expected.trace, abs=apart)
         assert expected.trace[-1] < 0.9 * expected.trace[0]
@@ -50,12 +51,14 @@ def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precisi
 
 
 def test_each_ends_by_itself(units):
-    block, theta_0, made = units
-    how = {"steps": 60, "lr": 0.05, "optimizer": "adamw"}
-    whole = [optimise_anchors(block, theta_0, unit, **how) for unit in made[:2]]
+    problems, x_inits = units[0][:2], units[1][:2]
+    settings = SearchSettings(60, lr=0.05, optimizer="adamw")
+    whole = [optimise_anchors(problem, x, settings) for problem, x in zip(problems, x_inits, strict=True)]
     wanted = min(found.trace[20] for found in whole) + 1e-3
-    lengths = [len(optimise_anchors(block, theta_0, unit, stop_loss=wanted, **how).trace) for unit in made[:2]]
-    together = optimise_together(block, theta_0, made[:2], stop_loss=wanted, **how)
+    settings = replace(settings, stop_loss=wanted)
+    alone = [optimise_anchors(problem, x, settings) for problem, x in zip(problems, x_inits, strict=True)]
+    lengths = [len(found.trace) for found in alone]
+    together = optimise_together(problems, x_inits, settings)
     assert [len(found.trace) for found in together] == lengths and len(set(lengths)) == 2
 
 

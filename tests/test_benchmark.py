@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.config import Model
 from common.core.seeding import seeded
 from common.core.task_vectors import subtract
-from common.fda.matching import matching_gradient
+from common.fda.matching import MatchingProblem, matching_gradient
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,8 @@ def test_the_reference_takes_the_gradient_that_the_engine_takes(pico):
     reference = benchmark.Reference(of.block, theta_0, theta_t, x)
     with sdpa_kernel(SDPBackend.MATH):
         reference.step()
-        _, gradient = matching_gradient(of.block, theta_0, theta_t, subtract(theta_t, theta_0), x)
+        problem = MatchingProblem(of.block, theta_0, theta_t, subtract(theta_t, theta_0))
+        _, gradient = matching_gradient(problem, x)
     torch.testing.assert_close(reference.x.grad, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3)
     assert all(p.grad is not None for p in (*reference.theta_0.values(), *reference.theta_t.values()))
 

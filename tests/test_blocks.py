@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.config import Model
-from common.core.blocks import BlockFamily, moved
+from common.core.blocks import BlockFamily, nonzero_tensors
 from common.fda.matching import cosine
 from Vision import domain
 
@@ -14,7 +14,7 @@ def test_without_null_gradients_clears_one_group_of_rows():
     tau = {"fused": torch.arange(1.0, 7), "gone": torch.ones(2), "other": torch.ones(2)}
     cleaned = family.without_null_gradients(tau)
     assert cleaned["fused"].tolist() == [1, 2, 0, 0, 5, 6]
-    assert list(moved(cleaned)) == ["fused", "other"]
+    assert list(nonzero_tensors(cleaned)) == ["fused", "other"]
     assert tau["fused"].tolist() == [1, 2, 3, 4, 5, 6], "the argument must stay as it is"
 
 

@@ -7,7 +7,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.core.task_vectors import subtract
-from common.fda.matching import DISTANCES, direction_cosine, matching_gradient, matching_loss, matching_value
+from common.fda.matching import (
+    DISTANCES,
+    MatchingProblem,
+    direction_cosine,
+    matching_gradient,
+    matching_loss,
+    matching_value,
+)
 from Vision.domain import FAMILIES
 
 
@@ -39,17 +46,17 @@ def test_loss_is_one_minus_cosine_per_tensor(pico_block, distance):
         1 - theta[n].grad.flatten() @ t.flatten() / (theta[n].grad.norm() * t.norm())
         for n, t in subtract(theta_t, theta_0).items()
     ]
-    found = matching_loss(block, theta_0, theta_t, subtract(theta_t, theta_0), x, distance=distance)
+    found = matching_loss(MatchingProblem(block, theta_0, theta_t, subtract(theta_t, theta_0)), x, distance=distance)
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("distance", ["cos", "mse"])  # l1 has no second derivative to speak of
 def test_gradient_in_the_anchors_agrees_with_central_differences(pico_block, distance):
     block, theta_0, theta_t, x = pico_block
-    tau = subtract(theta_t, theta_0)
+    problem = MatchingProblem(block, theta_0, theta_t, subtract(theta_t, theta_0))
 
     def loss(x_ATD):
-        return matching_loss(block, theta_0, theta_t, tau, x_ATD, distance=distance).sum()
+        return matching_loss(problem, x_ATD, distance=distance).sum()
 
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(x), x)
@@ -66,10 +73,11 @@ def test_one_anchor_of_a_linear_layer_matches_its_first_singular_value():
     theta_0 = {"weight": torch.randn(6, 5, dtype=torch.float64)}
     theta_t = {"weight": theta_0["weight"] + torch.randn(6, 5, dtype=torch.float64)}
     tau = subtract(theta_t, theta_0)
+    problem = MatchingProblem(linear, theta_0, theta_t, tau)
     _, s, vh = torch.linalg.svd(tau["weight"])
-    at_best = matching_loss(linear, theta_0, theta_t, tau, vh[0][None, None], distance="mse")
+    at_best = matching_loss(problem, vh[0][None, None], distance="mse")
     assert at_best.item() == pytest.approx(1 - (s[0] / tau["weight"].norm()).item(), abs=1e-12)
-    elsewhere = matching_loss(linear, theta_0, theta_t, tau, vh[1][None, None], distance="mse")
+    elsewhere = matching_loss(problem, vh[1][None, None], distance="mse")
     assert elsewhere.item() == pytest.approx(1 - (s[1] / tau["weight"].norm()).item(), abs=1e-12)
     assert at_best < elsewhere
 
@@ -80,7 +88,7 @@ def test_orthonormal_anchors_of_a_linear_layer_match_perfectly():
     theta_0 = {"weight": torch.randn(6, 5, dtype=torch.float64)}
     theta_t = {"weight": torch.randn(6, 5, dtype=torch.float64)}
     x = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0][:, None]
-    loss = matching_loss(linear, theta_0, theta_t, subtract(theta_t, theta_0), x, distance="mse")
+    loss = matching_loss(MatchingProblem(linear, theta_0, theta_t, subtract(theta_t, theta_0)), x, distance="mse")
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -93,22 +101,34 @@ def test_direction_cosine_does_not_notice_how_small_a_gradient_is():
 def test_tensors_left_out_of_tau_do_not_count(pico_block):
     block, theta_0, theta_t, x = pico_block
     tau = subtract(theta_t, theta_0)
-    whole = matching_loss(block, theta_0, theta_t, tau, x)
+    whole = matching_loss(MatchingProblem(block, theta_0, theta_t, tau), x)
     some = {n: tau[n] for n in ("ln_2.weight", "mlp.c_fc.bias")}
     names = list(tau)
     expected = torch.stack([whole[names.index(n)] for n in some])
-    torch.testing.assert_close(matching_loss(block, theta_0, theta_t, some, x), expected)
+    torch.testing.assert_close(matching_loss(MatchingProblem(block, theta_0, theta_t, some), x), expected)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 def test_loss_and_gradient_do_not_depend_on_the_anchors_in_memory(pico_block, chunk):
     block, theta_0, theta_t, x = pico_block
-    tau = subtract(theta_t, theta_0)
+    problem = MatchingProblem(block, theta_0, theta_t, subtract(theta_t, theta_0))
     x.requires_grad_()
-    expected = matching_loss(block, theta_0, theta_t, tau, x)
+    expected = matching_loss(problem, x)
     (gradient,) = torch.autograd.grad(expected.sum(), x)
-    loss_P, found = matching_gradient(block, theta_0, theta_t, tau, x, chunk=chunk)
+    loss_P, found = matching_gradient(problem, x, chunk=chunk)
     torch.testing.assert_close(loss_P, expected.detach(), atol=1e-12, rtol=0)
     torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
-    value = matching_value(block, theta_0, theta_t, tau, x, chunk=chunk)
+    value = matching_value(problem, x, chunk=chunk)
     torch.testing.assert_close(value, expected.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_block_sees_the_anchors_with_the_offset_added(pico_block, chunk):
+    block, theta_0, theta_t, x = pico_block
+    tau, offset = subtract(theta_t, theta_0), torch.randn(4, 8, dtype=torch.float64)
+    plain, shifted = (MatchingProblem(block, theta_0, theta_t, tau, *more) for more in ((), (offset,)))
+    torch.testing.assert_close(matching_loss(shifted, x), matching_loss(plain, x + offset), atol=0, rtol=0)
+    found, expected = (matching_gradient(p, y, chunk=chunk) for p, y in ((shifted, x), (plain, x + offset)))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    values = (matching_value(p, y, chunk=chunk) for p, y in ((shifted, x), (plain, x + offset)))
+    torch.testing.assert_close(*values, atol=0, rtol=0)

@@ -22,7 +22,7 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.evaluation.scoring import score_run
-from common.fda.matching import matching_gradient
+from common.fda.matching import MatchingProblem, matching_gradient
 from common.io.checkpoints import Checkpoint
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
@@ -135,7 +135,7 @@ def test_the_gradient_in_chunks_is_the_whole_one(distance, chunk):
     theta_0 = dict(module.named_parameters())
     theta_t = {n: p + 0.1 * torch.randn_like(p) for n, p in theta_0.items()}
     x_ATD = torch.randn(9, 1, 16, dtype=torch.float64)
-    setting = block, theta_0, theta_t, subtract(theta_t, theta_0), x_ATD
+    setting = MatchingProblem(block, theta_0, theta_t, subtract(theta_t, theta_0)), x_ATD
     expected = matching_gradient(*setting, distance=distance)
     found = matching_gradient(*setting, distance=distance, chunk=chunk)
     assert expected[1].abs().max() > 1e-6

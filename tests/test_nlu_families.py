@@ -15,13 +15,13 @@ from pico_nlu import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, RobertaConfig
 
-from common.core.blocks import moved
+from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.evaluation.scoring import score_run
 from common.experiment import open_experiment
-from common.fda.construction import Unit, optimise_anchors
-from common.fda.matching import matching_loss
+from common.fda.construction import SearchSettings, optimise_anchors
+from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import RunLayout
 from common.pipeline import adapt, construct, merge_alone
@@ -76,8 +76,9 @@ def test_position_embeddings_are_added_while_anchors_are_optimised(nlu_config):
     experiment = open_experiment(added, domain)
     file = RunLayout(added).anchor_file("CoLA", 0)
     theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["CoLA"]))
-    tau = moved(experiment.task_vector("CoLA", theta_0, theta_t))
-    losses = matching_loss(experiment.block, theta_0, theta_t, tau, load_file(file)["anchors"])
+    tau = nonzero_tensors(experiment.task_vector("CoLA", theta_0, theta_t))
+    problem = MatchingProblem(experiment.block, theta_0, theta_t, tau)
+    losses = matching_loss(problem, load_file(file)["anchors"])
     assert dict(zip(tau, losses.tolist(), strict=True)) == pytest.approx(read_header(file)["losses"], abs=1e-4)
 
 
@@ -145,7 +146,7 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     tau = subtract(theta_t, theta_0)
     cleaned = family.without_null_gradients(tau)
     kept, dropped, alone = (
-        optimise_anchors(block, theta_0, Unit(theta_t, t, x), steps=60, lr=0.05)
+        optimise_anchors(MatchingProblem(block, theta_0, theta_t, t), x, SearchSettings(60, lr=0.05))
         for t in (tau, cleaned, {KEY_BIAS: tau[KEY_BIAS]})
     )
     assert set(kept.losses) - set(dropped.losses) == {KEY_BIAS}

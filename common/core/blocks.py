@@ -23,7 +23,7 @@ class BlockFamily:
 
     blocks: path of the list of blocks, the same in the module and in the names of its checkpoint.
     names: name of a stored tensor -> its name in the module, or None for one that is never merged, such as a task's
-        classifier. Published files of one architecture differ in a prefix; nothing behind this knows.
+        classifier. Published files of one architecture differ in a prefix, which is removed here and nowhere else.
     call: (module, x_ATD) -> y_ATD; hides argument lists, masks and tuples.
     part: the sub-module of a block that is anchored ("mlp"); "" for the whole block.
     scope: only tensors whose name begins with this are merged; the rest is the base's.
@@ -55,11 +55,11 @@ class BlockFamily:
 
     def pure(self, module: nn.Module) -> Block:
         """The module, which may live on the meta device, as block(params, x_ATD) -> y_ATD. Dropout is off."""
-        called = _Called(module.eval(), self.call)
+        module = _FamilyCall(module.eval(), self.call)
 
         def block(params: Params, x_ATD: Tensor) -> Tensor:
             named = {f"module.{n}": p for n, p in params.items()}
-            return torch.func.functional_call(called, named, (x_ATD,), tie_weights=False)  # no block ties any
+            return torch.func.functional_call(module, named, (x_ATD,), tie_weights=False)  # no block ties any
 
         return block
 
@@ -74,7 +74,7 @@ class BlockFamily:
         return cleaned
 
 
-class _Called(nn.Module):
+class _FamilyCall(nn.Module):
     """Lets functional_call reach a module through the family's own way of calling it."""
 
     def __init__(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]):
@@ -85,6 +85,6 @@ class _Called(nn.Module):
         return self.call(self.module, x_ATD)
 
 
-def moved(tau: Params) -> Params:
+def nonzero_tensors(tau: Params) -> Params:
     """The tensors of a task vector that differ from zero; the others have no direction to match."""
     return {name: t for name, t in tau.items() if t.any()}

@@ -36,7 +36,7 @@ class LazyParams(Mapping[str, Tensor]):
 
 
 def as_leaf_tensors(theta: Params) -> dict[str, Tensor]:
-    """The same tensors, without a past and requiring gradients."""
+    """Tensors that share the values of θ, outside any graph so far, and require gradients."""
     return {name: p.detach().requires_grad_() for name, p in theta.items()}
 
 
@@ -56,7 +56,10 @@ def require_same_tensors(theta: Params, reference: Params) -> None:
 
 
 def require_same_shapes(found: Shapes, expected: Shapes, who: str = "") -> None:
-    """The same on shapes alone; `who` (a file, say) opens the sentence."""
+    """InputError naming the first tensor whose shape is missing, extra or another than expected.
+
+    who: whose shapes these are (a file, say), with which the sentence opens.
+    """
     begin = f"{who}: " if who else ""
     for name, shape in expected.items():
         if name not in found:
@@ -75,7 +78,10 @@ def subtract(theta: Params, theta_0: Params) -> dict[str, Tensor]:
 
 
 def lazy_task_vector(read: Callable[[str], Tensor], theta_0: Params) -> LazyParams:
-    """The same of an expert that is read by name, whenever a tensor is asked for; what `read` gives is overwritten."""
+    """The task vector τ = θ − θ₀ of an expert whose tensors are read by name when they are asked for, and not kept.
+
+    What `read` returns is overwritten.
+    """
     return LazyParams(theta_0, lambda name: read(name).sub_(theta_0[name]))
 
 

@@ -1,4 +1,4 @@
-"""Box 2 of the paper, one unit of it: fit one merged block to what every expert answers on its own anchors."""
+"""Box 2 of the paper for one block: fit the merged block to every expert's outputs on its own anchors (Eq. 4 to 6)."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,21 +15,38 @@ from common.core.linear_inputs import input_grams
 from common.core.task_vectors import Params, as_leaf_tensors, subtract
 from common.fda.matching import DISTANCES
 
-Betas = tuple[float, float]  # how much of the two moments Adam keeps in a step
+Betas = tuple[float, float]  # decay rates of Adam's two moments
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's; torch's defaults
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A block's parameters as a function of what is trained, and how that is trained.
+    """A block's weights as a function of the parameters that are trained, and the optimizer of these parameters.
 
-    build(free) -> Params; moving `free` by some amount moves the parameters by the same. stepper(free, betas) gives the
-    function that moves by its gradient what has one, at a learning rate.
+    params: the trained parameters at their start. build(params) -> the block's weights; a change of params changes the
+    weights by the same amount. make_optimizer(params, betas) -> step(lr), which moves every parameter with a gradient.
     """
 
-    free: Params
+    params: Params
     build: Callable[[Params], Params]
-    stepper: Callable[[Params, Betas], Callable[[float], Any]]
+    make_optimizer: Callable[[Params, Betas], Callable[[float], Any]]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a merged block is fitted.
+
+    Args:
+        distance: between its outputs and the experts'; a key of `DISTANCES`.
+        lr, epochs, batch_size: of Adam; a batch is of so many anchors.
+        speedup: divides the epochs; see `learning_rates` and `adam_betas`.
+    """
+
+    distance: str
+    lr: float
+    epochs: int
+    batch_size: int
+    speedup: float = 1
 
 
 def own_weights(theta: Params) -> Trainable:
@@ -37,9 +54,9 @@ def own_weights(theta: Params) -> Trainable:
     return Trainable({name: p.clone() for name, p in theta.items()}, dict, weight_adam)
 
 
-def weight_adam(free: Params, betas: Betas) -> Callable[[float], None]:
-    """A step of torch's Adam."""
-    optimizer = torch.optim.Adam(free.values(), betas=betas, fused=True)
+def weight_adam(params: Params, betas: Betas) -> Callable[[float], None]:
+    """step(lr) of torch's Adam."""
+    optimizer = torch.optim.Adam(params.values(), betas=betas, fused=True)
 
     def step(lr: float) -> None:
         optimizer.param_groups[0]["lr"] = lr
@@ -64,21 +81,21 @@ def coefficients(theta_0: Params, deltas: Iterable[Params], scales: Sequence[flo
     def build(shift: Params) -> Params:
         return {name: start[name] + shift[name] for name in start}
 
-    def stepper(free: Params, betas: Betas) -> Callable[[float], None]:
-        each = [(p, coefficient_adam(p, sizes[name], betas)) for name, p in free.items()]
+    def make_optimizer(params: Params, betas: Betas) -> Callable[[float], None]:
+        steps = [(p, coefficient_adam(p, sizes[name], betas)) for name, p in params.items()]
 
         def step(lr: float) -> None:
-            for p, one in each:
+            for p, step_of_p in steps:
                 if p.grad is not None:
-                    one(lr)
+                    step_of_p(lr)
 
         return step
 
-    return Trainable({name: torch.zeros_like(p) for name, p in theta_0.items()}, build, stepper)
+    return Trainable({name: torch.zeros_like(p) for name, p in theta_0.items()}, build, make_optimizer)
 
 
 def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas) -> Callable[[float], None]:
-    """A step of Adam on every α_i of Σ_i α_i ⊙ δ_i, told as what it does to the sum; sizes_S (S, ...): the |δ_i|.
+    """step(lr) of Adam on every α_i of Σ_i α_i ⊙ δ_i, as the move of that sum; sizes_S (S, ...): the |δ_i|.
 
     With G the gradient of the sum, that of α_i is δ_i ⊙ G, so its moments are δ_i ⊙ m and δ_i² ⊙ v with m and v those
     of G. Adam moves α_i by −lr δ_i m̂ / (|δ_i| √v̂ + ε), hence the sum by −lr m̂ Σ_i δ_i² / (|δ_i| √v̂ + ε): one pair of
@@ -112,14 +129,14 @@ def regmean_warm_start(block: Block, start: Trainable, experts: Iterable[tuple[P
     Raises: InputError if the block has no linear map.
     """
     with torch.no_grad():
-        theta = start.build(start.free)
+        theta = start.build(start.params)
     sums = normal_equations((subtract(theta_t, theta), input_grams(block, theta_t, x)) for theta_t, x in experts)
     if not sums:
         raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
     moves = {
         name: solve_normal_equations(*pair, FLOAT32_GRAM_RTOL).to(theta[name].dtype) for name, pair in sums.items()
     }
-    return replace(start, free={name: p + moves[name] if name in moves else p for name, p in start.free.items()})
+    return replace(start, params={name: p + moves[name] if name in moves else p for name, p in start.params.items()})
 
 
 def fit_block(
@@ -127,36 +144,34 @@ def fit_block(
     start: Trainable,
     inputs_ATD: Tensor,
     targets_ATD: Tensor,
+    settings: FitSettings,
     *,
-    distance: str,
-    lr: float,
-    epochs: int,
-    batch_size: int,
     generator: torch.Generator,
-    speedup: float = 1,
     progress: Callable[[float, float], None] = lambda done, loss: None,
 ) -> tuple[Params, list[float]]:
-    """Train `start` so that block(θ, inputs) meets the targets; anchors of all tasks are pooled and shuffled.
+    """Train `start` until block(θ, inputs) is close to the targets; anchors of all tasks are pooled and shuffled.
 
-    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. A speedup divides
-    the epochs; see `learning_rates`. `progress` is told the part of the epochs done, and the loss.
-    Returns: the parameters, detached, and the mean loss per anchor in each epoch.
+    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. `progress` is
+    told the fraction of the epochs done, and the loss.
+    Returns: the block's weights, detached, and the mean loss per anchor in each epoch.
     Raises: InputError if the batch is larger than the anchors; FloatingPointError at a loss that is not finite.
     """
     anchors = len(inputs_ATD)
-    if batch_size > anchors:
-        raise InputError(f"adapt.batch_size is {batch_size}, but all tasks together have {anchors} anchors")
-    free = as_leaf_tensors(start.free)
-    step, epochs = start.stepper(free, adam_betas(speedup)), shortened(epochs, speedup)
-    steps, trace = epochs * -(-anchors // batch_size), []
-    rates = iter(learning_rates(steps, lr, speedup))
+    if settings.batch_size > anchors:
+        raise InputError(f"adapt.batch_size is {settings.batch_size}, but all tasks together have {anchors} anchors")
+    params = as_leaf_tensors(start.params)
+    step = start.make_optimizer(params, adam_betas(settings.speedup))
+    epochs = shortened(settings.epochs, settings.speedup)
+    steps, trace = epochs * -(-anchors // settings.batch_size), []
+    rates = iter(learning_rates(steps, settings.lr, settings.speedup))
+    distance = DISTANCES[settings.distance]
     for epoch in range(epochs):
         total = torch.zeros((), device=inputs_ATD.device)
-        for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(batch_size):
-            loss = DISTANCES[distance](block(start.build(free), inputs_ATD[batch]), targets_ATD[batch])
+        for batch in torch.randperm(anchors, generator=generator).to(inputs_ATD.device).split(settings.batch_size):
+            loss = distance(block(start.build(params), inputs_ATD[batch]), targets_ATD[batch])
             loss.backward()
             step(next(rates))
-            for p in free.values():
+            for p in params.values():
                 p.grad = None
             total += loss.detach()
         trace.append(total.item() / anchors)
@@ -164,11 +179,11 @@ def fit_block(
             raise FloatingPointError(f"the adaptation loss is {trace[-1]} in epoch {epoch}")
         progress((epoch + 1) / epochs, trace[-1])
     with torch.no_grad():
-        return {name: p.detach().clone() for name, p in start.build(free).items()}, trace
+        return {name: p.detach().clone() for name, p in start.build(params).items()}, trace
 
 
 def shortened(epochs: int, speedup: float) -> int:
-    """How many epochs a speedup leaves, none of none."""
+    """The number of epochs that a speedup leaves: at least one, unless there were none."""
     return math.ceil(epochs / speedup)
 
 

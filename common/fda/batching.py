@@ -1,8 +1,8 @@
-"""The matching gradients of several tasks of one block in one go.
+"""The matching gradients of several tasks of one block, computed in one go.
 
-A small block leaves a GPU idle: launching its kernels takes longer than running them. Here one step, with all that
-automatic differentiation does in it, is written down once as a list of operations; that list is mapped over the tasks,
-and can be compiled. Results are those of the tasks one by one, to rounding.
+A small block leaves a GPU idle: launching its kernels takes longer than running them. Here one step, with all its
+automatic differentiation, is traced once into a list of operations; that list is mapped over the tasks, and can be
+compiled. Results are those of the tasks one by one, to rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,31 +15,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.core.blocks import Block
 from common.core.task_vectors import Params
-from common.fda.matching import matching_gradient
-from common.fda.precision import answers_in, in_precision
+from common.fda.matching import MatchingProblem, matching_gradient
+from common.fda.precision import forward_in, in_precision
 
 Step = Callable[[Params, Params, Params, Tensor], tuple[Tensor, Tensor]]
 """step(theta_0, theta_t, tau, x_ATD) -> matching loss (P,), gradient (A, T, D)."""
-Like = tuple[tuple[str, torch.Size], ...]
-"""Names and shapes of some tensors."""
+Measure = Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor]]]
+"""The anchors x_ATD of S tasks -> for each the matching loss (P,), and the gradient (A, T, D) of its sum."""
+NamedShapes = tuple[tuple[str, torch.Size], ...]
 
 
 def batched_matching_gradient(
-    block: Block, theta_0: Params, units: Sequence[tuple[Params, Params, Tensor | float]], *, distance: str,
-    precision: str, compiler: str,
-) -> Callable[[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:  # fmt: skip
-    """`matching_gradient` of S tasks: from the S tensors x_ATD to as many pairs (loss_P, gradient_ATD).
+    problems: Sequence[MatchingProblem], *, distance: str, precision: str, compiler: str
+) -> Measure:
+    """`matching_gradient` of S tasks of one block and one θ₀, whose τ name the same tensors.
 
-    units: θ_t, τ, and what is added to x, of each task; all τ name the same tensors. `compiler`: eager, or a backend of
-    torch.compile.
+    compiler: eager, or a backend of torch.compile.
     """
-    thetas, taus, offsets = zip(*units, strict=True)
-    theta_t, tau = stacked(thetas), stacked(taus)
-    shapes, device = (like(theta_0), like(taus[0])), next(iter(theta_0.values())).device
+    block, theta_0 = problems[0].block, problems[0].theta_0
+    theta_t, tau = (stack_params([getattr(p, which) for p in problems]) for which in ("theta_t", "tau"))
+    shapes, device = (shapes_of(theta_0), shapes_of(problems[0].tau)), next(iter(theta_0.values())).device
 
     def measure(xs_ATD: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        x_SATD = torch.stack([x + offset for x, offset in zip(xs_ATD, offsets, strict=True)]).detach()
-        step = mapped(block, distance, precision, compiler, *shapes, x_SATD.shape[1:], device)
+        x_SATD = torch.stack([p.block_input(x) for p, x in zip(problems, xs_ATD, strict=True)]).detach()
+        step = mapped_step(block, distance, precision, compiler, *shapes, x_SATD.shape[1:], device)
         with in_precision(precision, device):  # tf32 is a switch of the device; bf16 is written into the step
             loss_SP, gradient_SATD = step(theta_0, theta_t, tau, x_SATD)
         return list(zip(loss_SP, gradient_SATD, strict=True))
@@ -47,30 +46,31 @@ def batched_matching_gradient(
     return measure
 
 
-@lru_cache(maxsize=4)  # all blocks of a model are alike
-def mapped(
-    block: Block, distance: str, precision: str, compiler: str, theta: Like, tau: Like, x: torch.Size,
+@lru_cache(maxsize=4)  # all blocks of a model have the same shapes
+def mapped_step(
+    block: Block, distance: str, precision: str, compiler: str, theta: NamedShapes, tau: NamedShapes, x: torch.Size,
     device: torch.device,
 ) -> Step:  # fmt: skip
     """The step over a leading dimension of θ_t, τ and x, for tensors of these shapes."""
 
     def step(theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-        settings = {"distance": distance, "answers": answers_in(precision)}
+        problem = MatchingProblem(block, theta_0, theta_t, tau)
         with sdpa_kernel(SDPBackend.MATH):
-            return matching_gradient(block, theta_0, theta_t, tau, x_ATD, **settings)
+            return matching_gradient(problem, x_ATD, distance=distance, forward=forward_in(precision))
 
-    def blank(like: Like) -> Params:
-        return {name: torch.empty(shape, device=device) for name, shape in like}
+    def blank(shapes: NamedShapes) -> Params:
+        return {name: torch.empty(shape, device=device) for name, shape in shapes}
 
-    written = make_fx(step, tracing_mode="fake")(blank(theta), blank(theta), blank(tau), torch.empty(x, device=device))
-    over_tasks = torch.vmap(written, in_dims=(None, 0, 0, 0))
+    traced = make_fx(step, tracing_mode="fake")(blank(theta), blank(theta), blank(tau), torch.empty(x, device=device))
+    over_tasks = torch.vmap(traced, in_dims=(None, 0, 0, 0))
     return over_tasks if compiler == "eager" else torch.compile(over_tasks, backend=compiler)
 
 
-def stacked(each: Sequence[Params]) -> Params:
+def stack_params(each: Sequence[Params]) -> Params:
     """{name: (S, ...)} of S dictionaries with the same names."""
     return {name: torch.stack([params[name] for params in each]) for name in each[0]}
 
 
-def like(params: Params) -> Like:
+def shapes_of(params: Params) -> NamedShapes:
+    """Names and shapes of tensors, as a key of a cache."""
     return tuple((name, tensor.shape) for name, tensor in params.items())

@@ -4,6 +4,7 @@ Shapes: A anchors, T tokens, D width, P parameter tensors.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,12 +14,31 @@ from torch.nn import functional as F
 from common.core.blocks import Block
 from common.core.task_vectors import Params, as_leaf_tensors
 
-Answers = Callable[[Block, Params, Params, Tensor], tuple[Tensor, Tensor]]
-"""How two models' blocks are asked: answers(block, theta_0, theta_t, x_ATD) -> φ(θ₀; x), φ(θ_t; x)."""
+PairForward = Callable[[Block, Params, Params, Tensor], tuple[Tensor, Tensor]]
+"""How both models' outputs are computed: forward(block, theta_0, theta_t, x_ATD) -> φ(θ₀; x), φ(θ_t; x)."""
 
 
-def side_by_side(block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-    """Each for itself."""
+@dataclass(frozen=True)
+class MatchingProblem:
+    """What the anchors of one block and one task have to match.
+
+    theta_0, theta_t: the parameters of the pretrained block and of the expert's. tau: the task vector, of the tensors
+    to match alone. offset: what is added to the anchors before the block sees them, (T, D) or one number.
+    """
+
+    block: Block
+    theta_0: Params
+    theta_t: Params
+    tau: Params
+    offset: Tensor | float = 0.0
+
+    def block_input(self, x_ATD: Tensor) -> Tensor:
+        """What the block sees of anchors x."""
+        return x_ATD + self.offset
+
+
+def plain_forward(block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
+    """φ(θ₀; x) and φ(θ_t; x), computed independently of each other."""
     # Nothing is derived by θ_t, but a matrix that needs no gradient is copied for each token of an x not contiguous.
     return block(theta_0, x_ATD), block(as_leaf_tensors(theta_t), x_ATD)
 
@@ -38,95 +58,80 @@ def absolute(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
     return (y_ATD - target_ATD).abs().sum()
 
 
-def matching_loss(
-    block: Block, theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor, *, distance: str = "cos"
-) -> Tensor:
+def matching_loss(problem: MatchingProblem, x_ATD: Tensor, *, distance: str = "cos") -> Tensor:
     """How badly the gradient that the anchors induce at θ₀ points along the task vector (paper Eq. 1).
 
-    For every tensor p in `tau`: 1 − cos(−∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀, τ_p), so 0 is a perfect match and 2
-    its opposite. Tensors that `tau` leaves out do not count. Both blocks' outputs depend on x.
+    For every tensor p in τ: 1 − cos(−∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀, τ_p), so 0 is a perfect match and 2 its
+    opposite. Tensors that τ leaves out do not count. Both blocks' outputs depend on x.
 
     Deviation: the paper prints the ascent direction of the distance; the descent direction is what aligns with +τ, and
     what the released code computes. The cosine is taken per tensor, as released, not over the whole vector, as printed.
 
-    Returns: (P,) in the order of `tau`; differentiable in x (twice-differentiable attention is the caller's care).
+    Returns: (P,) in the order of τ; differentiable in x (twice-differentiable attention is the caller's care).
     """
-    g = induced_gradient(block, theta_0, theta_t, tau, x_ATD, distance, create_graph=True)
-    return misalignment(g, tau)
+    g = induced_gradient(problem, problem.block_input(x_ATD), distance, create_graph=True)
+    return misalignment(g, problem.tau)
 
 
 def matching_gradient(
-    block: Block,
-    theta_0: Params,
-    theta_t: Params,
-    tau: Params,
+    problem: MatchingProblem,
     x_ATD: Tensor,
     *,
     distance: str = "cos",
     chunk: int | None = None,
-    answers: Answers = side_by_side,
+    forward: PairForward = plain_forward,
 ) -> tuple[Tensor, Tensor]:
     """The matching loss (P,), and the gradient of its sum with respect to x, `chunk` anchors in memory at a time.
 
     The distance is a sum over the anchors, so what they induce is a sum over chunks, g = Σ g_c(x_c). The chain rule
     wants v = ∂loss/∂g at the whole g, then in every chunk the gradient of ⟨g_c(x_c), v⟩ with v held fixed: the same
-    result for one first-order pass more.
+    result for one more first-order pass.
     """
-    setting = block, theta_0, theta_t, tau
-    chunks = x_ATD.detach().split(chunk or len(x_ATD))
-    induced = partial(induced_gradient, *setting, distance=distance, create_graph=True, answers=answers)
+    chunks = problem.block_input(x_ATD.detach()).split(chunk or len(x_ATD))
+    induced = partial(induced_gradient, problem, distance=distance, create_graph=True, forward=forward)
     if len(chunks) == 1:
         x = chunks[0].requires_grad_()
         g = induced(x)
-        loss_P, v = misalignment_and_slope(g, tau)
+        loss_P, v = misalignment_and_slope(g, problem.tau)
         return loss_P, torch.autograd.grad(g, x, v)[0]
-    loss_P, v = misalignment_and_slope(summed_gradient(*setting, chunks, distance, answers), tau)
+    loss_P, v = misalignment_and_slope(summed_gradient(problem, chunks, distance, forward), problem.tau)
     return loss_P, torch.cat([torch.autograd.grad(induced(x), x, v)[0] for x in map(Tensor.requires_grad_, chunks)])
 
 
 def matching_value(
-    block: Block,
-    theta_0: Params,
-    theta_t: Params,
-    tau: Params,
-    x_ATD: Tensor,
-    *,
-    distance: str = "cos",
-    chunk: int | None = None,
+    problem: MatchingProblem, x_ATD: Tensor, *, distance: str = "cos", chunk: int | None = None
 ) -> Tensor:
     """The matching loss (P,) alone, for less than half the price of its gradient; `chunk` anchors in memory at once."""
-    chunks = x_ATD.detach().split(chunk or len(x_ATD))
-    return misalignment(summed_gradient(block, theta_0, theta_t, tau, chunks, distance), tau)
+    chunks = problem.block_input(x_ATD.detach()).split(chunk or len(x_ATD))
+    return misalignment(summed_gradient(problem, chunks, distance), problem.tau)
 
 
 def summed_gradient(
-    block: Block, theta_0: Params, theta_t: Params, tau: Params, chunks: Sequence[Tensor], distance: str,
-    answers: Answers = side_by_side,
-) -> list[Tensor]:  # fmt: skip
-    """The induced gradient of all chunks together."""
-    whole = [torch.zeros_like(t) for t in tau.values()]
+    problem: MatchingProblem, chunks: Sequence[Tensor], distance: str, forward: PairForward = plain_forward
+) -> list[Tensor]:
+    """The gradient that all chunks of block inputs (c, T, D) induce together."""
+    total = [torch.zeros_like(t) for t in problem.tau.values()]
     for x_cTD in chunks:
-        one = induced_gradient(block, theta_0, theta_t, tau, x_cTD, distance, answers=answers)
-        for total, g in zip(whole, one, strict=True):
-            total += g
-    return whole
+        for sum_p, g_p in zip(total, induced_gradient(problem, x_cTD, distance, forward=forward), strict=True):
+            sum_p += g_p
+    return total
 
 
 def induced_gradient(
-    block: Block,
-    theta_0: Params,
-    theta_t: Params,
-    tau: Params,
+    problem: MatchingProblem,
     x_ATD: Tensor,
     distance: str,
     create_graph: bool = False,
-    answers: Answers = side_by_side,
+    forward: PairForward = plain_forward,
 ) -> Sequence[Tensor]:
-    """∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀ for every tensor p in `tau`; with its graph it can be derived again."""
+    """∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀ for every tensor p in τ; with its graph it can be derived again.
+
+    x_ATD: what the block sees, the offset of the problem already added.
+    """
     # torch.func.grad says the same in one line and takes 1.5 times as long (measured on CPU, ViT-B/32 block).
-    compared = as_leaf_tensors({name: theta_0[name] for name in tau})
-    y_0, y_t = answers(block, {**theta_0, **compared}, theta_t, x_ATD)
-    return torch.autograd.grad(DISTANCES[distance](y_0, y_t), list(compared.values()), create_graph=create_graph)
+    matched = as_leaf_tensors({name: problem.theta_0[name] for name in problem.tau})
+    y_0, y_t = forward(problem.block, {**problem.theta_0, **matched}, problem.theta_t, x_ATD)
+    return torch.autograd.grad(DISTANCES[distance](y_0, y_t), list(matched.values()), create_graph=create_graph)
 
 
 def misalignment(gradients: Sequence[Tensor], tau: Params) -> Tensor:
@@ -136,7 +141,10 @@ def misalignment(gradients: Sequence[Tensor], tau: Params) -> Tensor:
 
 @torch.no_grad()
 def misalignment_and_slope(gradients: Sequence[Tensor], tau: Params) -> tuple[Tensor, list[Tensor]]:
-    """The same, and its derivative by every gradient g: what of τ is not along g, over ‖g‖ ‖τ‖. Faster than a graph."""
+    """(P,) as `misalignment` gives it, and its derivative by every gradient g, which is faster than through a graph.
+
+    The derivative is the part of τ that is orthogonal to g, over ‖g‖ ‖τ‖.
+    """
     cosines, slopes = [], []
     for g, t in zip(gradients, tau.values(), strict=True):
         squared_g, common = dot(g, g), dot(g, t)

@@ -1,11 +1,11 @@
 """Matrix products of a lower precision, where it costs the matching nothing that counts.
 
-An expert's block answers nearly as the pretrained one does: bf16 would round either answer by a good part of their
-difference, from which all gradients come. So a linear map of the expert is told by the same map of the pretrained
-block, W_t x_t = W₀ x₀ + W₀ (x_t − x₀) + (W_t − W₀) x_t, and bf16 rounds each difference by a part of itself; going
-back, what reaches W₀ x₀ from both answers is summed before it is rounded. On blocks of RoBERTa-base and ViT-B/32 with a
-task vector of 1 % of its norm the cosine of the matching gradient with that of float32 is 0.9999 so, and 0.97 and 0.91
-under torch.autocast.
+The outputs of an expert's block are close to those of the pretrained one: bf16 would round either by a good part of
+their difference, from which all gradients come. So a linear map of the expert is computed from that of the pretrained
+block, W_t x_t = W₀ x₀ + W₀ (x_t − x₀) + (W_t − W₀) x_t, and bf16 rounds each difference relative to its own size. In
+the backward pass, the gradients that reach W₀ x₀ from both outputs are summed before they are rounded. On blocks of
+RoBERTa-base and ViT-B/32, with a task vector of 1 % of the weights' norm, the cosine between the matching gradients of
+bf16 and float32 is 0.9999 this way, and 0.97 and 0.91 under torch.autocast.
 
 Shapes: R rows, all dimensions of an input but the last; D its width, O that of the output.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from common.core.blocks import Block
 from common.core.task_vectors import Params, as_leaf_tensors
-from common.fda.matching import Answers, side_by_side
+from common.fda.matching import PairForward, plain_forward
 
 LOW = torch.bfloat16
 FEW = 2**25  # multiplications: bf16 makes a product of fewer no faster (CPU; rows of widths 128 and 384 on either side)
@@ -40,7 +40,7 @@ def effective_precision(precision: str, device: torch.device, theta: Params, x_A
 
 @contextmanager
 def in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """All matrix products in tf32, if that is it (on CUDA; elsewhere float32). Derivatives are to be taken inside."""
+    """With "tf32" all matrix products on CUDA are of that precision. Derivatives have to be taken inside as well."""
     if precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     try:
@@ -49,56 +49,56 @@ def in_precision(precision: str, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-def answers_in(precision: str) -> Answers:
-    """How the blocks of one θ₀ and one θ_t answer, with linear maps in bf16 if that is the precision.
+def forward_in(precision: str) -> PairForward:
+    """The forward pass of one θ₀ and one θ_t, with linear maps in bf16 if that is the precision.
 
-    Parameters, their gradients and outputs are float32 always.
+    Parameters, their gradients and outputs are always float32.
     """
-    return DifferenceForward() if precision == "bf16" else side_by_side
+    return DifferenceForward() if precision == "bf16" else plain_forward
 
 
 class DifferenceForward:
-    """φ(θ₀; x) and φ(θ_t; x), their difference and its derivatives by x as exact as bf16 can tell them.
+    """φ(θ₀; x) and φ(θ_t; x); their difference and its derivatives by x are as exact as bf16 allows.
 
-    For what `matching` does alone: derivatives are taken by θ₀, and then, where x requires a gradient, of those by x.
-    The rounded weights are kept for the next x.
+    Written for `matching` alone: derivatives are taken by θ₀ first, and then, where x requires a gradient, the
+    derivatives of those by x. The rounded weights are kept for the next x.
     """
 
     def __init__(self) -> None:
-        self.low: dict[tuple[str, int], Tensor] = {}  # by the number of the map, in the order of calls
+        self.low: dict[tuple[str, int], Tensor] = {}  # by the number of the linear map, in the order of calls
 
     def __call__(self, block: Block, theta_0: Params, theta_t: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-        by_x, usual, numbers = x_ATD.requires_grad, F.linear, count()
-        met: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
+        by_x, original, numbers = x_ATD.requires_grad, F.linear, count()
+        seen: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
         def pretrained(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             if is_small(x, weight):
-                y = usual(x, weight, bias)
+                y = original(x, weight, bias)
             else:
-                weight_low = self.rounded("base", len(met), weight.detach)
+                weight_low = self.to_low("base", len(seen), weight.detach)
                 y = _Linear.apply(x, weight, weight_low, bias, by_x)
-            met.append((x, weight.detach(), bias, y))
+            seen.append((x, weight.detach(), bias, y))
             return y
 
         def expert(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             number = next(numbers)  # a block calls its maps in one order
             if is_small(x, weight):
-                return usual(x, weight, bias)
-            x_0, weight_0, bias_0, y = met[number]
-            moved_low = self.rounded("moved", number, lambda: weight.detach() - weight_0)
-            difference = product(x - x_0, self.low["base", number]).add_(product(x, moved_low))
+                return original(x, weight, bias)
+            x_0, weight_0, bias_0, y = seen[number]
+            tau_low = self.to_low("tau", number, lambda: weight.detach() - weight_0)
+            difference = low_product(x - x_0, self.low["base", number]).add_(low_product(x, tau_low))
             if bias is not None and bias_0 is not None:
                 difference += (bias - bias_0).detach()
             return y + difference
 
-        with _linear_is(pretrained):
+        with _replace_linear(pretrained):
             y_0 = block(theta_0, x_ATD)
-        with _linear_is(expert):
+        with _replace_linear(expert):
             y_t = block(as_leaf_tensors(theta_t), x_ATD)
         return y_0, _LastPassOnly.apply(y_t) if by_x else y_t.detach()
 
-    def rounded(self, what: str, number: int, weight: Callable[[], Tensor]) -> Tensor:
-        """A weight in bf16, made once."""
+    def to_low(self, what: str, number: int, weight: Callable[[], Tensor]) -> Tensor:
+        """A weight in bf16, rounded at its first use."""
         if (what, number) not in self.low:
             self.low[what, number] = weight().to(LOW)
         return self.low[what, number]
@@ -109,29 +109,32 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
     return x.shape[:-1].numel() * weight.numel() < FEW
 
 
-def product(x: Tensor, weight_low: Tensor) -> Tensor:
-    """x Wᵀ in float32."""
-    return (_rows(x) @ weight_low.T).float().view(*x.shape[:-1], -1)
+def low_product(x: Tensor, weight_low: Tensor) -> Tensor:
+    """x Wᵀ of factors in bf16, the result in float32."""
+    return (_low_rows(x) @ weight_low.T).float().view(*x.shape[:-1], -1)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(R, ...) in bf16."""
+def _low_rows(x: Tensor) -> Tensor:
+    """x as a matrix (R, ...) in bf16."""
     return x.flatten(0, -2).to(LOW)
 
 
 @contextmanager
-def _linear_is(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let all modules call this for torch's linear. Torch's function modes would not see into nn.MultiheadAttention."""
-    usual = F.linear
+def _replace_linear(function: Callable[..., Tensor]) -> Iterator[None]:
+    """All modules call this function in place of F.linear. Torch's function modes do not see nn.MultiheadAttention."""
+    original = F.linear
     F.linear = function
     try:
         yield
     finally:
-        F.linear = usual
+        F.linear = original
 
 
 class _LastPassOnly(torch.autograd.Function):
-    """The expert's answer, told by the pretrained block's: a function of x, but of θ₀ only in how it was computed."""
+    """Lets no gradient of the expert's output reach θ₀: it was computed from θ₀, but as a function depends on x alone.
+
+    The last backward pass, the one by x, goes through.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -143,11 +146,11 @@ class _LastPassOnly(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b; derived by all three, and then, if `by_x`, all that by x."""
+    """x Wᵀ + b, differentiable by all three; if `by_x`, those derivatives are differentiable by x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, weight_low: Tensor, bias: Tensor | None, by_x: bool) -> Tensor:
-        x_RD = _rows(x)
+        x_RD = _low_rows(x)
         ctx.save_for_backward(x)
         ctx.low, ctx.by_x = (x_RD, weight_low), by_x
         y_RO = (x_RD @ weight_low.T).float()
@@ -166,13 +169,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearGradient(torch.autograd.Function):
-    """G W and Gᵀ x of the gradient G, as functions of G and x; derived by both, not by W."""
+    """The gradients of x Wᵀ by x and by W, G W and Gᵀ x, given that of the output G; differentiable by G and x."""
 
     @staticmethod
     def forward(
         ctx: Any, gradient: Tensor, x: Tensor, x_RD: Tensor, weight_OD: Tensor, needs_x: bool, needs_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        gradient_RO = _rows(gradient)
+        gradient_RO = _low_rows(gradient)
         ctx.low, ctx.shapes = (gradient_RO, x_RD, weight_OD), (gradient.shape, x.shape)
         ctx.set_materialize_grads(False)
         of_x = (gradient_RO @ weight_OD).float().view(x.shape) if needs_x else None
@@ -184,10 +187,10 @@ class _LinearGradient(torch.autograd.Function):
         gradient_RO, x_RD, weight_OD = ctx.low
         of_gradient = of_x = None
         if by_of_x is not None:
-            of_gradient = (_rows(by_of_x) @ weight_OD.T).float()
+            of_gradient = (_low_rows(by_of_x) @ weight_OD.T).float()
         if by_of_weight is not None:
             by_OD = by_of_weight.to(LOW)
             of_x = (gradient_RO @ by_OD).float().view(ctx.shapes[1])
-            turned = x_RD @ by_OD.T
-            of_gradient = turned.float() if of_gradient is None else of_gradient.add_(turned)
+            through_weight = x_RD @ by_OD.T
+            of_gradient = through_weight.float() if of_gradient is None else of_gradient.add_(through_weight)
         return None if of_gradient is None else of_gradient.view(ctx.shapes[0]), of_x, None, None, None, None

@@ -17,8 +17,8 @@ from common.config import PRETRAINED, Config
 from common.core.blocks import Block
 from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vector
 from common.fda.adaptation import BETAS, coefficients, own_weights
-from common.fda.matching import DISTANCES, matching_gradient
-from common.fda.precision import answers_in, effective_precision
+from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient
+from common.fda.precision import effective_precision, forward_in
 from common.merging.registry import METHODS, hyperparameters, merge
 
 GIB = 2**30
@@ -99,7 +99,7 @@ def cost_of_step(
 ) -> tuple[float, Ledger]:
     """Operations and memory of a construction step of one unit; two chunks stand for all."""
     tasks = len(config.tasks) if config.anchors.together != "no" else 1
-    answers = answers_in(precision)
+    forward = forward_in(precision)
     shape = (shape[0] * tasks, *shape[1:])
     number = min(2 * (config.anchors.chunk or shape[0]), shape[0])
     like = dict(module.named_parameters())
@@ -107,8 +107,8 @@ def cost_of_step(
         x, *_others = (torch.empty(shape, device="meta") for _ in range(6))  # first, best, gradient, two moments
         theta_0, theta_t, tau, *_ahead = (blank(like) for _ in range(5))  # those of the next unit are read meanwhile
         _ahead += [blank(like) for _ in range(5 * (tasks - 1))]  # θ_t and τ, the same in one stack, θ_t of the next
-        settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk, "answers": answers}
-        matching_gradient(block, theta_0, theta_t, tau, x[:number], **settings)
+        settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk, "forward": forward}
+        matching_gradient(MatchingProblem(block, theta_0, theta_t, tau), x[:number], **settings)
     return ledger.operations * shape[0] / number / tasks, ledger
 
 
@@ -124,14 +124,14 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
         theta_0 = blank(like)
         if weights:
             start = own_weights(theta_0)
-            held += [moment for _ in range(2) for moment in blank(start.free).values()]  # of torch's Adam
+            held += [moment for _ in range(2) for moment in blank(start.params).values()]  # of torch's Adam
         else:
             start = coefficients(theta_0, (blank(like) for _ in range(vectors)), [1.0] * vectors)
         del theta_0
-        free = as_leaf_tensors(start.free)
-        step = (lambda lr: None) if weights else start.stepper(free, BETAS)
+        params = as_leaf_tensors(start.params)
+        step = (lambda lr: None) if weights else start.make_optimizer(params, BETAS)
         x_ATD, y_ATD = (torch.empty((settings.batch_size, *shape[1:]), device="meta") for _ in range(2))
-        DISTANCES[settings.distance](block(start.build(free), x_ATD), y_ATD).backward()
+        DISTANCES[settings.distance](block(start.build(params), x_ATD), y_ATD).backward()
         step(settings.lr)
     return ledger
 
