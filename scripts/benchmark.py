@@ -11,10 +11,8 @@ reference / engine, of seconds of the clock and of the processor: the latter say
 
 import argparse
 import json
-import shutil
 import tempfile
-from dataclasses import fields, replace
-from importlib import import_module
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ import yaml
 from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
 from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
 from benchmark_reference import Reference, plain_fit
+from benchmark_scaling import scaling
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.command import FOLDERS, parse
 from common.config import PRESETS
 from common.core.blocks import nonzero_tensors
 from common.core.seeding import seeded
@@ -39,7 +37,6 @@ from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_a
 from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient, matching_value
 from common.fda.precision import effective_precision, forward_in, in_precision
 from common.io.checkpoints import Checkpoint
-from common.pipeline import construct as construct_all
 from common.planning.cost import Ledger
 from common.run.device import prepare
 from common.run.run_log import environment_info
@@ -47,7 +44,6 @@ from common.run.run_log import environment_info
 PAPER_STEPS = 1200
 RATES = {"pretrained": 1e-5, "ta": 1e-2}  # the paper's, in adaptation
 TA_SCALE = 0.3
-LEAST = {"blocks": 1, "tasks": 2, "anchors": 32}  # of scaling, where another count is doubled
 
 
 def preset(section: str) -> dict[str, Any]:
@@ -205,26 +201,6 @@ def adapt(
         }
     sizes = {"steps": epochs * -(-len(x) // batch), "tasks": len(experts), "batch": batch}
     return report | sizes
-
-
-def scaling(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Seconds of the processor that construction takes on a toy, 40 steps a unit, as one count doubles twice."""
-    config = parse("", [f"--config=configs/{TOYS[name]}.yaml", "--preset=fast", "--anchors.steps=40"])
-    domain = import_module(f"{FOLDERS[config.domain]}.domain")
-    config = replace(config, model=replace(config.model, root=f"toy/{name}/checkpoints"), tasks=config.tasks[:4])
-    taken: dict[str, dict[int, float]] = {"blocks": {}, "tasks": {}, "anchors": {}}
-    for what, counts in {"blocks": (1, 1, 2, 4), "tasks": (1, 2, 4), "anchors": (16, 32, 64)}.items():
-        for count in counts:  # the first of all is for the caches
-            blocks, tasks, number = (count if what == each else least for each, least in LEAST.items())
-            run = replace(
-                config.run, root=str(folder / f"{what}{count}"), blocks=list(range(blocks)), device=device.type
-            )
-            anchors = replace(config.anchors, number=number)
-            clock = Clock(device)
-            clock(construct_all, replace(config, run=run, anchors=anchors, tasks=config.tasks[:tasks]), domain)
-            taken[what][count] = round(clock.cpu_seconds if device.type == "cpu" else clock.seconds, 2)
-            shutil.rmtree(folder / f"{what}{count}")
-    return taken
 
 
 def main() -> None:
