@@ -50,7 +50,7 @@ def token_shape(model: Model) -> tuple[int, int]:
     return 1, architecture(model).hidden_size
 
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def name_of(stored: str) -> str | None:
@@ -64,6 +64,6 @@ DECODER = BlockFamily(
     part="mlp",
     names=name_of,
     published_axes="AD",
-    vocabulary=(EMBEDDING, "lm_head.weight"),
+    vocabulary=(EMBEDDING, HEAD),
 )
 FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), DECODER)

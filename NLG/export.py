@@ -12,7 +12,7 @@ from common.io.checkpoints import copy_files, write_text
 from common.io.headers import opened
 from common.io.model_files import weight_files
 from common.io.shards import publish_shards, stage_shards
-from NLG.decoders import EMBEDDING, architecture, skeleton
+from NLG.decoders import EMBEDDING, HEAD, architecture, skeleton
 from NLG.generation import VOCABULARIES
 
 TOKENIZER_FILES = (
@@ -45,6 +45,8 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     config = architecture(model)
     config.architectures, config.dtype = [type(skeleton(model)).__name__], dtype
     config.vocab_size = shapes[EMBEDDING][0]
+    if HEAD in shapes:
+        config.tie_word_embeddings = False  # though the base's may be: an expert's head can differ from its embedding
     places = {folder: model.path("base")}
     places |= {folder / task: model.path("expert", task) for task in model.tokenizers}
     for place, tokenizer in places.items():

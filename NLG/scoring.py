@@ -16,10 +16,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.config import Config
 from common.core.errors import InputError
-from common.io.checkpoints import write_text
+from common.io.adapters import is_adapter
+from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records
-from common.io.lora import LoraCheckpoint, is_adapter
+from common.io.heads import open_experts
 from NLG.answers import is_right_expression, is_right_number
+from NLG.decoders import DECODER, HEAD
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
 from NLG.programs import program_in, runs
@@ -166,14 +168,18 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     disable_progress_bar()  # of the loading of weights, a line for each model
     if not is_adapter(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    model, expert = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraCheckpoint(path, base)
-    for name in expert.changed:
-        if expert.shapes[name] != model.state_dict()[name].shape:  # an embedding that got more rows
-            model.resize_token_embeddings(expert.shapes[name][0], mean_resizing=False)
+    names, vocabulary = DECODER.names, DECODER.vocabulary
+    expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary)["expert"]
+    own_head = {} if HEAD not in expert.shapes else {"tie_word_embeddings": False}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **own_head)
+    changed = {name for name in expert.names() if expert.touches(name) or name == HEAD}  # a tied base stores no head
+    rows = max(expert.shapes[name][0] for name in vocabulary if name in expert.shapes)
+    if rows != model.get_input_embeddings().num_embeddings:  # the adapter's tokens are more than the base's
+        model.resize_token_embeddings(rows, mean_resizing=False)
     weights = model.state_dict()
     resized = {name: len(weights[name]) for name, s in expert.shapes.items() if s != weights[name].shape}
     expert.resize(resized)
-    for name in {*expert.changed, *resized}:
+    for name in {*changed, *resized}:
         weights[name].copy_(expert.read([name])[name])
     return model
 

@@ -21,8 +21,9 @@ from common.config import Config, Model
 from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes
 from common.evaluation.metrics import METRICS, REGRESSION
+from common.io.adapters import is_adapter
 from common.io.examples import Sample, load_sample, load_scored
-from common.io.lora import is_adapter, open_checkpoint
+from common.io.lora import open_checkpoint
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import CalibrationTask, calibration_task_of
 from NLU.encoders import FAMILIES, architecture

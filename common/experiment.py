@@ -17,7 +17,7 @@ from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.domain import Domain, block_family
 from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
-from common.io.lora import open_checkpoint
+from common.io.heads import open_experts, open_like
 from common.io.vocabulary import row_counts
 from common.merging.registry import hyperparameters
 from common.run.device import prepare
@@ -91,7 +91,8 @@ class Experiment:
 
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
-        start = Checkpoint(Path(self.config.start.checkpoint).expanduser(), self.family.names)
+        path = Path(self.config.start.checkpoint).expanduser()
+        start = open_like(self.base, path, self.family.names, self.family.vocabulary)
         start.resize(row_counts(self.family.vocabulary, self.base, [start], self.config.model.vocabulary))
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
@@ -131,9 +132,8 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
         prefix = family.prefix(index)
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
-    experts = {
-        task: open_checkpoint(config.model.path("expert", task), base.path, family.names) for task in config.tasks
-    }
+    paths = {task: config.model.path("expert", task) for task in config.tasks}
+    experts = open_experts(base, paths, family.names, family.vocabulary, config.model.arch)
     rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
     for checkpoint in (base, *experts.values()):
         checkpoint.resize(rows)

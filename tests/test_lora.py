@@ -6,10 +6,12 @@ Source of the layout: huggingface.co/docs/peft/developer_guides/checkpoint and f
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -20,6 +22,7 @@ from common.config import Config, Model
 from common.core.errors import InputError
 from common.evaluation.tables import read_results
 from common.experiment import open_experiment
+from common.io.adapters import WEIGHT_FILE
 from common.io.checkpoints import Checkpoint
 from common.io.lora import LoraCheckpoint, open_checkpoint
 from common.layout import inputs_of
@@ -135,6 +138,38 @@ def test_an_embedding_adds_the_transpose(base, tmp_path):
     expert = LoraCheckpoint(write_adapter(tmp_path / "lora", factors), base)
     expected = weight(base, f"{EMBED}.weight") + 3 * product(factors).T
     np.testing.assert_allclose(read(expert, f"{EMBED}.weight"), expected, rtol=0, atol=3e-6)
+
+
+def test_an_attention_is_moved_as_peft_moves_it(tmp_path):
+    """The fused projection by s B A, the output projection by twice that: so peft's layer trains and merges both."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(6, 2, batch_first=True)})
+    save_torch(model.state_dict(), tmp_path / "base.safetensors")
+    settings = {"target_modules": ["attn"], "r": 2, "lora_alpha": 6, "rank_pattern": {"attn": 3}}
+    adapted = peft.get_peft_model(deepcopy(model), peft.LoraConfig(**settings, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    merged = adapted.merge_and_unload().state_dict()
+    expert = LoraCheckpoint(tmp_path / "lora", tmp_path / "base.safetensors")
+    stored = {n.removeprefix("base_model.model."): t for n, t in load_file(tmp_path / "lora" / WEIGHT_FILE).items()}
+    for name, module, times in (("in_proj_weight", "", 1), ("out_proj.weight", "base_layer.out_proj.", 2)):
+        factors = {n: t for n, t in stored.items() if n.startswith(f"attn.{module}lora")}
+        expected = model.state_dict()[f"attn.{name}"].double().numpy() + times * 6 / 3 * product(factors)
+        np.testing.assert_allclose(read(expert, f"attn.{name}"), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(merged[f"attn.{name}"], expected, rtol=0, atol=1e-6)
+    assert expert.changed == ["attn.in_proj_weight", "attn.out_proj.weight"]
+
+
+def test_a_convolution_is_moved_by_the_product_of_its_factors(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"patches": torch.nn.Conv2d(3, 5, kernel_size=(2, 4), bias=False)})
+    save_torch(model.state_dict(), tmp_path / "base.safetensors")
+    adapted = peft.get_peft_model(
+        deepcopy(model), peft.LoraConfig(target_modules=["patches"], r=2, lora_alpha=6, init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    expected = adapted.merge_and_unload().state_dict()["patches.weight"]
+    expert = LoraCheckpoint(tmp_path / "lora", tmp_path / "base.safetensors")
+    np.testing.assert_allclose(read(expert, "patches.weight"), expected, rtol=0, atol=1e-6)
 
 
 def test_half_precision_is_a_storage_format(base, tmp_path):
@@ -269,7 +304,11 @@ def test_settings_that_make_it_no_plain_lora_are_refused(base, tmp_path, setting
         ({f"{UP}.lora_magnitude_vector": np.ones(8, "f4")}, "lora_magnitude_vector matches no tensor"),
         ({f"{UP}.lora_A.weight": UP_PAIR[f"{UP}.lora_A.weight"]}, r"has .*lora_A\.weight, but lacks .*lora_B\.weight"),
         ({f"{UP}.lora_B.weight": UP_PAIR[f"{UP}.lora_B.weight"]}, r"has .*lora_B\.weight, but lacks .*lora_A\.weight"),
-        (pair(UP, (6, 8)), rf"{UP}\.lora_A\.weight is for \(6, 8\), {UP}\.weight is \(8, 6\)"),
+        (
+            pair(UP, (6, 8)),
+            rf"{UP}\.lora_A\.weight is for \(6, 8\), {UP}\.weight is \(8, 6\) in .*/base; model\.base must be the "
+            "model it was trained from, nowhere/nothing",
+        ),
         (pair(UP, (8, 6), rank=3), r"have ranks \(3, 3\), adapter_config.json says 2"),
     ],
 )

@@ -66,10 +66,10 @@ def test_equal_vocabularies_need_no_policy(own_nlg):
 
 
 @pytest.mark.parametrize("tied", ["base", "math"])
-def test_tied_and_untied_models_do_not_merge(own_nlg, tied):
+def test_a_head_that_a_config_promises_and_no_file_has_is_refused(own_nlg, tied):
     root, config = own_nlg
     rewrite(root / tied / "model.safetensors", lambda t: t.pop(HEAD))
-    with pytest.raises(InputError, match=rf"has a head {HEAD}, .*{tied} is tied and has the embedding for it"):
+    with pytest.raises(InputError, match=rf"{tied} has no tensor {HEAD}, and its config.json says .* false: .* lost"):
         construct(config, domain)
 
 

@@ -64,6 +64,19 @@ class Checkpoint:
         for name in rows.keys() & self.shapes.keys():
             self.shapes[name] = (rows[name], *self.shapes[name][1:])
 
+    def alias(self, name: str, of: str) -> None:
+        """From now on `name` is another name of the tensor `of`, in place of what it may have been."""
+        self.rows[name], self.shapes[name] = self.rows[of], self.shapes[of]
+
+    def drop(self, name: str) -> None:
+        """From now on there is no tensor of that name."""
+        self.rows.pop(name, None)
+        self.shapes.pop(name, None)
+
+    def touches(self, prefix: str) -> bool:
+        """Whether a tensor whose name begins so may differ from the base's; headers tell it of adapters alone."""
+        return True
+
     def names(self, prefix: str = "") -> list[str]:
         """Names that begin with `prefix`, in order."""
         return sorted(name for name in self.shapes if name.startswith(prefix))

@@ -1,51 +1,35 @@
-"""Experts given as LoRA adapters in peft's folders: the base's tensors plus s B A, formed as they are read.
+"""Experts given as LoRA adapters in peft's folders: the base's tensors plus s B A, formed as they are read."""
 
-Format: huggingface.co/docs/peft, "PEFT checkpoint format", and what peft 0.21 writes. adapter_config.json has the
-settings. adapter_model.safetensors has, behind base_model.model.,
-    <module>.lora_A.weight (r, in) and .lora_B.weight (out, r)      for a matrix W (out, in)
-    <module>.lora_embedding_A (r, V) and .lora_embedding_B (D, r)   for an embedding W (V, D)
-    <module>.weight, .bias                                          of modules trained whole, modules_to_save
-    <module>.base_layer.weight                                      of an embedding that got more rows
-"""
-
-import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
+from common.io.adapters import (
+    CONFIG_FILE,
+    WEIGHT_FILE,
+    Entry,
+    Part,
+    first_match,
+    is_adapter,
+    is_saved,
+    open_adapter,
+    taken_apart,
+)
 from common.io.checkpoints import Checkpoint, surroundings, with_rows
 from common.io.hashes import file_hash, identity
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
-
-# The settings under which an expert is W + s B A of the base it was trained from, and nothing else.
-PLAIN: dict[str, tuple] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change W beforehand
-} | dict.fromkeys(
-    (
-        "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters",
-        "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-    ),
-    (None, False, [], {}),
-)  # fmt: skip
+FUSED = "in_proj_weight"  # what an adapter of torch's MultiheadAttention is added to, beside its output projection
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Where B and A of one tensor are in the adapter's file, s, and whether W has the shape of (B A)ᵀ."""
+    """Keys of B and A of one tensor, s, and whether W has the shape of (B A)ᵀ."""
 
     b: str
     a: str
@@ -58,56 +42,186 @@ class LoraCheckpoint(Checkpoint):
 
     Opening reads headers only. InputError names the file and the setting or key that is anything but a plain LoRA of
     this base.
+
+    Args:
+        path: Folder of the adapter.
+        base: Folder or file of the base.
+        names: From a stored name to the family's, as for any checkpoint.
+        tied: Names of the embedding and of the output head, if the base has one tensor for both.
     """
 
-    def __init__(self, path: Path | str, base: Path, names: Callable[[str], str | None] = str):
+    def __init__(
+        self,
+        path: Path | str,
+        base: Path,
+        names: Callable[[str], str | None] = str,
+        tied: tuple[str, ...] | None = None,
+    ):
         self.path = Path(path)
         self.settings, self.adapter = open_adapter(self.path)
-        self.base = Checkpoint(base, names)
+        self.base, self.family_name = Checkpoint(base, names), names
+        if tied:
+            kept = tied[0] if tied[0] in self.base.shapes else tied[1]
+            self.base.alias(tied[0], kept)
+            self.base.alias(tied[1], kept)
         self.shapes = dict(self.base.shapes)
-        self.whole: dict[str, str] = {}
+        self.given: dict[str, str] = {}  # {tensor: key} of what the base had in training
+        self.saved: dict[str, str] = {}  # {tensor: key} of what was trained whole
         self.factors: dict[str, Factors] = {}
-        for key in self.adapter.names():
-            module, ending = taken_apart(key)
-            stored = module.removeprefix(PREFIX) + (".weight" if ending else "")
-            if not module.startswith(PREFIX) or ("lora_" in key and not ending):
-                raise self.no_place_for(key)
-            name = names(stored)
-            if name is None:  # a task's own, as in any checkpoint
-                if ending and not self.base_has(stored):
-                    raise self.no_place_for(key)
-            elif ending in FACTORS:
-                self.factors[name] = self.factors_of(module, ending)
-            elif ending:
-                self.find(module + next(a for a, b in FACTORS.items() if b == ending), key)
-            elif name in self.base.shapes or self.is_saved(module):
-                self.whole[name], self.shapes[name] = key, self.adapter.shapes[key]
-            else:
-                raise self.no_place_for(key)
+        entries = [taken_apart(key) or self.no_place_for(key) for key in self.adapter.names()]
+        self.halves = {(e.module, e.part, e.embedding): e for e in entries if e.part in (Part.A, Part.B)}
+        for entry in entries:
+            self.take(entry)
+        if tied:
+            self.tie(*tied)
+        for name, key in (self.given | self.saved).items():
+            self.shapes[name] = self.adapter.shapes[key]
         for name, factors in self.factors.items():
             self.check(name, factors)
+
+    # ---- what the keys say -------------------------------------------------------------------------------------------
+
+    def take(self, entry: Entry) -> None:
+        """Put one tensor of the adapter where it belongs; InputError if it belongs nowhere."""
+        name, stored = self.place_of(entry)
+        trained = entry.part is Part.SAVED or (entry.part is Part.PLAIN and is_saved(entry.module, self.saved_modules))
+        if entry.part is Part.B:
+            self.half(entry, Part.A)
+        elif entry.part is Part.A and name in self.base.shapes:
+            self.factors[name] = self.factors_of(entry)
+        elif name is None:  # a task's own, as in any checkpoint
+            if entry.part is Part.A and not self.base_has(stored):
+                self.no_place_for(entry.key)
+        elif trained and entry.part is not Part.A:
+            self.saved[name] = entry.key
+        elif name in self.base.shapes:
+            self.given[name] = entry.key
+        else:
+            self.no_place_for(entry.key)
+
+    def place_of(self, entry: Entry) -> tuple[str | None, str]:
+        """The family's name of the tensor that an entry belongs to, None if it is left out; and its name in the base.
+
+        Factors of an attention belong to its fused projection where the base has no weight of the attention's name.
+        """
+        stored = [f"{entry.module}.{entry.tensor}"]
+        if entry.part in (Part.A, Part.B):
+            stored.append(f"{entry.module}.{FUSED}")
+        named = [(self.family_name(each), each) for each in stored]
+        return next((pair for pair in named if pair[0] in self.base.shapes), named[0])
+
+    @property
+    def saved_modules(self) -> list[str]:
+        """Ends of the names of the modules that were trained whole."""
+        saved = self.settings.get("modules_to_save") or []
+        return [saved] if isinstance(saved, str) else list(saved)
+
+    def factors_of(self, entry: Entry) -> Factors:
+        """The factors that an A begins, and their scale: alpha / r, or alpha / √r with use_rslora."""
+        a, b = entry.key, self.half(entry, Part.B).key
+        rank = first_match(self.settings.get("rank_pattern"), entry.adapted, self.settings["r"])
+        alpha = first_match(self.settings.get("alpha_pattern"), entry.adapted, self.settings["lora_alpha"])
+        shapes = self.adapter.shapes[a], self.adapter.shapes[b]
+        if min(map(len, shapes)) < 2:
+            raise InputError(f"{self.path / WEIGHT_FILE}: {a} and B have the shapes {shapes}, which are no matrices")
+        found = (shapes[0][0], shapes[1][1])
+        if found != (rank, rank):
+            raise InputError(f"{self.path / WEIGHT_FILE}: {a} and B have ranks {found}, {CONFIG_FILE} says {rank}")
+        scale = entry.times * alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        return Factors(b, a, scale, entry.embedding or bool(self.settings.get("fan_in_fan_out")))
+
+    def half(self, entry: Entry, part: Part) -> Entry:
+        """The other factor of the same module; InputError naming both if the adapter lacks it."""
+        other = self.halves.get((entry.module, part, entry.embedding))
+        if other is None:
+            begin, _, end = entry.key.rpartition(f"_{entry.part.name}")
+            raise InputError(f"{self.path / WEIGHT_FILE} has {entry.key}, but lacks {begin}_{part.name}{end}")
+        return other
+
+    def tie(self, embedding: str, head: str) -> None:
+        """What peft makes of an embedding and a head that are one tensor in the base.
+
+        What the base had is given to both. What was trained changes its own module alone, so the two part, unless
+        ensure_weight_tying had them trained as one. The head stays without a name of its own while they are one.
+        """
+        trained = [name for name in (embedding, head) if name in self.saved or name in self.factors]
+        given = self.given.get(embedding, self.given.get(head))
+        if given:
+            self.given[embedding] = self.given[head] = given
+        if trained and not self.settings.get("ensure_weight_tying"):
+            return
+        if trained == [head]:
+            raise InputError(
+                f"{self.path / WEIGHT_FILE} trains {head} alone, but {CONFIG_FILE} has ensure_weight_tying, with which "
+                f"peft trains {embedding}; set it to false if the head alone was trained"
+            )
+        self.drop(head)
+
+    def alias(self, name: str, of: str) -> None:
+        """From now on `name` is another name of the tensor `of`, the adapter's part in it included."""
+        self.base.alias(name, of)
+        for part in (self.shapes, self.given, self.saved, self.factors):
+            if of in part:
+                part[name] = part[of]
+
+    def drop(self, name: str) -> None:
+        """From now on there is no tensor of that name."""
+        for part in (self.shapes, self.given, self.saved, self.factors):
+            part.pop(name, None)
+
+    def check(self, name: str, factors: Factors) -> None:
+        """InputError if the factors make a tensor of another shape than the one that they are added to."""
+        shape = (self.adapter.shapes[factors.b][0], *self.adapter.shapes[factors.a][1:])
+        shape = shape[::-1] if factors.transposed else shape
+        if shape != self.shapes[name]:
+            raise InputError(
+                f"{self.path / WEIGHT_FILE}: {factors.a} is for {shape}, {name} is {self.shapes[name]} in "
+                f"{self.base.path}; {self.trained_from()}"
+            )
+
+    def base_has(self, stored: str) -> bool:
+        """Whether the base's files have a tensor, be it with or without the prefix of a bare model."""
+        names = Checkpoint(self.base.path).names()
+        return any(f".{name}".endswith(f".{stored}") or f".{stored}".endswith(f".{name}") for name in names)
+
+    def no_place_for(self, key: str) -> NoReturn:
+        """InputError for a key that is no part of a LoRA of the base."""
+        raise InputError(
+            f"{self.path / WEIGHT_FILE}: {key} matches no tensor of the base {self.base.path}; {self.trained_from()}"
+        )
+
+    def trained_from(self) -> str:
+        """The next step where an adapter and a base do not belong together."""
+        named = self.settings.get("base_model_name_or_path")
+        return f"model.base must be the model it was trained from{f', {named}' if named else ''}"
+
+    # ---- tensors -----------------------------------------------------------------------------------------------------
 
     @property
     def changed(self) -> list[str]:
         """Names of the tensors that the adapter has a part in, in order."""
-        return sorted(self.whole.keys() | self.factors.keys())
+        return sorted(self.given.keys() | self.saved.keys() | self.factors.keys())
+
+    def touches(self, prefix: str) -> bool:
+        """Whether the adapter has a part in a tensor whose name begins so."""
+        return any(name.startswith(prefix) for name in self.changed)
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32: the base's, or the adapter's where it has a whole one, plus s B A."""
         names = list(names)
-        whole = {name: self.whole[name] for name in names if name in self.whole}
+        whole = {name: key for name, key in (self.given | self.saved).items() if name in names}
         tensors = dict(self.base.read(name for name in names if name not in whole))
-        adapter = self.adapter.read(whole.values())
-        tensors |= {name: adapter[key] for name, key in whole.items()}
-        return {name: self.formed(name, tensor) for name, tensor in tensors.items()}
+        adapter = self.adapter.read(set(whole.values()))
+        tensors |= {name: adapter[key].clone() if name in self.factors else adapter[key] for name, key in whole.items()}
+        return {name: self.formed(name, tensors[name]) for name in names}
 
     def formed(self, name: str, tensor: Tensor) -> Tensor:
         """W + s B A, in W's place, with as many rows as are asked for."""
         if name in self.factors:
             factors = self.factors[name]
             b, a = self.adapter.read([factors.b, factors.a]).values()
-            b, a = (a.T, b.T) if factors.transposed else (b, a)
-            tensor.addmm_(b, a, alpha=factors.scale)
+            b, a = (a.T, b.T) if factors.transposed else (b.flatten(1), a.flatten(1))
+            tensor.flatten(1).addmm_(b, a, alpha=factors.scale)
         return with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
 
     def fingerprint(self) -> str:
@@ -115,90 +229,9 @@ class LoraCheckpoint(Checkpoint):
         files = [self.path / CONFIG_FILE, self.path / WEIGHT_FILE, *surroundings(self.path)]
         return identity([*([file.name, file_hash(file)] for file in files), ["base", self.base.fingerprint()]])
 
-    def factors_of(self, module: str, ending: str) -> Factors:
-        """The factors of a module and their scale: alpha / r, or alpha / √r with use_rslora."""
-        a = module + ending
-        b = self.find(module + FACTORS[ending], a)
-        within = module.removeprefix(PREFIX)
-        rank = first_match(self.settings.get("rank_pattern"), within, self.settings["r"])
-        alpha = first_match(self.settings.get("alpha_pattern"), within, self.settings["lora_alpha"])
-        found = (self.adapter.shapes[a][0], self.adapter.shapes[b][-1])
-        if found != (rank, rank):
-            raise InputError(f"{self.path / WEIGHT_FILE}: {a} and B have ranks {found}, {CONFIG_FILE} says {rank}")
-        scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
-        return Factors(b, a, scale, "embedding" in ending or bool(self.settings.get("fan_in_fan_out")))
 
-    def find(self, key: str, partner: str) -> str:
-        """The key, if the adapter has it; InputError naming the one it belongs to if not."""
-        if key not in self.adapter.shapes:
-            raise InputError(f"{self.path / WEIGHT_FILE} has {partner}, but lacks {key}")
-        return key
-
-    def check(self, name: str, factors: Factors) -> None:
-        """InputError if there is no tensor of the base to add the factors to, or it has another shape."""
-        if name not in self.shapes:
-            raise self.no_place_for(factors.a)
-        shape = (self.adapter.shapes[factors.b][0], self.adapter.shapes[factors.a][1])
-        shape = shape[::-1] if factors.transposed else shape
-        if shape != self.shapes[name]:
-            raise InputError(f"{self.path / WEIGHT_FILE}: {factors.a} is for {shape}, {name} is {self.shapes[name]}")
-
-    def base_has(self, stored: str) -> bool:
-        """Whether the base's files have a tensor, be it with or without the prefix of a bare model."""
-        names = Checkpoint(self.base.path).names()
-        return any(f".{name}".endswith(f".{stored}") or f".{stored}".endswith(f".{name}") for name in names)
-
-    def is_saved(self, module: str) -> bool:
-        """Whether a tensor is of a module that was trained whole."""
-        return any(f".{saved}." in f".{module}" for saved in self.settings.get("modules_to_save") or [])
-
-    def no_place_for(self, key: str) -> InputError:
-        """For a key that is no part of a LoRA of the base."""
-        return InputError(f"{self.path / WEIGHT_FILE}: {key} matches no tensor of the base {self.base.path}")
-
-
-def open_checkpoint(path: Path, base: Path, names: Callable[[str], str | None] = str) -> Checkpoint:
-    """What lies at a path: the tensors of one model, or a LoRA adapter of the base."""
-    return LoraCheckpoint(path, base, names) if is_adapter(path) else Checkpoint(path, names)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a path is a folder as peft writes it."""
-    return (path / CONFIG_FILE).is_file()
-
-
-def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """The settings of an adapter and its own tensors; InputError if it is not a plain LoRA.
-
-    The base that it names is neither looked for nor opened: the experiment says which base there is.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        settings = json.loads(file.read_text())
-        plain = all(settings[name] > 0 for name in ("r", "lora_alpha")) if settings["peft_type"] == "LORA" else True
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is no adapter config, JSON with peft_type, r and lora_alpha ({error!r})") from error
-    for name, values in PLAIN.items():
-        if name in settings and settings[name] not in values:
-            raise InputError(f"{file}: {name} is {settings[name]!r}; only plain LoRA, W + s B A, can be an expert")
-    if not plain:
-        raise InputError(f"{file}: r and lora_alpha must be above zero")
-    if not (folder / WEIGHT_FILE).is_file() and (folder / "adapter_model.bin").is_file():
-        raise InputError(f"{folder} has its adapter in adapter_model.bin, a pickle; save it as {WEIGHT_FILE} with peft")
-    return settings, Checkpoint(folder / WEIGHT_FILE)
-
-
-def taken_apart(key: str) -> tuple[str, str]:
-    """A key as module and ending of a factor, or as the name of a whole tensor and ""."""
-    for ending in (*FACTORS, *FACTORS.values()):
-        if key.endswith(ending):
-            return key.removesuffix(ending), ending
-    return WRAPPERS.sub("", key), ""
-
-
-def first_match(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name is or, behind a dot, ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def open_checkpoint(
+    path: Path, base: Path, names: Callable[[str], str | None] = str, tied: tuple[str, ...] | None = None
+) -> Checkpoint:
+    """What lies at a path: the tensors of one model, or a LoRA adapter of the base, whose embedding may be `tied`."""
+    return LoraCheckpoint(path, base, names, tied) if is_adapter(path) else Checkpoint(path, names)

@@ -11,15 +11,10 @@ def row_counts(names: Sequence[str], base: Checkpoint, others: Iterable[Checkpoi
     """Rows that the vocabulary tensors, embedding first, must have to fit each other; empty if they fit as they are.
 
     policy: "pad": as many as the largest model has; "base": as many as the base has; "refuse": InputError naming both.
-    Raises: InputError where one model ties its head to the embedding and another does not.
     """
     others = list(others)
-    for other in others:
-        for name in names[1:]:
-            if (name in base.shapes) != (name in other.shapes):
-                untied, tied = (base, other) if name in base.shapes else (other, base)
-                raise InputError(f"{untied.path} has a head {name}, {tied.path} is tied and has the embedding for it")
-    sizes = {c.path: c.shapes[n][0] for c in (base, *others) for n in names[:1] if n in c.shapes}
+    models = [c for c in (base, *others) if any(n in c.shapes for n in names)]
+    sizes = {c.path: max(c.shapes[n][0] for n in names if n in c.shapes) for c in models}
     rows = sizes.get(base.path)
     odd = next((path for path, size in sizes.items() if size != rows), None)
     if odd is None or rows is None:

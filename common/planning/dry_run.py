@@ -11,8 +11,8 @@ from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import Domain, block_family
 from common.fda.adaptation import shortened
+from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
-from common.io.lora import is_adapter, open_adapter
 from common.layout import RunLayout
 from common.planning.cost import (
     GIB,
