@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from common.config import Model
+from common.config import Model, for_task
 from common.core.errors import InputError
 from common.io.checkpoints import copy_files, write_tensors, write_text
 from common.io.model_files import INDEX_FILE
@@ -21,7 +21,8 @@ TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.j
 def check_export(model: Model) -> None:
     """InputError if model.heads asks for the head of a task or expert that has none."""
     for task in model.heads:
-        if task not in TASKS:
+        alike = [known for known in TASKS if for_task("{slug}", known) == for_task("{slug}", task)]
+        if task not in TASKS and (alike or not model.path("expert", task).exists()):
             raise InputError(f"model.heads: unknown task {task!r}; choose from {', '.join(TASKS)}")
         read_head(model, task)
 

@@ -74,8 +74,9 @@ def score(
 ) -> dict[str, tuple[float, int]]:
     """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
     owner = config.tests[task]
-    if TASKS[owner].labels != TASKS[task].labels:
-        labels = f"{TASKS[owner].labels} against {TASKS[task].labels}"
+    outputs = outputs_of(config.model, owner)
+    if outputs != TASKS[task].labels:
+        labels = f"{outputs} against {TASKS[task].labels}"
         raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
     classifier = open_classifier(config.model, owner).to(device).eval()
     vocabulary = classifier.get_input_embeddings().num_embeddings
@@ -102,12 +103,19 @@ def open_classifier(model: Model, task: str) -> PreTrainedModel:
     return classifier
 
 
+def outputs_of(model: Model, task: str) -> int:
+    """How many outputs the head of a task's expert must have; one that tasks.yaml does not list may have any."""
+    return TASKS[task].labels if task in TASKS else expert_architecture(model, task).num_labels
+
+
 def expert_architecture(model: Model, task: str) -> PretrainedConfig:
     """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
     folder = model.path("expert", task)
     if not is_adapter(folder) or (folder / "config.json").is_file():
         return architecture(model, folder)
     config = architecture(model, model.path("base"))
+    if task not in TASKS:
+        raise InputError(f"{folder} has an adapter and no config.json, which would tell the outputs of its head")
     config.num_labels = TASKS[task].labels
     return config
 
@@ -117,7 +125,7 @@ def read_head(model: Model, task: str) -> Params:
 
     InputError if the expert lacks one of them or has another number of outputs than the task.
     """
-    folder, wanted = model.path("expert", task), TASKS[task].labels
+    folder, wanted = model.path("expert", task), outputs_of(model, task)
     config = expert_architecture(model, task)
     if config.num_labels != wanted:
         kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"

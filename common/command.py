@@ -1,6 +1,7 @@
 """From the command line to a stage: parse, then describe or run; say in one sentence what is wrong."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain
-from common.planning.dry_run import describe
+from common.planning.dry_run import Plan, describe
 from common.validation import check_domain
 
 
@@ -21,7 +22,7 @@ def run(
     stage: Callable[[Config, Domain], Any],
     domain: Domain | None,
     description: str | None,
-    plan: Callable[[Config, Domain], str] = describe,
+    plan: Callable[[Config, Domain], Plan] = describe,
 ) -> None:
     """Run one stage for the config on the command line; with --dry-run print its plan.
 
@@ -30,9 +31,10 @@ def run(
         domain: The domain module of a recipe, which refuses a config of another one; None for a command of all domains,
             which takes the one that the config names.
         description: What --help says, the docstring of the command.
-        plan: What --dry-run prints.
+        plan: What --dry-run prints, and what the run would refuse.
 
-    Ends the process with status 2 on an InputError, and with 130 when interrupted.
+    Ends the process with status 2 on an InputError, in a dry run on each that the run would have, with 130 when
+    interrupted, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
     """
     try:
         config = parse(description or "")
@@ -40,7 +42,10 @@ def run(
             domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         check_domain(config, domain)
         if config.dry_run:
-            print(plan(config, domain))
+            planned = plan(config, domain)
+            print(planned.text, flush=True)
+            if planned.refusals:
+                raise InputError("\nerror: ".join(planned.refusals))
         else:
             stage(config, domain)
     except InputError as error:
@@ -49,6 +54,18 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("FDA_DEBUG"):
+            raise
+        print(f"error: {unforeseen(error)}\nFDA_DEBUG=1 in the environment shows the traceback", file=sys.stderr)
+        sys.exit(1)
+
+
+def unforeseen(error: Exception) -> str:
+    """One sentence on an error that no check foresaw: its type and message, and what was being done as far as noted."""
+    doing = "; ".join(dict.fromkeys(reversed(getattr(error, "__notes__", []))))
+    message = " ".join(str(error).split()) or "it says no more"
+    return f"stopped{f' at {doing}' if doing else ''} by {type(error).__name__}: {message}"
 
 
 def parse(description: str, argv: list[str] | None = None) -> Config:

@@ -52,6 +52,13 @@ class Domain(Protocol):
     ) -> dict[str, tuple[float, int]]: ...
 
 
+def scored_tests(config: Config, domain: Domain) -> dict[str, str]:
+    """Every test set that models are scored on, and the task whose expert it asks: `config.tests` without the names of
+    tasks that the domain has no test set for, which are merged all the same.
+    """
+    return {test: task for test, task in config.tests.items() if test in domain.TASKS or task in config.eval.tests}
+
+
 def block_family(domain: Domain, model: Model) -> BlockFamily:
     """The family that a config names, or the first of the domain; `check_choices` refuses an unknown name."""
     return domain.FAMILIES[model.family_of(domain.FAMILIES)]

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import Config
 from common.core.blocks import Block, BlockFamily, nonzero_tensors
@@ -16,6 +18,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.domain import Domain, block_family
 from common.fda.anchors import SCALES
+from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_experts, open_like
 from common.io.vocabulary import row_counts
@@ -119,40 +122,126 @@ class Experiment:
         return SCALES[self.config.anchors.init] if scale is None else scale
 
 
+Checking = Callable[[str], AbstractContextManager[None]]
+"""checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
+
+
 def open_experiment(config: Config, domain: Domain) -> Experiment:
     """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
     check_choices(config, domain)
+    experiment = open_inputs(config, domain, lambda _: nullcontext())
+    assert experiment  # what is missing has been refused
+    return replace(experiment, device=prepare(config.run.device))
+
+
+@contextmanager
+def opening(checking: Checking, what: str, path: Path) -> Iterator[None]:
+    """A check of one input; on an error that is no InputError there is a note of it, for the command to say."""
+    with checking(what):
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"opening {what}, {path}")
+            raise
+
+
+def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experiment | None:
+    """Open and compare base and experts, headers only, and choose no device yet.
+
+    Returns: None where a check was refused without which there is no experiment, if `checking` let it go on.
+    """
     family = block_family(domain, config.model)
-    base = Checkpoint(config.model.path("base"), family.names)
-    modules = family.modules(domain.skeleton(config.model))
-    for index in config.run.blocks or []:
-        if not 0 <= index < len(modules):
-            raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {len(modules) - 1}")
+    base = None
+    modules, tokens, width = [], 0, 0
+    with opening(checking, "base", config.model.path("base")):
+        base = Checkpoint(config.model.path("base"), family.names)
+    if base or config.model.arch:
+        with opening(checking, "model", config.model.path("base")):
+            modules = family.modules(domain.skeleton(config.model))
+            tokens, width = domain.token_shape(config.model)
+    with checking("run.blocks"):
+        check_indices(config.run.blocks or [], len(modules))
+    if base:
+        with checking("base"):
+            check_blocks(base, family, modules)
+    experts = open_all_experts(config, domain, family, base, checking)
+    if not base:
+        return None
+    compare_experts(config, family, base, experts, checking)
+    if not modules or len(experts) < len(config.tasks):
+        return None
+    shape = (config.anchors.number, config.anchors.tokens or tokens, width)
+    if config.anchors.position_embeddings:
+        with checking("base"):
+            check_positions(family, base, *shape[1:])
+    block, device = family.pure(modules[0]), torch.device("cpu")
+    return Experiment(config, family, block, base, experts, shape, len(modules), device)
+
+
+def check_indices(indices: Iterable[int], depth: int) -> None:
+    """InputError if run.blocks names a block that the model does not have; a depth of 0 is not known."""
+    for index in indices:
+        if depth and not 0 <= index < depth:
+            raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {depth - 1}")
+
+
+def check_blocks(base: Checkpoint, family: BlockFamily, modules: Iterable[nn.Module]) -> None:
+    """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
     for index, module in enumerate(modules):
         prefix = family.prefix(index)
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
-    paths = {task: config.model.path("expert", task) for task in config.tasks}
-    experts = open_experts(base, paths, family.names, family.vocabulary, config.model.arch)
-    rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
-    for checkpoint in (base, *experts.values()):
-        checkpoint.resize(rows)
-    for expert in experts.values():
-        require_same_type(base.path, expert.path)
-        require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
-    tokens, width = domain.token_shape(config.model)
-    if config.anchors.position_embeddings:
-        check_positions(family, base, config.anchors.tokens or tokens, width)
-    return Experiment(
-        config=config,
-        family=family,
-        block=family.pure(modules[0]),
-        base=base,
-        experts=experts,
-        shape=(config.anchors.number, config.anchors.tokens or tokens, width),
-        depth=len(modules),
-        device=prepare(config.run.device),
-    )
+
+
+def open_all_experts(
+    config: Config, domain: Domain, family: BlockFamily, base: Checkpoint | None, checking: Checking
+) -> dict[str, Checkpoint]:
+    """The experts that are there, opened together, for all models get the same heads; none without a base."""
+    paths: dict[str, Path] = {}
+    for task in config.tasks:
+        path = config.model.path("expert", task)
+        with opening(checking, f"expert {task}", path):
+            check_is_there(path, task, domain)
+            paths[task] = path
+    if not base:
+        return {}
+    how = (family.names, family.vocabulary, config.model.arch)
+    with checking("experts"):
+        try:
+            return open_experts(base, paths, *how)
+        except InputError:
+            for task, path in paths.items():  # whose fault it is
+                with opening(checking, f"expert {task}", path):
+                    open_experts(Checkpoint(base.path, family.names), {task: path}, *how)
+            raise
+    return {}
+
+
+def check_is_there(path: Path, task: str, domain: Domain) -> None:
+    """InputError if there is no expert at a path: it names the path, and the test sets that may have been meant."""
+    try:
+        open_adapter(path) if is_adapter(path) else Checkpoint(path)
+    except InputError as error:
+        meant = get_close_matches(task, domain.TASKS, cutoff=0.7)
+        if path.exists() or task in domain.TASKS or not meant:
+            raise
+        raise InputError(f"{error}; is the task {task!r} misspelt? close to it: {', '.join(meant)}") from error
+
+
+def compare_experts(
+    config: Config, family: BlockFamily, base: Checkpoint, experts: Mapping[str, Checkpoint], checking: Checking
+) -> None:
+    """Refuse an expert that is not of the base's architecture, names and shapes; make vocabularies of equal size."""
+    with checking("model.vocabulary"):
+        rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
+        for checkpoint in (base, *experts.values()):
+            checkpoint.resize(rows)
+    for task, expert in experts.items():
+        with opening(checking, f"expert {task}", expert.path):
+            require_same_type(base.path, expert.path)
+            require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
 
 
 def require_same_type(base: Path, expert: Path) -> None:

@@ -76,59 +76,90 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     return True
 
 
-def anchor_provenance(
-    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
-) -> dict[str, Any]:
-    """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
+def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:
+    """What decides the anchors of a unit besides the weights they are made from: settings and seed."""
     config = experiment.config
     settings = as_dict(config.anchors) | {"shape": list(experiment.shape), "scale": experiment.anchor_scale()}
     for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
+    return {"anchors": settings, "run": unit}
+
+
+def anchor_provenance(
+    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
+) -> dict[str, Any]:
+    """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
     weights = {"base": digest(theta_0), "expert": digest(theta_t)}
-    if config.anchors.position_embeddings:
+    if experiment.config.anchors.position_embeddings:
         weights["positions"] = digest({experiment.family.positions: experiment.positions(task)})
-    return {"anchors": settings, "run": unit, "weights": weights}
+    return anchor_settings(experiment, task, index) | {"weights": weights}
 
 
 def anchors_of(experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params) -> Tensor:
     """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
     file = RunLayout(experiment.config).anchor_file(task, index)
+    if not file.is_file():
+        raise no_anchors(file, experiment.config)
     if experiment.config.anchors.source:
         axes, width = experiment.family.published_axes, experiment.shape[2]
         return load_published(file, axes, width).to(experiment.device)
-    if not file.is_file():
-        raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
     return load_anchors(file, anchor_provenance(experiment, task, index, theta_0, theta_t)).to(experiment.device)
+
+
+def no_anchors(file: Path, config: Config) -> InputError:
+    """For a unit without a file of anchors."""
+    if config.anchors.source:
+        return InputError(f"there is no anchor file {file}")
+    return InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
+
+
+def merge_settings(experiment: Experiment) -> dict[str, Any]:
+    """What decides the merge of start.method besides the checkpoints."""
+    method = experiment.config.start.method
+    start = {"method": method, "hyper": experiment.hyper(method)}
+    return {"start": start, "inputs": {"model": written_as(experiment.config)}}
 
 
 def merge_provenance(experiment: Experiment) -> dict[str, Any]:
     """What decides the merge of start.method: its hyperparameters and checkpoints; "data" follows if it has any."""
-    method = experiment.config.start.method
-    return {"start": {"method": method, "hyper": experiment.hyper(method)}, "inputs": inputs_of(experiment)}
+    return merge_settings(experiment) | {"inputs": inputs_of(experiment)}
+
+
+def written_as(config: Config) -> dict[str, Any]:
+    """The options of the model that say how a merged one is written."""
+    return {"vocabulary": config.model.vocabulary, "dtype": config.model.dtype, "tokenizers": config.model.tokenizers}
 
 
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
-    model = experiment.config.model
-    written = {"vocabulary": model.vocabulary, "dtype": model.dtype, "tokenizers": model.tokenizers}
-    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written_as(experiment.config)}
+
+
+def fit_settings(experiment: Experiment) -> dict[str, Any]:
+    """What decides an adapted model besides checkpoints and anchors: settings and seed."""
+    config = experiment.config
+    settings = as_dict(config.adapt.for_start(config.start.method))
+    del settings["by_start"]
+    return {
+        "start": {"method": config.start.method},
+        "adapt": settings,
+        "run": {"seed": config.run.seed},
+        "anchors": {"init": config.anchors.init},
+        "inputs": {"model": written_as(config)},
+    }
 
 
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     """What decides an adapted model: settings, seed, start, the experts and every anchor."""
-    config, layout = experiment.config, RunLayout(experiment.config)
-    settings, made = as_dict(config.adapt.for_start(config.start.method)), start.path / PROVENANCE_FILE
-    del settings["by_start"]
+    config, layout, settings = experiment.config, RunLayout(experiment.config), fit_settings(experiment)
+    made = start.path / PROVENANCE_FILE
     anchors = [file_hash(layout.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks]
-    return {
-        "start": {"method": config.start.method, "checkpoint": start.fingerprint()},
-        "adapt": settings,
-        "run": {"seed": config.run.seed},
-        "anchors": {"init": config.anchors.init, "files": identity(anchors)},
-        "inputs": inputs_of(experiment),
-    } | data_of(json.loads(made.read_text()) if made.is_file() else {})
+    settings["start"]["checkpoint"] = start.fingerprint()
+    settings["anchors"]["files"] = identity(anchors)
+    settings["inputs"] = inputs_of(experiment)
+    return settings | data_of(json.loads(made.read_text()) if made.is_file() else {})
 
 
 def data_of(made: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from common.config import PRETRAINED, Config, Model
 from common.core.errors import InputError
-from common.domain import FOLDERS, Domain, block_family
+from common.domain import FOLDERS, Domain, block_family, scored_tests
 from common.merging.registry import METHODS, check_hyper, method_choices
 
 POSITIVE = {
@@ -36,10 +36,10 @@ def check_tasks(config: Config) -> None:
 
 
 def check_tests(config: Config, domain: Domain) -> None:
-    """Test sets exist, belong to one task each, and have the split that is scored."""
-    for test in config.tests:
+    """Test sets that are scored exist, belong to one task each, and have the split that is asked for."""
+    for test in scored_tests(config, domain):
         if test not in domain.TASKS:
-            raise InputError(f"unknown task {test!r}; choose from {', '.join(domain.TASKS)}")
+            raise InputError(f"eval.tests: unknown test set {test!r}; choose from {', '.join(domain.TASKS)}")
         if config.eval.split != "test" and domain.TASKS[test].train_split is None:
             raise InputError(f"eval.split is {config.eval.split}, but {test} has no training set to cut from")
     named = [test for task in config.tasks for test in config.eval.tests.get(task, [task])]
@@ -82,8 +82,10 @@ def check_data(config: Config, domain: Domain, method: str) -> None:
     if domain.calibration_task is None:
         raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
     for task in config.tasks:
-        if task not in config.tests.values():
-            raise InputError(f"{method} needs data of every task, but eval.tests has no test set of {task}")
+        if task not in scored_tests(config, domain).values():
+            raise InputError(
+                f"{method} needs data of every task, and there is no test set for {task}; eval.tests can name one"
+            )
 
 
 def check_settings(config: Config) -> None:

@@ -10,13 +10,13 @@ from dataclasses import replace
 from common.command import run
 from common.config import Config
 from common.core.errors import InputError
-from common.domain import Domain
+from common.domain import Domain, scored_tests
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tables import Row, write_results
 from common.evaluation.tuning import SPLIT, candidates, held_out, searched
 from common.merging.registry import METHODS, hyperparameters
 from common.pipeline import adapt, construct
-from common.planning.dry_run import describe
+from common.planning.dry_run import Plan, check_export, describe
 from common.validation import check_choices
 
 
@@ -31,7 +31,7 @@ def compare(config: Config, domain: Domain) -> None:
     for each in runs:
         grid(each, domain, [row for other in runs for row in results_of(other)])
     rows = [row | {"seed": each.run.seed} for each in runs for row in results_of(each)]
-    write_results(config.run.dir / RESULTS, rows, list(config.tests))
+    write_results(config.run.dir / RESULTS, rows, list(scored_tests(config, domain)))
     publish(config, domain, rows, {})
 
 
@@ -59,16 +59,16 @@ def runs_of(config: Config) -> list[Config]:
     return runs
 
 
-def plan(config: Config, domain: Domain) -> str:
+def plan(config: Config, domain: Domain) -> Plan:
     """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
-    text, grids = describe(config, domain), candidates(config)
+    one_run, grids = describe(config, domain, [check_export]), candidates(config, domain)
     if grids:
         check_choices(held_out(config), domain)
     lines = [f"  {'search ' + m:18} {len(g)} candidates, merged and scored on {SPLIT}" for m, g in grids.items()]
     for each in runs_of(config) or [config]:
         models = [f"{start} x {init}" for start in config.compare.starts for init in config.compare.inits]
         lines.append(f"  {f'seed {each.run.seed}':18} {len(models)} models in {each.run.dir}: {', '.join(models)}")
-    return "\n".join([text, "", "Compare", *lines])
+    return replace(one_run, text="\n".join([one_run.text, "", "Compare", *lines]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What tests of several subjects share: configs with another value, what files hold, tensors compared."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from common.config import Config
+from common.config import ROOT, Config
 from common.core.task_vectors import Params
 from common.io.checkpoints import Checkpoint, write_tensors
 
@@ -36,6 +39,12 @@ def edit_config(folder: Path, **fields) -> None:
     """Change fields of a folder's config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def command(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of the project as a user runs it, from its folder, with these variables in the environment besides."""
+    run = [sys.executable, *map(str, arguments)]
+    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
 
 
 def read(path: Path, name: str) -> torch.Tensor:

@@ -84,7 +84,7 @@ def test_language_models_have_nothing_to_cut_from(tmp_path):
 
 
 def test_the_dry_run_names_search_seeds_and_models(seeds):
-    text = plan(change(seeds, "compare", search=SCALES), domain)
+    text = plan(change(seeds, "compare", search=SCALES), domain).text
     assert "search ta          3 candidates, merged and scored on validation_cut" in text
     for seed in (0, 1):
         models = f"2 models in {seeds.run.dir}/seed_{seed}: ta x weight, dare_ta x weight"

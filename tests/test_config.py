@@ -71,7 +71,7 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "[MNIST,MNITS]"], "unknown task 'MNITS'; choose from SUN397, Cars"),
+        (["--eval.tests", "{MNIST: [MNITS]}"], "unknown test set 'MNITS'; choose from SUN397, Cars"),
         (["--tasks", "[MNIST,MNIST]"], "none twice"),
         (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, "),
         (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),

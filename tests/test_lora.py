@@ -436,9 +436,9 @@ def test_a_merge_forms_each_tensor_once(tmp_path, monkeypatch):
 
 def test_the_dry_run_says_that_it_is_an_adapter(tmp_path):
     config = nlg_inputs(tmp_path)
-    assert f"found      expert code: {tmp_path}/lora/code (LoRA adapter, 10 tensors)" in describe(config, nlg)
+    assert f"found      expert code: {tmp_path}/lora/code (LoRA adapter, 10 tensors)" in describe(config, nlg).text
     (tmp_path / "lora" / "code" / "adapter_model.safetensors").unlink()
-    assert "MISSING    expert code: there is no checkpoint at" in describe(config, nlg)
+    assert "MISSING    expert code: there is no checkpoint at" in describe(config, nlg).text
 
 
 def test_provenance_changes_with_the_adapter(tmp_path):

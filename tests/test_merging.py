@@ -250,7 +250,7 @@ def test_what_a_method_holds_is_counted(monkeypatch):
 
 def test_the_dry_run_says_what_a_merge_holds(pico_config):
     def rows(method):
-        plan = describe(replace(pico_config, start=replace(pico_config.start, method=method)), domain)
+        plan = describe(replace(pico_config, start=replace(pico_config.start, method=method)), domain).text
         return re.findall(r"merge, memory.* on a CPU alone; (.*)", plan)
 
     (line,) = rows("average")

@@ -469,5 +469,5 @@ def test_where_there_is_no_data_the_method_is_refused(vision_config):
 
 
 def test_the_dry_run_says_that_whole_models_are_held(vision_config):
-    assert "merge, data" in describe(with_method(vision_config, "fisher"), vision)
-    assert "merge, data" not in describe(vision_config, vision)
+    assert "merge, data" in describe(with_method(vision_config, "fisher"), vision).text
+    assert "merge, data" not in describe(vision_config, vision).text

@@ -217,7 +217,7 @@ def test_other_output_than_before_is_refused_by_field(nlg_config):
 
 def paper_plan(*arguments):
     file = str(ROOT / "configs/nlg/llama2_13b.yaml")
-    return describe(parse("", ["--config", file, "--model.root", "/nowhere", *arguments]), domain)
+    return describe(parse("", ["--config", file, "--model.root", "/nowhere", *arguments]), domain).text
 
 
 def test_the_paper_config_is_planned_without_any_file():

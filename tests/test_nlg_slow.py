@@ -96,7 +96,7 @@ def test_the_whole_chain_at_the_width_of_llama_2_13b(tmp_path):
     figures["construct"] = peak("NLG/construct_fda.py", *options)
     figures["merge"] = peak("scripts/merge.py", *options)
     figures["adapt"] = peak("NLG/adapt.py", *options)
-    plan = describe(parse("", list(map(str, options))), domain)
+    plan = describe(parse("", list(map(str, options))), domain).text
     promised = dict(re.findall(r"(\w+), memory .* ([\d.]+) GiB on a CPU alone", plan))
     for stage, (memory, libraries, seconds) in figures.items():
         foreseen = f"{float(promised[stage]) * 1024:.0f}" if stage in promised else "-"

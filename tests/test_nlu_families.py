@@ -184,7 +184,7 @@ def test_a_base_without_a_readable_config_is_refused_in_the_dry_run_too(own_nlu,
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(InputError, match=message):
         construct(own_nlu, domain)
-    assert message in describe(own_nlu, domain)
+    assert message in describe(own_nlu, domain).text
 
 
 def test_code_that_comes_with_a_model_is_never_run(own_nlu, tmp_path):

@@ -350,7 +350,7 @@ def test_the_validation_cut_is_a_tenth_of_the_training_images(pico_config, pico_
 
 
 def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
-    text = describe(change(pico_config, "model", root="/nowhere", arch="ViT-B-32-quickgelu"), domain)
+    text = describe(change(pico_config, "model", root="/nowhere", arch="ViT-B-32-quickgelu"), domain).text
     for line in (
         "MISSING    base: there is no checkpoint at /nowhere/base",
         "MISSING    expert SVHN",
@@ -358,15 +358,15 @@ def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
         "GFLOP",
     ):
         assert line in text
-    assert "found      expert MNIST" in describe(pico_config, domain)
-    assert "Needs: not known yet" in describe(change(pico_config, "model", root="/nowhere"), domain)
+    assert "found      expert MNIST" in describe(pico_config, domain).text
+    assert "Needs: not known yet" in describe(change(pico_config, "model", root="/nowhere"), domain).text
 
 
 @pytest.mark.parametrize(("few", "expected"), [(2**25, "float32"), (0, "bf16")])
 def test_the_dry_run_names_the_precision_that_pays(pico_config, monkeypatch, few, expected):
     monkeypatch.setattr("common.fda.precision.FEW", few)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    text = describe(change(pico_config, "run", precision="bf16", device="cpu"), domain)
+    text = describe(change(pico_config, "run", precision="bf16", device="cpu"), domain).text
     assert f"construct, in      {expected}\n" in text
 
 

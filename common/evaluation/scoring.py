@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from common.config import PRETRAINED, ROOT, Config, as_dict
-from common.domain import Domain
+from common.domain import Domain, scored_tests
 from common.evaluation.figures import Traces, write_report
 from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
 from common.experiment import Experiment, open_experiment
@@ -25,12 +25,16 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     The examples of a task are read once for all models that are to be scored on it. A row of `others`, results of other
     runs with these data, is taken over where it is of the same checkpoint.
     """
-    if not config.tests:
-        return print("nothing is scored: eval.tests has no test set for any task")
+    tests = scored_tests(config, domain)
+    unscored = [task for task in config.tasks if task not in tests.values()]
+    if unscored:
+        print(f"not scored, as eval.tests names no test set for it: {', '.join(unscored)}")
+    if not tests:
+        return
     experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
     rows, units = results_of(config), Units()
     with recorded(config, "score", units):
-        for test, task in config.tests.items():
+        for test, task in tests.items():
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
                 row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
@@ -49,7 +53,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
                     birth = {"config": digest(as_dict(config)), "commit": commit()}
                     rows = upsert(rows, pending[name][0] | result | birth)
                     units.done += 1
-            write_results(file, rows, list(config.tests))
+            write_results(file, rows, list(tests))
     publish(config, domain, rows, traces(experiment))
 
 
@@ -61,7 +65,7 @@ def results_of(config: Config) -> list[Row]:
 
 def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, Traces]) -> None:
     """Write table.md and the figures of the rows of eval.split, and print the table."""
-    rows, tests = [row for row in rows if row["split"] == config.eval.split], list(config.tests)
+    rows, tests = [row for row in rows if row["split"] == config.eval.split], list(scored_tests(config, domain))
     style = {"percent": domain.PERCENT, "published": published(config)}
     write_report(config.run.dir, rows, tests, curves, **style)
     print(table(rows, tests, **style))

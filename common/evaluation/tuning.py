@@ -9,7 +9,7 @@ from typing import Any
 from common.assembly import merge_start
 from common.config import Config, as_dict
 from common.core.errors import InputError
-from common.domain import Domain
+from common.domain import Domain, scored_tests
 from common.experiment import open_experiment
 from common.io.checkpoints import digest, write_text
 from common.layout import inputs_of
@@ -19,7 +19,7 @@ from common.run.run_log import commit
 SPLIT = "validation_cut"
 
 
-def candidates(config: Config) -> dict[str, list[dict[str, Any]]]:
+def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]]:
     """{method: every combination of the values that compare.search lists for it}.
 
     Raises InputError, before anything is opened, on a method or hyperparameter that does not exist, a value that does
@@ -27,8 +27,10 @@ def candidates(config: Config) -> dict[str, list[dict[str, Any]]]:
     """
     grids = {}
     for method, lists in config.compare.search.items():
-        if not config.tests:
-            raise InputError(f"compare.search cannot choose for {method}: eval.tests has no test set for any task")
+        if not scored_tests(config, domain):
+            raise InputError(
+                f"compare.search cannot choose for {method}: there is no test set for any task; eval.tests can name one"
+            )
         empty = [name for name, values in lists.items() if not values]
         if empty or not lists:
             raise InputError(f"compare.search.{'.'.join([method, *empty[:1]])} lists no value to try")
@@ -52,7 +54,7 @@ def searched(config: Config, domain: Domain) -> Config:
     Every candidate is a row of search.json; one that is there already, of the same inputs, is not scored again.
     """
     hyper = dict(config.start.hyper)
-    for method, grid in candidates(config).items():
+    for method, grid in candidates(config, domain).items():
         rows = [candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen) for chosen in grid]
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
         hyper[method] = hyper.get(method, {}) | grid[best]
@@ -67,14 +69,15 @@ def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, 
     trial = replace(config, start=replace(config.start, hyper={method: hyper}), run=run).at_start(method)
     experiment = open_experiment(trial, domain)
     row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
-    row["id"] = digest([row, config.tests, inputs_of(experiment)])
+    tests = scored_tests(config, domain)
+    row["id"] = digest([row, tests, inputs_of(experiment)])
     known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
     if known:
         return known[0]
     shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
     domain.check_export(config.model)
     path = {method: merge_start(experiment, domain).path}
-    scores = {test: domain.score(trial, test, path, experiment.device)[method] for test in config.tests}
+    scores = {test: domain.score(trial, test, path, experiment.device)[method] for test in tests}
     shutil.rmtree(folder)
     row |= {"scores": {test: {"value": value, "n": n} for test, (value, n) in scores.items()}}
     row |= {"avg": sum(value for value, _ in scores.values()) / len(scores)}

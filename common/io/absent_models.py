@@ -28,7 +28,7 @@ def nothing_at(path: Path) -> str:
     cached = snapshot_of(name) or snapshot_of(path.name)
     if cached:
         return f"{said}; an id of the hub is no path here, but the model is in this machine's cache: name {cached}"
-    if re.fullmatch(HUB_ID, name) and not path.parent.exists():
+    if re.fullmatch(HUB_ID, name) and path.suffix != ".safetensors" and not path.parent.exists():
         return f"{said}; if {name} is an id of the hub, `hf download {name} --local-dir {path}` puts the model there"
     return said
 

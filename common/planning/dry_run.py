@@ -1,19 +1,24 @@
 """The dry run: what a config would read, make and need, from headers alone."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 import yaml
 
-from common.config import Config, as_dict
+from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.domain import Domain, block_family
+from common.domain import Domain, block_family, scored_tests
+from common.experiment import Experiment, open_inputs
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
-from common.io.checkpoints import Checkpoint
-from common.layout import RunLayout
+from common.io.checkpoints import Checkpoint, check_provenance, read_header
+from common.layout import RunLayout, anchor_settings, fit_settings, is_finished, merge_settings, no_anchors
 from common.planning.cost import (
     GIB,
     arithmetic,
@@ -28,51 +33,137 @@ from common.planning.cost import (
 )
 from common.validation import check_choices
 
+Check = Callable[[Experiment, Domain], None]
 
-def describe(config: Config, domain: Domain) -> str:
-    """The resolved config, every input as found or missing, the outputs, and what the work needs."""
+
+@dataclass(frozen=True)
+class Plan:
+    """What --dry-run prints, and the sentences with which the run would refuse; none if it would work."""
+
+    text: str
+    refusals: list[str]
+
+
+class Refusals(dict[str, list[str]]):
+    """{input: why the run would refuse it}."""
+
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Note an InputError of the block as one of this input, and go on behind it."""
+        try:
+            yield
+        except InputError as error:
+            self.setdefault(what, []).append(str(error))
+
+
+def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Plan:
+    """The resolved config, every input as found, refused or missing, the outputs, and what the work needs.
+
+    The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides.
+    """
     check_choices(config, domain)
-    family = block_family(domain, config.model)
+    family, refusals = block_family(domain, config.model), Refusals()
+    experiment = open_inputs(config, domain, refusals.noted)
+    lines = inputs(config, domain, refusals)
+    if experiment:
+        for check in checks:
+            with refusals.noted(""):
+                check(experiment, domain)
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
-    return "\n".join(
-        [settings, "Inputs", *inputs(config), "", "Outputs", *outputs(config), "", *needs(config, domain, family)]
-    )
+    needed = needs(config, domain, family)
+    text = "\n".join([settings, "Inputs", *lines, "", "Outputs", *outputs(config), "", *needed])
+    return Plan(text, list(dict.fromkeys(sentence for of_one in refusals.values() for sentence in of_one)))
 
 
-def inputs(config: Config) -> list[str]:
-    """One line for each checkpoint and data set."""
-    lines = [checkpoint_line("base", config.model.path("base"))]
-    lines += [checkpoint_line(f"expert {task}", config.model.path("expert", task)) for task in config.tasks]
+def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
+    """One line for each checkpoint and data set; `refusals` is what opening them found, and gets what is missing."""
+    lines = [checkpoint_line("base", config.model.path("base"), False, refusals)]
+    lines += [checkpoint_line(f"expert {t}", config.model.path("expert", t), True, refusals) for t in config.tasks]
     if config.start.checkpoint:
-        lines.append(checkpoint_line("start", Path(config.start.checkpoint).expanduser()))
+        lines.append(checkpoint_line("start", Path(config.start.checkpoint).expanduser(), False, refusals))
     if config.model.text:
-        lines.append(checkpoint_line("text tower", config.model.path("text")))
+        lines.append(checkpoint_line("text tower", config.model.path("text"), False, refusals))
     for task in config.tasks:
         if config.model.head:
             found = config.model.path("head", task).is_file()
             lines.append(f"  {'found' if found else 'to be made':10} head {task}: {config.model.path('head', task)}")
-    for test in config.tests:
+    tests = scored_tests(config, domain)
+    for test in tests:
         folder = Path(config.eval.data).expanduser() / test
         lines.append(f"  {'found' if folder.is_dir() else 'from hub':10} data {test}: {folder}")
-    return lines
+    unscored = [task for task in config.tasks if task not in tests.values()]
+    return lines + [f"  {'not scored':10} {task}: eval.tests names no test set for it" for task in unscored]
 
 
-def checkpoint_line(what: str, path: Path) -> str:
-    """Whether a checkpoint is there and whole."""
+def checkpoint_line(what: str, path: Path, may_be_adapter: bool, refusals: Refusals) -> str:
+    """Whether a checkpoint is there and whole, and goes with the others."""
     try:
-        adapter = what.startswith("expert") and is_adapter(path)
+        adapter = may_be_adapter and is_adapter(path)
         opened = open_adapter(path)[1] if adapter else Checkpoint(path)
-        kind = "LoRA adapter, " if adapter else f"{opened.found}, " if path.is_dir() else ""
-        return f"  {'found':10} {what}: {path} ({kind}{len(opened.shapes)} tensors)"
     except InputError as error:
-        return f"  {'MISSING':10} {what}: {error}"
+        refusals.setdefault(what, [str(error)])
+        return f"  {'MISSING':10} {what}: {refusals[what][0]}"
+    if what in refusals:
+        return f"  {'REFUSED':10} {what}: {'; '.join(refusals[what])}"
+    kind = "LoRA adapter, " if adapter else f"{opened.found}, " if path.is_dir() else ""
+    return f"  {'found':10} {what}: {path} ({kind}{len(opened.shapes)} tensors)"
+
+
+# ---- checks of the commands: what each would refuse besides, as far as headers and JSON tell -------------------------
+
+
+def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
+    """Anchors that are there already were made with these settings."""
+    layout = RunLayout(experiment.config)
+    for task, index in product(experiment.config.tasks, experiment.blocks):
+        file = layout.anchor_file(task, index)
+        if file.is_file():
+            check_provenance(file, read_header(file), anchor_settings(experiment, task, index))
+
+
+def check_anchors(experiment: Experiment, domain: Domain) -> None:
+    """All anchors that an adaptation needs are there, of these settings or in the released layout."""
+    layout = RunLayout(experiment.config)
+    for task, index in product(experiment.config.tasks, experiment.blocks):
+        file = layout.anchor_file(task, index)
+        if not file.is_file():
+            raise no_anchors(file, experiment.config)
+    if not experiment.config.anchors.source:
+        check_anchors_made(experiment, domain)
+
+
+def check_export(experiment: Experiment, domain: Domain) -> None:
+    """A merged model can be written with all that shall lie beside it."""
+    domain.check_export(experiment.config.model)
+
+
+def check_start(experiment: Experiment, domain: Domain) -> None:
+    """The start that is given fits the base; one that is there already was made with these settings."""
+    config = experiment.config
+    if config.start.checkpoint:
+        experiment.given_start()
+    elif config.start.method != PRETRAINED:
+        is_finished(RunLayout(config).start, merge_settings(experiment))
+
+
+def check_adapted(experiment: Experiment, domain: Domain) -> None:
+    """An adapted model that is there already was made with these settings."""
+    is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
+
+
+CONSTRUCT: tuple[Check, ...] = (check_anchors_made,)
+MERGE: tuple[Check, ...] = (check_export, check_start)
+ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
+
+
+# ---- what it makes and needs -----------------------------------------------------------------------------------------
 
 
 def outputs(config: Config) -> list[str]:
     """The folders that would be written, and whether something is there already."""
     layout = RunLayout(config)
     folders = [layout.anchor_folder, layout.adapted]
-    if config.start.method != "pretrained" and not config.start.checkpoint:
+    if config.start.method != PRETRAINED and not config.start.checkpoint:
         folders.append(layout.start)
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 

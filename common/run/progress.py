@@ -35,6 +35,9 @@ class UnitBar(Units):
             yield
         except FloatingPointError as error:
             raise InputError(f"{self.stage}: {name}: {error}") from error
+        except Exception as error:
+            error.add_note(f"{self.stage}, {name}")  # for the command to say
+            raise
         if self.kept == kept:
             self.done += count
             self.bar.update(self.done - self.bar.n)

@@ -1,0 +1,134 @@
+"""The dry run: it opens and compares what the run would, lists all that is wrong, and ends with the run's status."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+from helpers import change, command, rewrite
+from pico_vision import PICO_TASKS
+
+from common.config import as_dict
+from common.core.errors import InputError
+from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import ADAPT, CONSTRUCT, MERGE, describe
+from Vision import domain
+
+
+@pytest.fixture
+def own(pico_config, pico_inputs, tmp_path):
+    """The pico experiment on a copy of its checkpoints that a test may damage, merged by ta; and their folder."""
+    shutil.copytree(pico_inputs / "clip", tmp_path / "clip")
+    config = change(pico_config, "model", root=str(tmp_path / "clip"))
+    return change(change(config, "start", method="ta"), "run", score=False), tmp_path / "clip"
+
+
+def refused_alike(config, stage, checks):
+    """The sentences of the dry run, of which the first must be the run's own."""
+    refusals = describe(config, domain, checks).refusals
+    with pytest.raises(InputError) as raised:
+        stage(config, domain)
+    assert refusals[0] == str(raised.value)
+    return refusals
+
+
+def test_experts_that_do_not_fit_are_all_refused(own):
+    config, root = own
+    first, second = (root / task / "finetuned.safetensors" for task in PICO_TASKS)
+    rewrite(first, lambda tensors: tensors.pop("visual.proj"))
+    rewrite(second, lambda tensors: tensors.update({"visual.proj": tensors["visual.proj"][:, :4].contiguous()}))
+    refusals = refused_alike(config, merge_alone, MERGE)
+    assert len(refusals) == 2 and all("visual.proj" in sentence for sentence in refusals)
+    text = describe(config, domain, MERGE).text
+    assert all(f"REFUSED    expert {task}: " in text for task in PICO_TASKS) and "found      base: " in text
+
+
+def test_what_is_missing_hides_nothing_else(own):
+    config, root = own
+    shutil.rmtree(root / "SVHN")
+    rewrite(root / "MNIST" / "finetuned.safetensors", lambda tensors: tensors.pop("visual.proj"))
+    missing, misfit = sorted(describe(config, domain).refusals, key=lambda s: "visual.proj" in s)
+    assert str(root / "SVHN" / "finetuned.safetensors") in missing and "visual.proj" in misfit
+    shutil.rmtree(root / "base")
+    text = describe(config, domain).text
+    assert f"MISSING    base: there is no checkpoint at {root / 'base'}" in text and "MISSING    expert SVHN" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("start", {"hyper": {"ta": {"scale": 0.7}}}, "start.hyper.scale = 0.3, now it is 0.7"),
+        ("adapt", {"epochs": 3}, "adapt.epochs = 2, now it is 3"),
+        ("anchors", {"steps": 6}, "anchors.steps = 5, now it is 6"),
+    ],
+)
+def test_results_of_other_settings_are_refused_as_by_the_run(own, section, values, said):
+    config, _ = own
+    construct(config, domain)
+    adapt(config, domain)
+    for checks in (CONSTRUCT, ADAPT):
+        assert describe(config, domain, checks).refusals == []
+    other = change(config, section, **values)
+    stage, checks = (construct, CONSTRUCT) if section == "anchors" else (adapt, ADAPT)
+    assert said in refused_alike(other, stage, checks)[0]
+
+
+def test_an_adaptation_without_anchors_is_refused_and_a_merge_is_not(own):
+    config, _ = own
+    assert describe(config, domain, MERGE).refusals == describe(config, domain, CONSTRUCT).refusals == []
+    [sentence] = describe(config, domain, ADAPT).refusals
+    assert sentence.startswith("there are no anchors at ") and "construct_fda.py" in sentence
+
+
+def test_a_start_that_does_not_fit_is_refused(own, tmp_path):
+    config, root = own
+    given = tmp_path / "given.safetensors"
+    shutil.copy(root / "MNIST" / "finetuned.safetensors", given)
+    assert describe(change(config, "start", checkpoint=str(given)), domain, MERGE).refusals == []
+    rewrite(given, lambda tensors: tensors.pop("visual.proj"))
+    refused_alike(change(config, "start", checkpoint=str(given)), merge_alone, MERGE)
+
+
+def test_nothing_is_written_and_the_status_is_that_of_the_run(own, tmp_path):
+    config, root = own
+    shutil.rmtree(root / "SVHN")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}))
+    before = sorted(tmp_path.rglob("*"))
+    done = command("scripts/merge.py", "--config", file, "--dry-run")
+    assert done.returncode == 2 and "found      expert MNIST" in done.stdout and "Needs" in done.stdout
+    assert done.stderr == f"error: there is no checkpoint at {root / 'SVHN' / 'finetuned.safetensors'}\n"
+    done = command("scripts/merge.py", "--config", file, "--dry-run", "--tasks", json.dumps(["MNIST"]))
+    assert (done.returncode, done.stderr) == (0, "") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_of_ones_own_is_merged_and_not_scored(own, capsys):
+    config, root = own
+    shutil.move(root / "SVHN", root / "house_numbers")
+    config = change(replace(config, tasks=["MNIST", "house_numbers"]), "run", score=True)
+    plan = describe(config, domain, MERGE)
+    assert plan.refusals == [] and "not scored house_numbers" in plan.text
+    construct(config, domain)
+    adapt(config, domain)
+    said = capsys.readouterr().out
+    assert said.count("not scored, as eval.tests names no test set for it: house_numbers\n") == 1
+    rows = json.loads((config.run.dir / "results.json").read_text())
+    assert rows["tasks"] == ["MNIST"] and {row["task"] for row in rows["rows"]} == {"MNIST"}
+
+
+def test_a_misspelt_task_is_refused_with_its_path_and_what_may_be_meant(own):
+    config, root = own
+    for stage in (construct, merge_alone):
+        with pytest.raises(InputError) as raised:
+            stage(replace(config, tasks=["MNIST", "SVNH"]), domain)
+        assert f"{root / 'SVNH' / 'finetuned.safetensors'}; is the task 'SVNH' misspelt?" in str(raised.value)
+        assert str(raised.value).endswith("close to it: SVHN")
+
+
+def test_data_of_a_task_without_a_test_set_cannot_be_used(own):
+    config, root = own
+    shutil.move(root / "SVHN", root / "house_numbers")
+    config = change(replace(config, tasks=["MNIST", "house_numbers"]), "start", method="fisher")
+    with pytest.raises(InputError, match="fisher needs data of every task, and there is no test set for house_numbers"):
+        merge_alone(config, domain)
