@@ -1,4 +1,18 @@
-"""Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them."""
+"""Functional Dual Anchors in two boxes (paper Algorithm 1): construct the anchors, adapt the merged model on them.
+
+Box 1, `construct`. For every block φ and every task t:              a formula's home in common/fda/
+    θ₀, θ_t: the block's weights in base and expert; τ = θ_t − θ₀
+    x: rows of θ_t, or Gaussian noise                                  initial_anchors, anchors.py
+    repeat x ← x − η ∂/∂x Σ_p 1 − cos(−∂Dist/∂θ_p, τ_p),               optimise_anchors, construction.py
+        Dist = Dist(φ(θ; x), φ(θ_t; x)) at θ = θ₀  (Eq. 1)             matching_loss, matching.py
+    store x
+Box 2, `adapt`. For every block φ:
+    read the anchors x_t of every task, compute the targets φ(θ_t; x_t)
+    θ: that of the pretrained model, or of a merge  (Eq. 5, 6)         own_weights, coefficients, adaptation.py
+    repeat θ ← θ − η ∂/∂θ Σ_t Dist(φ(θ; x_t), φ(θ_t; x_t))  (Eq. 4)    fit_block, adaptation.py
+    store θ
+Then put the merged model together from its blocks.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,9 +74,9 @@ def construct_units(
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
     problems = [matching_problem(experiment, task, theta_0, theta_t) for task, theta_t in thetas.items()]
-    x_inits = [initial(experiment, task, index, theta_t) for task, theta_t in thetas.items()]
+    x_inits = [initial_anchors_of(experiment, task, index, theta_t) for task, theta_t in thetas.items()]
     # minimise the matching loss over the anchors
-    found = optimise(experiment, problems, x_inits, bar)
+    found = search_anchors(experiment, problems, x_inits, bar)
     for (task, file), best in zip(files.items(), found, strict=True):
         outcome = {"steps_done": max(0, len(best.trace) - 1), "best_step": best.best_step}
         outcome |= {"losses": best.losses, "trace": best.trace}
@@ -83,7 +97,7 @@ def matching_problem(experiment: Experiment, task: str, theta_0: Params, theta_t
     return MatchingProblem(experiment.block, theta_0, theta_t, tau, experiment.positions(task))
 
 
-def initial(experiment: Experiment, task: str, index: int, theta_t: Params) -> Tensor:
+def initial_anchors_of(experiment: Experiment, task: str, index: int, theta_t: Params) -> Tensor:
     """The anchors x_ATD of one block and one task before the first step."""
     generator = seeded(experiment.config.run.seed, "anchors", task, index)
     scheme, scale = experiment.config.anchors.init, experiment.anchor_scale()
@@ -91,7 +105,7 @@ def initial(experiment: Experiment, task: str, index: int, theta_t: Params) -> T
     return x_ATD.to(experiment.device)
 
 
-def optimise(
+def search_anchors(
     experiment: Experiment, problems: Sequence[MatchingProblem], x_inits: Sequence[Tensor], bar: UnitBar
 ) -> list[OptimisedAnchors]:
     """Optimise the anchors of one block for some tasks, as the config says."""
@@ -131,7 +145,7 @@ def adapt(config: Config, domain: Domain) -> Path:
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
     else:
-        bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks))
+        bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks), "blocks")
         with threads_for(experiment.largest_product), recorded(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):

@@ -25,13 +25,13 @@ def units(pico_inputs):
     modules = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
     generator = seeded(0)
     theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in modules[0].named_parameters()}
-    problems, x_inits = [], []
+    block, problems, x_inits = family.pure(modules[0]), [], []
     for task in range(3):
         theta_t = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in theta_0.items()}
         if task == 2:
             theta_t["mlp.c_fc.bias"] = theta_0["mlp.c_fc.bias"]
         tau = family.without_null_gradients(subtract(theta_t, theta_0))
-        problems.append(MatchingProblem(family.pure(modules[0]), theta_0, theta_t, tau, 0.1 * torch.ones(5, 16)))
+        problems.append(MatchingProblem(block, theta_0, theta_t, tau, 0.1 * torch.ones(5, 16)))
         x_inits.append(torch.randn(4, 5, 16, generator=generator))
     return problems, x_inits
 
@@ -50,7 +50,7 @@ def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precisi
     assert len(alone[2].losses) == len(alone[0].losses) - 1
 
 
-def test_each_ends_by_itself(units):
+def test_each_task_of_a_batch_ends_where_it_would_end_alone(units):
     problems, x_inits = units[0][:2], units[1][:2]
     settings = SearchSettings(60, lr=0.05, optimizer="adamw")
     whole = [optimise_anchors(problem, x, settings) for problem, x in zip(problems, x_inits, strict=True)]
@@ -60,6 +60,13 @@ def test_each_ends_by_itself(units):
     lengths = [len(found.trace) for found in alone]
     together = optimise_together(problems, x_inits, settings)
     assert [len(found.trace) for found in together] == lengths and len(set(lengths)) == 2
+
+
+def test_tasks_of_different_blocks_are_not_measured_together(units):
+    problems, x_inits = units
+    other = replace(problems[0], theta_0=dict(problems[0].theta_0))
+    with pytest.raises(ValueError, match="several blocks or base models"):
+        optimise_together([problems[0], other], x_inits[:2], SearchSettings(1, lr=0.1))
 
 
 def test_construct_makes_the_tasks_of_a_block_together(pico_config, tmp_path):

@@ -31,8 +31,11 @@ def batched_matching_gradient(
     """`matching_gradient` of S tasks of one block and one θ₀, whose τ name the same tensors.
 
     compiler: eager, or a backend of torch.compile.
+    Raises: ValueError if the problems differ in block or θ₀.
     """
     block, theta_0 = problems[0].block, problems[0].theta_0
+    if any(problem.block is not block or problem.theta_0 is not theta_0 for problem in problems):
+        raise ValueError("problems of several blocks or base models cannot be measured in one go")
     theta_t, tau = (stack_params([getattr(p, which) for p in problems]) for which in ("theta_t", "tau"))
     shapes, device = (shapes_of(theta_0), shapes_of(problems[0].tau)), next(iter(theta_0.values())).device
 

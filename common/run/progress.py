@@ -20,8 +20,8 @@ class Units:
 class UnitBar(Units):
     """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
 
-    def __init__(self, stage: str, units: int):
-        layout = "{desc} |{bar:20}| {n:.1f}/{total} units [{elapsed} gone, {remaining} left{postfix}]"
+    def __init__(self, stage: str, units: int, noun: str = "units"):
+        layout = f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
         self.bar = tqdm(total=units, desc=stage, bar_format=layout, mininterval=0.5, smoothing=0.05)
         super().__init__()
         self.stage = stage
