@@ -173,7 +173,7 @@ def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenanc
     # the merged block before the first step
     settings = config.adapt.for_start(config.start.method)
     trained = trainable(experiment, start, index, theta_0)
-    del theta_0, theta_t  # a block can fill a machine; fitting holds several of its size
+    theta_0 = theta_t = None  # a block can fill a machine; fitting holds several of its size
     if settings.warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
         trained = regmean_warm_start(experiment.block, trained, zip(thetas, inputs, strict=True))

@@ -141,8 +141,8 @@ class _LastPassOnly(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
-        return None if torch.is_grad_enabled() else gradient
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor | None:
+        return None if torch.is_grad_enabled() else grad_outputs[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -159,8 +159,8 @@ class _Linear(torch.autograd.Function):
         return y_RO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,), (x,) = grad_outputs, ctx.saved_tensors
         needs_x, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         first = torch.is_grad_enabled() or not ctx.by_x  # the last pass is by x alone
         of_x, of_weight = _LinearGradient.apply(gradient, x, *ctx.low, needs_x, needs_weight and first)
@@ -183,7 +183,8 @@ class _LinearGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_of_x: Tensor | None, by_of_weight: Tensor | None) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        by_of_x, by_of_weight = grad_outputs
         gradient_RO, x_RD, weight_OD = ctx.low
         of_gradient = of_x = None
         if by_of_x is not None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -160,7 +160,8 @@ class LoraCheckpoint(Checkpoint):
     def alias(self, name: str, of: str) -> None:
         """From now on `name` is another name of the tensor `of`, the adapter's part in it included."""
         self.base.alias(name, of)
-        for part in (self.shapes, self.given, self.saved, self.factors):
+        parts: tuple[dict[str, Any], ...] = (self.shapes, self.given, self.saved, self.factors)
+        for part in parts:
             if of in part:
                 part[name] = part[of]
 
