@@ -20,7 +20,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
 from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
 from common.merging.registry import METHODS, merge
-from common.run.run_log import recorded
+from common.run.run_log import record_stage
 
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
 
@@ -34,7 +34,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
         return experiment.given_start()
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
-        with recorded(experiment.config, f"merge {method}"):
+        with record_stage(experiment.config, f"merge {method}"):
             if METHODS[method].data:
                 tensors, provenance["data"] = merged_with_data(experiment, domain, method)
             else:

@@ -257,7 +257,7 @@ class Config:
         return {test: task for task in self.tasks for test in self.eval.tests.get(task, [task])}
 
     def at_start(self, method: str) -> "Config":
-        """The same from one of compare.starts alone; start.checkpoint is that of start.method only."""
+        """The config of one of compare.starts alone; start.checkpoint is that of start.method only."""
         checkpoint = self.start.checkpoint if method == self.start.method else ""
         return replace(
             self,

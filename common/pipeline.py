@@ -36,10 +36,10 @@ from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished
-from common.run.background import read_ahead, written_behind
+from common.run.background import read_ahead, write_behind
 from common.run.device import threads_for
 from common.run.progress import UnitBar
-from common.run.run_log import recorded
+from common.run.run_log import record_stage
 
 
 def construct(config: Config, domain: Domain) -> None:
@@ -50,7 +50,7 @@ def construct(config: Config, domain: Domain) -> None:
     experiment = open_experiment(config, domain)
     bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))
     threads = threads_for(experiment.largest_product)
-    with threads, recorded(config, f"construct {config.anchors.init}", bar), bar, written_behind() as write:
+    with threads, record_stage(config, f"construct {config.anchors.init}", bar), bar, write_behind() as write:
         for index, theta_0, thetas in read_ahead(experiment.units()):
             with bar.unit(f"{' + '.join(thetas)}, block {index}", len(thetas)):
                 construct_units(experiment, index, theta_0, thetas, bar, write)
@@ -146,7 +146,7 @@ def adapt(config: Config, domain: Domain) -> Path:
         remove_blocks(folder)  # which a kill can have left
     else:
         bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks), "blocks")
-        with threads_for(experiment.largest_product), recorded(config, bar.stage, bar), bar:
+        with threads_for(experiment.largest_product), record_stage(config, bar.stage, bar), bar:
             for index in experiment.blocks:
                 with bar.unit(f"block {index}"):
                     adapt_block(experiment, start, index, provenance, bar)

@@ -13,7 +13,7 @@ from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tables import Row, write_results
-from common.evaluation.tuning import SPLIT, candidates, held_out, searched
+from common.evaluation.tuning import SPLIT, candidates, choose_hyperparameters, held_out
 from common.merging.registry import METHODS, hyperparameters
 from common.pipeline import adapt, construct
 from common.planning.dry_run import Plan, check_export, describe
@@ -24,7 +24,7 @@ def compare(config: Config, domain: Domain) -> None:
     """Choose the hyperparameters of compare.search, then run the grid, once or with each of compare.seeds."""
     check_choices(config, domain)
     runs_of(config)  # refuses here what it would after the search
-    config = searched(config, domain)
+    config = choose_hyperparameters(config, domain)
     if not config.compare.seeds:
         return grid(config, domain)
     runs = runs_of(config)

@@ -59,3 +59,23 @@ def test_a_bug_in_a_unit_of_work_names_the_unit():
 def test_a_message_of_several_lines_is_one_sentence():
     assert unforeseen(RuntimeError("a\n  b")) == "stopped by RuntimeError: a b"
     assert unforeseen(RuntimeError()) == "stopped by RuntimeError: it says no more"
+
+
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    print("loaded:", *sorted(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("script", ["merge", "evaluate", "compare"])
+def test_help_loads_no_library_that_it_does_not_need(script):
+    """Each of these takes from half a second to three; torch is there for the names of the merge methods."""
+    done = command("-c", HELP, f"scripts/{script}.py")
+    shown, _, loaded = done.stdout.rpartition("loaded: ")
+    assert "--start.method" in shown and done.returncode == 0
+    heavy = {"matplotlib", "datasets", "pandas", "sklearn", "scipy", "transformers", "open_clip", "triton"}
+    assert heavy & set(loaded.split()) == set() and "torch" in loaded.split()

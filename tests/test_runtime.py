@@ -15,10 +15,10 @@ import yaml
 
 from common.config import ROOT, as_dict
 from common.core.errors import InputError
-from common.run.background import read_ahead, written_behind
+from common.run.background import read_ahead, write_behind
 from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.progress import UnitBar, Units
-from common.run.run_log import read_notes, recorded, total_cost
+from common.run.run_log import read_notes, record_stage, total_cost
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_names_stage_and_unit():
 
 def test_every_stage_leaves_its_certificate(pico_config):
     for stage in ("construct weight", "adapt"):
-        with recorded(pico_config, stage):
+        with record_stage(pico_config, stage):
             pass
     stages = json.loads((pico_config.run.dir / "run.json").read_text())
     assert list(stages) == ["adapt", "construct weight"]
@@ -88,7 +88,7 @@ def session(pico_config, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def run(seconds, done=0, kept=0, error=None, config=pico_config):
-        with pytest.raises(error) if error else nullcontext(), recorded(config, "work", Units(done, kept)):
+        with pytest.raises(error) if error else nullcontext(), record_stage(config, "work", Units(done, kept)):
             now[0] += seconds
             if error:
                 raise error
@@ -123,7 +123,7 @@ def test_units_that_nobody_timed_leave_the_time_unknown(session, pico_config):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is reset on Linux alone")
 def test_the_peak_is_that_of_the_stage(pico_config):
     def peak(mib):
-        with recorded(pico_config, "work"):
+        with record_stage(pico_config, "work"):
             torch.ones(mib * 2**18).sum()
         return read_notes(pico_config.run.dir)["work"]["peak_gib"]
 
@@ -166,7 +166,7 @@ def test_what_goes_wrong_in_reading_ahead_is_raised_in_its_turn():
 
 def test_what_is_written_behind_is_there_at_the_end_in_order():
     done = []
-    with written_behind() as write:
+    with write_behind() as write:
         for i in range(5):
             write(done.append, i)
     assert done == [0, 1, 2, 3, 4]
@@ -177,9 +177,9 @@ def test_what_goes_wrong_in_writing_behind_is_raised():
         raise InputError("cannot write x")
 
     done = []
-    with pytest.raises(InputError, match="cannot write x"), written_behind() as write:
+    with pytest.raises(InputError, match="cannot write x"), write_behind() as write:
         write(fails)
-    with pytest.raises(InputError, match="cannot write x"), written_behind() as write:
+    with pytest.raises(InputError, match="cannot write x"), write_behind() as write:
         write(fails)
         write(done.append, 1)
     assert done == []
@@ -187,7 +187,7 @@ def test_what_goes_wrong_in_writing_behind_is_raised():
 
 def test_what_was_written_behind_stays_when_the_work_is_interrupted():
     done = []
-    with pytest.raises(KeyboardInterrupt), written_behind() as write:
+    with pytest.raises(KeyboardInterrupt), write_behind() as write:
         write(done.append, 1)
         raise KeyboardInterrupt
     assert done == [1]

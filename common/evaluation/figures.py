@@ -72,12 +72,14 @@ def plot_accuracy(rows: Iterable[Row], tasks: Sequence[str], path: Path | str, p
         axes.plot(at.get("Pretrained", nowhere), range(len(nowhere)), **TICK, color=GREY, zorder=1)
         axes.plot(at.get("Individual", nowhere), range(len(nowhere)), **TICK, color=INK, zorder=5)
         axes.axhline(len(tasks) - 0.5, color=GREY, linewidth=0.8)
-        axes.set_title("from " * any(name in at for name in names) + display(start), fontsize=10, color=INK)
+        axes.set_title(
+            f"from {display(start)}" if any(name in at for name in names) else display(start), fontsize=10, color=INK
+        )
     grid[0].set_yticks(range(len(tasks) + 1), [*tasks, "Avg"])
     grid[0].invert_yaxis()
     metrics = {row["metric"] for row in rows}
     label = metrics.pop() if len(metrics) == 1 else "score"
-    figure.supxlabel(label + " (%)" * percent, fontsize=10, color=INK)
+    figure.supxlabel(f"{label} (%)" if percent else label, fontsize=10, color=INK)
     marks = [
         Line2D([], [], label="pretrained", **TICK, color=GREY),
         Line2D([], [], label="individual", **TICK, color=INK),

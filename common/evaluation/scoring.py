@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from common.config import PRETRAINED, ROOT, Config, as_dict
 from common.domain import Domain, scored_tests
-from common.evaluation.figures import Traces, write_report
 from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
 from common.experiment import Experiment, open_experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.layout import PROVENANCE_FILE, RunLayout, data_of
 from common.run.progress import Units
-from common.run.run_log import commit, recorded, total_cost
+from common.run.run_log import commit, record_stage, total_cost
+
+if TYPE_CHECKING:  # imports matplotlib
+    from common.evaluation.figures import Traces
 
 RESULTS = "results.json"
 
@@ -33,7 +35,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         return
     experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
     rows, units = results_of(config), Units()
-    with recorded(config, "score", units):
+    with record_stage(config, "score", units):
         for test, task in tests.items():
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
@@ -63,10 +65,12 @@ def results_of(config: Config) -> list[Row]:
     return read_results(file)[0] if file.is_file() else []
 
 
-def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, Traces]) -> None:
+def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, "Traces"]) -> None:
     """Write table.md and the figures of the rows of eval.split, and print the table."""
+    from common.evaluation.figures import write_report
+
     rows, tests = [row for row in rows if row["split"] == config.eval.split], list(scored_tests(config, domain))
-    style = {"percent": domain.PERCENT, "published": published(config)}
+    style = {"percent": domain.PERCENT, "published": paper_table(config)}
     write_report(config.run.dir, rows, tests, curves, **style)
     print(table(rows, tests, **style))
     print(f"\n{config.run.dir}: {RESULTS}, table.md and the figures")
@@ -99,7 +103,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
             yield row | used | {"method": method}, Checkpoint(file.parent)
 
 
-def traces(experiment: Experiment) -> dict[str, Traces]:
+def traces(experiment: Experiment) -> dict[str, "Traces"]:
     """The matching losses that the run's anchor files hold: {init: {(task, block): loss before each step}}."""
     found = {}
     for file in sorted((experiment.config.run.dir / "anchors").glob("*/*/block_*.safetensors")):
@@ -109,7 +113,7 @@ def traces(experiment: Experiment) -> dict[str, Traces]:
     return found
 
 
-def published(config: Config) -> dict[str, Any] | None:
+def paper_table(config: Config) -> dict[str, Any] | None:
     """The paper's table for the config's model, if the config names one."""
     if not config.eval.paper_table:
         return None

@@ -92,7 +92,7 @@ def values_by_seed(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, dict[
 
 
 def values_by_name(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Values]:
-    """The same as means over the seeds."""
+    """{row name: a value for each task, then their plain mean}, each the mean over the seeds; NaN if missing."""
     return {name: means(seeds.values()) for name, seeds in values_by_seed(rows, tasks).items()}
 
 
@@ -101,7 +101,9 @@ def means(lists: Iterable[Values]) -> Values:
 
 
 def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Values]:
-    """The same from a table of configs/paper_results.yaml; no mean where the paper's is over other tasks."""
+    """{row name: a fraction for each task, then their mean} in a table of configs/paper_results.yaml; NaN where it has
+    none, and for the mean where the paper's is over other tasks.
+    """
     unit = 100 if published["unit"] == "percent" else 1
     columns = [*published["tasks"], "Avg"]
     wanted = [*tasks, "Avg" if set(tasks) == set(published["tasks"]) else None]
@@ -122,7 +124,7 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
     paper = published_values(published, tasks) if published else {}
     start_of = {row_name(row): display(row["start"]) for row in rows if row["method"] == "fda"}
     timed = any("seconds" in row for row in rows)
-    lines = [["Method", *tasks, "Avg", "Δ", *["Time", "Memory"] * timed]]
+    lines = [["Method", *tasks, "Avg", "Δ", *(["Time", "Memory"] if timed else [])]]
     for name, seeds in ours.items():
         of_name = [row for row in rows if row_name(row) == name]
         starts, fixed = ours.get(start_of.get(name, ""), {}), is_fixed(of_name)
@@ -130,16 +132,18 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
         average = spread([v[-1] for v in seeds.values()], percent, fixed)
         gains = [v[-1] - starts.get(seed, [math.nan])[-1] for seed, v in seeds.items()]
         gain = spread(gains, percent, fixed, "+") if name in start_of else ""
-        lines.append([name, *values, average, gain, *cost_cells(of_name) * timed])
+        lines.append([name, *values, average, gain, *(cost_cells(of_name) if timed else [])])
         if name in paper:
             start = paper.get(start_of.get(name, ""), [math.nan])
             gain = cell(paper[name][-1] - start[-1], percent, "+") if name in start_of else ""
-            lines.append(["(paper)", *(cell(value, percent) for value in paper[name]), gain, *["", ""] * timed])
+            lines.append(
+                ["(paper)", *(cell(value, percent) for value in paper[name]), gain, *(["", ""] if timed else [])]
+            )
     return aligned(lines)
 
 
 def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True) -> str:
-    """The same in short, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
+    """A short table, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
     Time is the merge's, and behind each Δ that of the anchors and the adaptation."""
     rows = sorted((row for row in rows if row["method"] != "individual"), key=rank)
     ours, named = values_by_seed(rows, tasks), {row_name(row): row for row in rows}
@@ -162,7 +166,8 @@ def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True)
                 gains = [v[-1] - ours[start].get(seed, [math.nan])[-1] for seed, v in ours[name].items()]
                 line.append(spread([v[-1] for v in ours[name].values()], percent, fixed := is_fixed(of(name))))
                 line += [spread(gains, percent, fixed, "+"), cost_cells(of(name))[0]]
-            line += [MISSING] * 3 * (not made)
+            if not made:
+                line += [MISSING, MISSING, MISSING]
         lines.append(line)
     return aligned(lines)
 

@@ -44,11 +44,11 @@ def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]
 
 
 def held_out(config: Config) -> Config:
-    """The same experiment scored on the validation cut."""
+    """The config of an experiment whose models are scored on the validation cut."""
     return replace(config, eval=replace(config.eval, split=SPLIT))
 
 
-def searched(config: Config, domain: Domain) -> Config:
+def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     """The config with the best candidate of each method, by the mean score over all test sets, put into start.hyper.
 
     Every candidate is a row of search.json; one that is there already, of the same inputs, is not scored again.

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import datasets
 import numpy as np
 
 from common.config import Eval
 from common.core.errors import InputError
+
+if TYPE_CHECKING:  # an import of a second or more, which commands that read no examples go without
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sets(Protocol):
     train_split: str
 
 
-def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> datasets.Dataset:
+def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> "datasets.Dataset":
     """What models are scored on: the test set of a task or the validation cut, as eval.split and eval.limit say."""
     cut = options.split == "validation_cut"
     split = row.train_split if cut else row.split
@@ -39,7 +41,7 @@ def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> 
     return first(validation_cut(records) if cut else records, options.limit)
 
 
-def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sample: Sample) -> datasets.Dataset:
+def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sample: Sample) -> "datasets.Dataset":
     """Examples for a merge method, as many as there are if it asks for more.
 
     Of the training set the first of the permutation whose last tenth is the validation cut, so that no example is in
@@ -52,19 +54,21 @@ def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sam
     return records.select(order[: sample.examples])
 
 
-def first(records: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+def first(records: "datasets.Dataset", limit: int | None) -> "datasets.Dataset":
     """The first `limit` records; all if it is unset or larger."""
     return records.select(range(min(len(records), limit or len(records))))
 
 
 def load_records(
     root: Path, task: str, hub: str, hub_config: str | None, split: str, columns: Sequence[str]
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """One split of a task: root/task if that folder exists (parquet, csv, save_to_disk, imagefolder, …), else the hub.
 
     Raises: InputError if neither can be read (it says which id and which folder would do), if the split or a column is
         missing (it names those that are there).
     """
+    import datasets
+
     folder = root.expanduser() / task
     try:
         found = read_folder(folder, split) if folder.is_dir() else read_hub(hub, hub_config, split)
@@ -82,7 +86,7 @@ def load_records(
     return found
 
 
-def validation_cut(train: datasets.Dataset) -> datasets.Dataset:
+def validation_cut(train: "datasets.Dataset") -> "datasets.Dataset":
     """The last tenth of a fixed permutation of a training set, on which MergeLM chose its experts' epochs."""
     return train.select(cut_order(len(train))[1])
 
@@ -93,16 +97,20 @@ def cut_order(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: int(0.9 * examples)], order[int(0.9 * examples) :]
 
 
-def read_folder(folder: Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
+def read_folder(folder: Path, split: str) -> "datasets.Dataset | datasets.DatasetDict":
     """A folder as save_to_disk wrote it, with files named after the split, or as load_dataset understands it."""
+    import datasets
+
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(folder))
     files = [f.name for f in sorted(folder.glob(f"{split}[-.]*"))]  # `datasets` takes validation_matched for validation
     return datasets.load_dataset(str(folder), data_files={split: files} if files else None)
 
 
-def read_hub(hub: str, hub_config: str | None, split: str) -> datasets.Dataset:
+def read_hub(hub: str, hub_config: str | None, split: str) -> "datasets.Dataset":
     """One split of a data set of the hub; FileNotFoundError for a task that has no hub id."""
+    import datasets
+
     if not hub:
         raise FileNotFoundError("there is no such folder")
     return datasets.load_dataset(hub, hub_config, split=split)

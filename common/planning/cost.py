@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from common.config import PRETRAINED, Config
@@ -46,13 +45,16 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
+        self.formulas = flop_registry
         self.alive: Any = WeakIdKeyDictionary()
         self.operations = self.peak = self.large = self.small = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.operations += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if func.overloadpacket in self.formulas:
+            self.operations += self.formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share it

@@ -23,7 +23,7 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
-def written_behind() -> Iterator[Callable[..., None]]:
+def write_behind() -> Iterator[Callable[..., None]]:
     """write(function, *arguments) calls the function in a background thread while the caller works on.
 
     What goes wrong is raised by the next write, which waits for the one before, or at the end.

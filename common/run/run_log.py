@@ -80,7 +80,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 @contextmanager
-def recorded(config: Config, stage: str, units: "Units | None" = None) -> Iterator[None]:
+def record_stage(config: Config, stage: str, units: "Units | None" = None) -> Iterator[None]:
     """Note in the run's run.json when and where a stage was done, from which config and commit, how it ended, and its
     seconds and peak memory in GiB.
 
