@@ -92,6 +92,14 @@ class Experiment:
             raise InputError(f"the expert of {task}, {self.experts[task].path}, equals the base in every block")
         return self.family.without_null_gradients(tau) if self.config.anchors.skip_null_gradients else tau
 
+    def require_moved_blocks(self) -> None:
+        """InputError on an expert whose headers tell that it differs from the base in no anchored block."""
+        for task, expert in self.experts.items():
+            if not any(expert.touches(self.family.prefix(index)) for index in range(self.depth)):
+                where = f"none of {self.family.prefix(0)} to {self.family.prefix(self.depth - 1)}"
+                hint = "so no anchors can be made for it; scripts/merge.py merges it all the same"
+                raise InputError(f"the expert of {task}, {expert.path}, changes {where}, {hint}")
+
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
         path = Path(self.config.start.checkpoint).expanduser()

@@ -48,6 +48,7 @@ def construct(config: Config, domain: Domain) -> None:
     Together, one block and one task are a unit; with anchors.together the units of one block are optimised in one go.
     """
     experiment = open_experiment(config, domain)
+    experiment.require_moved_blocks()
     bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))
     threads = threads_for(experiment.largest_product)
     with threads, record_stage(config, f"construct {config.anchors.init}", bar), bar, write_behind() as write:

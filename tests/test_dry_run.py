@@ -5,15 +5,20 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from helpers import change, command, rewrite
 from pico_vision import PICO_TASKS
 
 from common.config import as_dict
 from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint, write_tensors
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import ADAPT, CONSTRUCT, MERGE, describe
+from NLG import domain as nlg
 from Vision import domain
+
+QUERY = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
@@ -132,3 +137,22 @@ def test_data_of_a_task_without_a_test_set_cannot_be_used(own):
     config = change(replace(config, tasks=["MNIST", "house_numbers"]), "start", method="fisher")
     with pytest.raises(InputError, match="fisher needs data of every task, and there is no test set for house_numbers"):
         merge_alone(config, domain)
+
+
+def test_an_adapter_outside_the_anchored_blocks_is_told_before_any_work(own_nlg):
+    """Anchored are the MLPs; the adapter is one of an attention."""
+    root, config = own_nlg
+    width = Checkpoint(root / "base").shapes[f"{QUERY}.weight"]
+    task = config.tasks[0]
+    shutil.rmtree(config.model.path("expert", task))
+    factors = {"lora_A": torch.ones(2, width[1]), "lora_B": torch.ones(width[0], 2)}
+    tensors = {f"base_model.model.{QUERY}.{name}.weight": t for name, t in factors.items()}
+    write_tensors(config.model.path("expert", task) / "adapter_model.safetensors", tensors)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (config.model.path("expert", task) / "adapter_config.json").write_text(json.dumps(settings))
+    [sentence] = describe(config, nlg, CONSTRUCT).refusals
+    assert "changes none of model.layers.0.mlp. to " in sentence and "scripts/merge.py" in sentence
+    with pytest.raises(InputError) as raised:
+        construct(config, nlg)
+    assert str(raised.value) == sentence and not config.run.dir.exists()
+    assert describe(config, nlg, MERGE).refusals == []

@@ -112,6 +112,11 @@ def checkpoint_line(what: str, path: Path, may_be_adapter: bool, refusals: Refus
 # ---- checks of the commands: what each would refuse besides, as far as headers and JSON tell -------------------------
 
 
+def check_moved_blocks(experiment: Experiment, domain: Domain) -> None:
+    """Every expert differs from the base in what is anchored, as far as headers tell."""
+    experiment.require_moved_blocks()
+
+
 def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
     """Anchors that are there already were made with these settings."""
     layout = RunLayout(experiment.config)
@@ -151,7 +156,7 @@ def check_adapted(experiment: Experiment, domain: Domain) -> None:
     is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
 
 
-CONSTRUCT: tuple[Check, ...] = (check_anchors_made,)
+CONSTRUCT: tuple[Check, ...] = (check_moved_blocks, check_anchors_made)
 MERGE: tuple[Check, ...] = (check_export, check_start)
 ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
 
