@@ -18,6 +18,7 @@ from common.domain import Domain, scored_tests
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
+from common.io.tokens import write_with_more
 from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
 from common.merging.registry import METHODS, merge
 from common.run.run_log import record_stage
@@ -124,4 +125,6 @@ def finish(
 ) -> None:
     """Write a checkpoint and, when it is whole, its provenance."""
     domain.export(experiment.config.model, tensors, folder)
+    if experiment.matching.more:
+        write_with_more(experiment.base.path, folder, experiment.matching.more)
     write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")

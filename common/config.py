@@ -30,8 +30,11 @@ class Model:
         head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
         heads: NLU only: tasks for which the merged encoder gets a folder heads/<task>: a complete classifier with that
             expert's head and a link to the encoder.
-        vocabulary: NLG only: where base and experts have unlike numbers of tokens, pad fills missing rows with the mean
-            of those that are there, base cuts to the base's tokens, refuse stops.
+        vocabulary: NLG only: what becomes of tokens that the base lacks; rows are matched by token, by number where a
+            tokenizer.json is missing, and an expert changes no token that it lacks. refuse: none has more rows than
+            the base; pad: the base's missing rows begin as the mean of its own; base: they are left out; union: every
+            token of any model gets a row, which begins as the mean over the experts that have it, and the merged
+            tokenizer is written.
         dtype: NLG only: type of the merged weights. Empty: the base's.
         tokenizers: NLG only: tasks for which the merged model gets a folder of its own, with that expert's tokenizer
             and links to the weights. The model's own folder has the base's tokenizer.
@@ -45,7 +48,7 @@ class Model:
     text: str = ""
     head: str = ""
     heads: tuple[str, ...] = ()
-    vocabulary: Literal["refuse", "pad", "base"] = "refuse"
+    vocabulary: Literal["refuse", "pad", "base", "union"] = "refuse"
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()
 

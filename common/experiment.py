@@ -21,17 +21,19 @@ from common.fda.anchors import SCALES
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_experts, open_like
-from common.io.vocabulary import row_counts
+from common.io.matched import Matching
+from common.io.vocabulary import match_vocabularies
 from common.merging.registry import hyperparameters
 from common.run.device import prepare
-from common.validation import check_choices
+from common.validation import check_choices, check_positions, check_tokenizers
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Everything open: headers read, names and shapes compared, no weight in memory yet.
 
-    shape: (A, T, D) of the anchors of one task and block. depth: number of blocks.
+    shape: (A, T, D) of the anchors of one task and block. depth: number of blocks. matching: which row of an expert's
+    embedding is which of the merged model's.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Experiment:
     shape: tuple[int, int, int]
     depth: int
     device: torch.device
+    matching: Matching
 
     @property
     def blocks(self) -> list[int]:
@@ -89,7 +92,10 @@ class Experiment:
             nonzero_tensors(subtract(self.read_block(self.experts[task], i), self.read_block(self.base, i)))
             for i in range(self.depth)
         ):
-            raise InputError(f"the expert of {task}, {self.experts[task].path}, equals the base in every block")
+            raise InputError(
+                f"the expert of {task}, {self.experts[task].path}, equals the base in every "
+                "anchored block; it can still be merged: scripts/merge.py"
+            )
         return self.family.without_null_gradients(tau) if self.config.anchors.skip_null_gradients else tau
 
     def require_moved_blocks(self) -> None:
@@ -104,7 +110,9 @@ class Experiment:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
         path = Path(self.config.start.checkpoint).expanduser()
         start = open_like(self.base, path, self.family.names, self.family.vocabulary)
-        start.resize(row_counts(self.family.vocabulary, self.base, [start], self.config.model.vocabulary))
+        if self.config.model.vocabulary != "refuse":
+            names = [name for name in self.family.vocabulary if name in self.base.shapes]
+            start.resize({name: self.base.shapes[name][0] for name in names})
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
         return start
@@ -177,7 +185,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     experts = open_all_experts(config, domain, family, base, checking)
     if not base:
         return None
-    compare_experts(config, family, base, experts, checking)
+    base, experts, matching = compare_experts(config, family, base, experts, checking)
     if not modules or len(experts) < len(config.tasks):
         return None
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
@@ -185,7 +193,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
         with checking("base"):
             check_positions(family, base, *shape[1:])
     block, device = family.pure(modules[0]), torch.device("cpu")
-    return Experiment(config, family, block, base, experts, shape, len(modules), device)
+    return Experiment(config, family, block, base, experts, shape, len(modules), device, matching)
 
 
 def check_indices(indices: Iterable[int], depth: int) -> None:
@@ -240,16 +248,20 @@ def check_is_there(path: Path, task: str, domain: Domain) -> None:
 
 def compare_experts(
     config: Config, family: BlockFamily, base: Checkpoint, experts: Mapping[str, Checkpoint], checking: Checking
-) -> None:
-    """Refuse an expert that is not of the base's architecture, names and shapes; make vocabularies of equal size."""
+) -> tuple[Checkpoint, Mapping[str, Checkpoint], Matching]:
+    """Refuse an expert that is not of the base's architecture, names and shapes.
+
+    Returns: base and experts with the same rows for the same tokens, and how these were matched.
+    """
+    matching = Matching(0)
     with checking("model.vocabulary"):
-        rows = row_counts(family.vocabulary, base, experts.values(), config.model.vocabulary)
-        for checkpoint in (base, *experts.values()):
-            checkpoint.resize(rows)
+        base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)
+        check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):
             require_same_type(base.path, expert.path)
             require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
+    return base, experts, matching
 
 
 def require_same_type(base: Path, expert: Path) -> None:
@@ -266,12 +278,3 @@ def model_type(path: Path) -> str | None:
         return json.loads(file.read_text()).get("model_type") if file.is_file() else None
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file} is no config file, JSON with a model_type ({error})") from error
-
-
-def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: int) -> None:
-    """InputError if position embeddings cannot be added to anchors of T tokens and width D."""
-    shape = base.shapes.get(family.positions)
-    if shape is None:
-        raise InputError("anchors.position_embeddings is on, but the models have none")
-    if shape[0] < tokens or shape[1] != width:
-        raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")

@@ -134,7 +134,8 @@ def written_as(config: Config) -> dict[str, Any]:
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
-    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written_as(experiment.config)}
+    written = written_as(experiment.config) | experiment.matching.provenance()
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
 
 
 def fit_settings(experiment: Experiment) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Choices refused by name, before anything is opened. Each check raises InputError with the choices there are."""
+"""Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
 
 from common.config import PRETRAINED, Config, Model
+from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, block_family, scored_tests
+from common.io.checkpoints import Checkpoint
+from common.io.matched import Matching
 from common.merging.registry import METHODS, check_hyper, method_choices
 
 POSITIVE = {
@@ -99,3 +102,22 @@ def check_settings(config: Config) -> None:
                 raise InputError(f"{section}.{name} is {value}; it must be above zero")
     if config.adapt.for_start(config.start.method).speedup < 1:
         raise InputError("adapt.speedup divides the epochs; it must be at least 1")
+
+
+def check_tokenizers(config: Config, matching: Matching) -> None:
+    """InputError if an expert's tokenizer is to be used with the merged model, but numbers a token in another way."""
+    for task, (token, own, merged) in matching.moved.items():
+        if config.run.score or task in config.model.tokenizers:
+            raise InputError(
+                f"the tokenizer of {task} in {config.model.path('expert', task)} has {token!r} as number {own}, the "
+                f"merged model has it as {merged}: set run.score false and leave {task} out of model.tokenizers"
+            )
+
+
+def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: int) -> None:
+    """InputError if position embeddings cannot be added to anchors of T tokens and width D."""
+    shape = base.shapes.get(family.positions)
+    if shape is None:
+        raise InputError("anchors.position_embeddings is on, but the models have none")
+    if shape[0] < tokens or shape[1] != width:
+        raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")

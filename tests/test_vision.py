@@ -205,7 +205,7 @@ def test_an_expert_that_equals_the_base_is_refused(own_inputs):
     root, config = own_inputs
     base = Checkpoint(root / "base")
     write_tensors(root / "SVHN" / "finetuned.safetensors", base.read(base.names("visual.")))
-    with pytest.raises(InputError, match="expert of SVHN, .* equals the base in every block"):
+    with pytest.raises(InputError, match="expert of SVHN, .* equals the base in every anchored block"):
         construct(config, domain)
 
 

@@ -1,0 +1,184 @@
+"""Vocabularies that differ: every row of a merged embedding is that of one token.
+
+Expected: put together by hand from the rows that the tokenizers give to a token.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from pico_nlg import VOCABULARY, pico_config, pico_model, pico_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from common.config import Config
+from common.core.errors import InputError
+from common.experiment import open_experiment
+from common.layout import inputs_of
+from common.pipeline import merge_alone
+from NLG import domain
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+NAMES = ("model.embed_tokens.weight", "lm_head.weight")
+WIDTH = 16
+
+
+def with_tokens(*added: str, padding: str = "") -> PreTrainedTokenizerFast:
+    tokenizer = pico_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)} if added else {})
+    if padding:
+        tokenizer.add_special_tokens({"pad_token": padding})
+    return tokenizer
+
+
+def write(root: Path, name: str, tokenizer: PreTrainedTokenizerFast | None, rows: int, tied: bool = False) -> None:
+    """A model of random weights with so many rows."""
+    torch.manual_seed(len(name) + ord(name[0]))
+    pico_model("llama", vocab_size=rows, tie_word_embeddings=tied).save_pretrained(root / "llama" / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(root / "llama" / name)
+
+
+def config_of(root: Path, policy: str, scale: float = 0.5, **run) -> Config:
+    config = pico_config(root, root / "runs")
+    return replace(
+        config,
+        model=replace(config.model, vocabulary=policy, tokenizers=()),
+        start=replace(config.start, method="ta", hyper={"ta": {"scale": scale}}),
+        run=replace(config.run, name=policy, score=False),
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    stored: dict[str, torch.Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        stored |= load_file(file)
+    return stored
+
+
+def models(root: Path) -> list[dict[str, torch.Tensor]]:
+    return [weights(root / "llama" / name) for name in ("base", "math", "code")]
+
+
+def two_tokens(root: Path) -> None:
+    """Each expert has a token of its own in row 41."""
+    write(root, "base", with_tokens(), VOCABULARY)
+    write(root, "math", with_tokens("<think>"), VOCABULARY + 1)
+    write(root, "code", with_tokens("<tool>"), VOCABULARY + 1)
+
+
+@pytest.mark.parametrize("policy", ["pad"])
+def test_one_row_is_not_two_tokens(tmp_path, policy):
+    two_tokens(tmp_path)
+    with pytest.raises(InputError, match=r"row 41 is the token '<think>' in .*math, '<tool>' is row 41 in .*code") as e:
+        merge_alone(config_of(tmp_path, policy), domain)
+    assert "model.vocabulary may be union" in str(e.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_union_has_a_row_for_every_token(tmp_path, tied):
+    write(tmp_path, "base", with_tokens(), VOCABULARY, tied)
+    write(tmp_path, "math", with_tokens("<think>", "<both>"), VOCABULARY + 2, tied)
+    write(tmp_path, "code", with_tokens("<tool>", "<both>"), 64, tied)
+    folder = merge_alone(config_of(tmp_path, "union"), domain)
+    merged, (base, math, code) = weights(folder), models(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids(["<think>", "<both>", "<tool>"]) == [41, 42, 43]
+    assert len(tokenizer) == 44 and tokenizer("ab<tool>c")["input_ids"] == [3, 4, 43, 5]
+    for name in NAMES[: 1 if tied else 2]:
+        old = base[name] + 0.5 * (math[name][:41] - base[name]) + 0.5 * (code[name][:41] - base[name])
+        new = torch.stack([math[name][41], (math[name][42] + code[name][42]) / 2, code[name][41]])
+        torch.testing.assert_close(merged[name], torch.cat([old, new]), atol=1e-6, rtol=1e-6)
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert opened.config.vocab_size == 44 and opened(torch.tensor([[3, 43]])).logits.shape[-1] == 44
+
+
+def test_a_token_that_one_expert_lacks_is_moved_by_the_other_alone(tmp_path):
+    write(tmp_path, "base", with_tokens(), VOCABULARY)
+    write(tmp_path, "math", with_tokens("<think>"), VOCABULARY + 1)
+    write(tmp_path, "code", with_tokens(), VOCABULARY)
+    merged, (base, math, _) = weights(merge_alone(config_of(tmp_path, "pad"), domain)), models(tmp_path)
+    for name in NAMES:
+        mean = base[name].mean(0)
+        torch.testing.assert_close(merged[name][41], mean + 0.5 * (math[name][41] - mean), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("policy", "moved"), [("refuse", True), ("pad", True), ("base", False), ("union", None)])
+def test_a_token_in_a_row_that_the_base_has_spare(tmp_path, policy, moved):
+    """Rows are padded to 64. Code has no token in row 41, so it pulls only if math's is left out."""
+    write(tmp_path, "base", with_tokens(), 64)
+    write(tmp_path, "math", with_tokens("<think>"), 64)
+    write(tmp_path, "code", with_tokens(), 64)
+    merged, (base, math, code) = weights(merge_alone(config_of(tmp_path, policy), domain)), models(tmp_path)
+    for name in NAMES:
+        old, own = base[name][41], math[name][41]
+        expected = own if moved is None else old + 0.5 * ((own if moved else code[name][41]) - old)
+        torch.testing.assert_close(merged[name][41], expected, atol=1e-6, rtol=1e-6)
+        spare = base[name][42:] + 0.5 * (math[name][42:] - base[name][42:]) + 0.5 * (code[name][42:] - base[name][42:])
+        torch.testing.assert_close(merged[name][42:], spare, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_in_another_order_are_matched_by_token(tmp_path):
+    """Math has a and b the other way round."""
+    for name in ("base", "math", "code"):
+        write(tmp_path, name, with_tokens(), VOCABULARY)
+    file = tmp_path / "llama" / "math" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    ids = whole["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(whole))
+    config = config_of(tmp_path, "refuse")
+    merged, (base, math, code) = weights(merge_alone(config, domain)), models(tmp_path)
+    order = [*range(3), 4, 3, *range(5, VOCABULARY)]
+    for name in NAMES:
+        expected = base[name] + 0.5 * (math[name][order] - base[name]) + 0.5 * (code[name] - base[name])
+        torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
+    for change in ({"run": replace(config.run, score=True)}, {"model": replace(config.model, tokenizers=("math",))}):
+        with pytest.raises(InputError, match=r"the tokenizer of math .* has 'a' as number 4, the merged model .* 3"):
+            open_experiment(replace(config, **change), domain)
+
+
+def test_the_padding_token_is_one_by_whatever_name(tmp_path):
+    """As in the paper's models: [PAD] in one, <pad> in the other, both row 32000."""
+    write(tmp_path, "base", with_tokens(), VOCABULARY)
+    write(tmp_path, "math", with_tokens(padding="[PAD]"), VOCABULARY + 1)
+    write(tmp_path, "code", with_tokens(padding="<pad>"), VOCABULARY + 1)
+    config = config_of(tmp_path, "pad")
+    merged, (base, math, code) = weights(merge_alone(config, domain)), models(tmp_path)
+    for name in NAMES:
+        mean = base[name].mean(0)
+        expected = mean + 0.5 * (math[name][41] - mean) + 0.5 * (code[name][41] - mean)
+        torch.testing.assert_close(merged[name][41], expected, atol=1e-6, rtol=1e-6)
+    assert "rows" not in inputs_of(open_experiment(config, domain))["model"]  # as before: no earlier result is stale
+
+
+def test_what_is_matched_is_part_of_the_provenance(tmp_path):
+    two_tokens(tmp_path)
+    assert len(inputs_of(open_experiment(config_of(tmp_path, "union"), domain))["model"]["rows"]) == 16
+
+
+def test_without_a_tokenizer_rows_are_matched_by_number_and_it_is_said(tmp_path, capsys):
+    write(tmp_path, "base", with_tokens(), VOCABULARY)
+    write(tmp_path, "math", None, VOCABULARY)
+    write(tmp_path, "code", with_tokens(), VOCABULARY)
+    merged, (base, math, code) = weights(merge_alone(config_of(tmp_path, "refuse"), domain)), models(tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "matched by number" in line]
+    assert len(said) == 1 and "math: its rows are matched by number" in said[0]
+    expected = base[NAMES[0]] + 0.5 * (math[NAMES[0]] - base[NAMES[0]]) + 0.5 * (code[NAMES[0]] - base[NAMES[0]])
+    torch.testing.assert_close(merged[NAMES[0]], expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(InputError, match=r"model.vocabulary is union, but .*math has no tokenizer.json"):
+        merge_alone(config_of(tmp_path, "union"), domain)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}'])
+def test_a_damaged_tokenizer_is_named(tmp_path, text):
+    two_tokens(tmp_path)
+    (tmp_path / "llama" / "math" / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=r"math") as error:
+        merge_alone(config_of(tmp_path, "union"), domain)
+    assert "\n" not in str(error.value) and "tokenizer" in str(error.value)
