@@ -3,35 +3,37 @@
 What is anchored is the MLP of each decoder layer, which sees one token at a time; all else is merged in weight space.
 """
 
-import json
 from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common.config import Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
+
+
+def config_text(model: Model) -> tuple[str, str]:
+    """The text of the base's config and where it is from: config.json beside the weights, or else model.arch.
+
+    InputError if there is neither.
+    """
+    file = config_file(model.path("base"))
+    if file:
+        return read_text(file), str(file)
+    if not model.arch:
+        raise InputError(f"there is no {model.path('base') / CONFIG_FILE}, and model.arch does not give its text")
+    return model.arch, "model.arch"
 
 
 def architecture(model: Model) -> PretrainedConfig:
-    """The config.json beside the base's weights, or what model.arch says where there is none; no code is ever run.
-
-    InputError if there is neither, or if it is of another family.
-    """
-    file = model.path("base") / "config.json"
-    if not file.is_file() and not model.arch:
-        raise InputError(f"there is no {file}, and model.arch does not give its text")
-    where = str(file) if file.is_file() else "model.arch"
-    try:
-        fields = json.loads(file.read_text() if file.is_file() else model.arch)
-        config = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is no config of a model that transformers knows: {error}") from error
-    if config.model_type != model.family_of(FAMILIES):
-        raise InputError(f"{where} has model type {config.model_type!r}, model.family is {model.family_of(FAMILIES)!r}")
-    return config
+    """The base's config; InputError if it is of another family. No code that it names is ever run."""
+    text, where = config_text(model)
+    fields = parse(text, where)
+    require_family(fields, where, model.family_of(FAMILIES), FAMILIES)
+    return known_config(fields, where)
 
 
 @cache
@@ -53,9 +55,18 @@ def token_shape(model: Model) -> tuple[int, int]:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+BODY = "model."
+BARE = ("layers.", "embed_tokens.", "norm.")
+
+
 def name_of(stored: str) -> str | None:
-    """Old checkpoints keep the rotary frequencies, which follow from the config and are no weights."""
-    return None if stored.endswith("rotary_emb.inv_freq") else stored
+    """The name that a tensor has in a model with a head: one saved without any lacks the prefix of its body.
+
+    Old checkpoints keep the rotary frequencies, which follow from the config and are no weights.
+    """
+    if stored.endswith("rotary_emb.inv_freq"):
+        return None
+    return BODY + stored if stored.startswith(BARE) else stored
 
 
 # In every one the MLP is down(act(gate(x)) * up(x)); the activation, SiLU or GELU, comes with the config.

@@ -2,6 +2,7 @@
 
 from NLG.decoders import FAMILIES, skeleton, token_shape
 from NLG.export import check_export, export
+from NLG.inputs import check_inputs
 from NLG.scoring import TASKS, metric, score
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "TASKS",
     "calibration_task",
     "check_export",
+    "check_inputs",
     "export",
     "metric",
     "score",

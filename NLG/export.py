@@ -1,28 +1,24 @@
 """How a merged language model is written: as stock transformers opens it, with the tokenizers that are asked for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.config import Model
 from common.core.errors import InputError
-from common.io.checkpoints import copy_files, write_text
-from common.io.headers import opened
-from common.io.model_files import weight_files
+from common.io.checkpoints import Checkpoint
+from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
 from common.io.shards import publish_shards, stage_shards
-from NLG.decoders import EMBEDDING, HEAD, architecture, skeleton
-from NLG.generation import VOCABULARIES
+from common.io.stored_types import as_stored, output_type
+from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
+from NLG.decoders import BODY, EMBEDDING, HEAD, architecture, config_text, name_of
+from NLG.inputs import GENERATION_FILE, base_config, class_names
 
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_FIELDS = (*TOKENS, "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "tokenizer_class")
 
 
 def check_export(model: Model) -> None:
@@ -30,51 +26,85 @@ def check_export(model: Model) -> None:
     architecture(model)
     for task in model.tokenizers:
         folder = model.path("expert", task)
-        if not any((folder / name).is_file() for name in VOCABULARIES):
+        if not has_tokenizer(folder):
             raise InputError(f"model.tokenizers names {task}, but {folder} holds none of {', '.join(VOCABULARIES)}")
 
 
 def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write a merged model that stock AutoModelForCausalLM opens, a shard at a time; its index is written last.
+    """Write a merged model that stock transformers opens, a shard at a time; its index is written last.
 
-    The folder has the base's tokenizer. For each of model.tokenizers a folder within it has that expert's, and links to
-    the weights: the paper saves the same weights once with each tokenizer.
+    The folder has what surrounds the base's weights. For each of model.tokenizers a folder within it has that expert's
+    tokenizer, special tokens and generation config, and links to the weights: the paper saves the same weights once
+    with each tokenizer.
     """
-    dtype = getattr(torch, model.dtype) if model.dtype else stored_dtype(model.path("base"))
-    shapes = stage_shards(cast(tensors, dtype), folder)
-    config = architecture(model)
-    config.architectures, config.dtype = [type(skeleton(model)).__name__], dtype
-    config.vocab_size = shapes[EMBEDDING][0]
-    if HEAD in shapes:
-        config.tie_word_embeddings = False  # though the base's may be: an expert's head can differ from its embedding
-    places = {folder: model.path("base")}
-    places |= {folder / task: model.path("expert", task) for task in model.tokenizers}
-    for place, tokenizer in places.items():
-        write_text(place / "config.json", config.to_json_string())
-        copy_files(model.path("base"), place, ["generation_config.json"])
-        copy_files(tokenizer, place, TOKENIZER_FILES)
+    base = Checkpoint(model.path("base"), name_of)
+    text, where = config_text(model)
+    fields = parse(text, where)
+    dtype = output_type(base, fields, model.dtype)
+    shapes = stage_shards(as_stored(tensors, dtype, base), folder)
+    changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
+    if architecture(model).vocab_size != shapes[EMBEDDING][0]:
+        changes["vocab_size"] = shapes[EMBEDDING][0]
+    if HEAD in shapes and architecture(model).tie_word_embeddings:
+        changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
+    write_edited(text, folder / CONFIG_FILE, changes)
+    write_generation(model.path("base"), folder, {})
+    copy_tokenizer(model.path("base"), folder)
+    for task in model.tokenizers:
+        write_expert_surroundings(model, task, text, changes, folder / task)
     publish_shards(folder)
-    for place in list(places)[1:]:
-        link_weights(folder, place)
+    for task in model.tokenizers:
+        link_weights(folder, folder / task)
 
 
-def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in another type; InputError names one whose values it cannot hold."""
-    for name, tensor in tensors:
-        stored = tensor.to(dtype)
-        if not stored.isfinite().all():
-            raise InputError(
-                f"{name}: the merged weights reach {tensor.abs().max():.3g}, too much for model.dtype {dtype}"
-            )
-        del tensor
-        yield name, stored
-        del stored  # before the next is made
+def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:
+    """The field architectures, where it names a class that the written weights are not."""
+    head = frozenset(name for name in shapes if not name.startswith(BODY))
+    right, said = class_names(base_config(model), head), fields.get("architectures")
+    return {"architectures": right[:1]} if said and right and said[:1] not in [[name] for name in right] else {}
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """The type in which a checkpoint keeps its weights: that of its first tensor."""
-    with opened(weight_files(path)[0]) as handle:
-        return handle.get_tensor(next(iter(handle.keys()))).dtype
+def write_expert_surroundings(model: Model, task: str, text: str, changes: dict[str, Any], place: Path) -> None:
+    """The base's config with the special tokens of an expert, its generation config and its tokenizer.
+
+    An expert without a config, as an adapter is, has the special tokens that its tokenizer has.
+    """
+    expert = model.path("expert", task)
+    file = config_file(expert)
+    if file:
+        own = read_config(file)
+        tokens = {name: own[name] for name in TOKEN_FIELDS if name in own}
+        dropped = tuple(name for name in TOKEN_FIELDS if name not in own)
+        write_edited(text, place / CONFIG_FILE, changes | tokens, dropped)
+        write_generation(expert, place, {})
+    else:
+        tokens = other_tokens(model.path("base"), expert)
+        write_edited(text, place / CONFIG_FILE, changes | tokens)
+        source = expert if (expert / GENERATION_FILE).is_file() else model.path("base")
+        write_generation(source, place, tokens if source != expert else {})
+    copy_tokenizer(expert, place)
+
+
+def write_generation(source: Path, place: Path, changes: dict[str, Any]) -> None:
+    """The generation config that lies in `source`, with some fields changed; none where there is none."""
+    if (source / GENERATION_FILE).is_file():
+        write_edited(read_text(source / GENERATION_FILE), place / GENERATION_FILE, changes)
+    else:
+        (place / GENERATION_FILE).unlink(missing_ok=True)
+
+
+def other_tokens(base: Path, expert: Path) -> dict[str, int]:
+    """The special tokens of an expert's tokenizer that are not those of the base's."""
+    ours = special_tokens(base) if has_tokenizer(base) else {}
+    return {name: token for name, token in special_tokens(expert).items() if token not in (None, ours.get(name))}
+
+
+def special_tokens(folder: Path) -> dict[str, int | None]:
+    """The numbers of the special tokens of the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return {name: getattr(tokenizer, name) for name in TOKENS}
 
 
 def link_weights(folder: Path, place: Path) -> None:

@@ -16,9 +16,8 @@ from transformers import (
 
 from common.config import Model
 from common.core.errors import InputError
+from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def open_tokenizer(model: Model, task: str) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
 """What the project knows about text encoders: their blocks (encoders.py), how they are scored and written."""
 
-from NLU.encoders import FAMILIES, skeleton, token_shape
+from NLU.encoders import FAMILIES, check_inputs, skeleton, token_shape
 from NLU.export import check_export, export
 from NLU.scoring import TASKS, calibration_task, metric, score
 
@@ -11,6 +11,7 @@ __all__ = [
     "TASKS",
     "calibration_task",
     "check_export",
+    "check_inputs",
     "export",
     "metric",
     "score",

@@ -8,26 +8,38 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from common.config import Model
+from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.io.lineage import compare_models
+from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 
 
-def architecture(model: Model, folder: Path) -> PretrainedConfig:
-    """The config.json of a Hugging Face folder of the family, else InputError; no code beside it is ever run."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json; a folder as save_pretrained writes it is needed")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/config.json is of no use: {error}") from error
-    if config.model_type != model.family_of(FAMILIES):
-        raise InputError(
-            f"{folder} has model type {config.model_type!r}, model.family is {model.family_of(FAMILIES)!r}"
-        )
-    return config
+def config_of(model: Model, path: Path) -> Path:
+    """The config.json beside a model's weights; InputError if there is none, or if it is of another family."""
+    file = config_file(path)
+    if not file:
+        raise InputError(f"{path} holds no {CONFIG_FILE}; a folder as save_pretrained writes it is needed")
+    require_family(read_config(file), str(file), model.family_of(FAMILIES), FAMILIES)
+    return file
+
+
+def architecture(model: Model, path: Path) -> PretrainedConfig:
+    """The config of a model of the family; no code that it names is ever run."""
+    file = config_of(model, path)
+    return known_config(read_config(file), str(file))
+
+
+def check_inputs(config: Config) -> None:
+    """Compare the base's config with that of every expert and of a start made elsewhere.
+
+    Raises: InputError if one of them is another function of equal weights.
+    """
+    model, file = config.model, config_of(config.model, config.model.path("base"))
+    base = resolve(read_config(file), str(file))
+    compare_models(model.path("base"), base, config.others, COMPUTING.get(model.family_of(FAMILIES), frozenset()))
 
 
 @cache
@@ -76,4 +88,14 @@ def encoder(prefix: str) -> BlockFamily:
     )
 
 
-FAMILIES = {"roberta": encoder("roberta"), "bert": encoder("bert"), "electra": encoder("electra")}
+# XLM-R and CamemBERT are RoBERTa with another vocabulary.
+ROBERTA = encoder("roberta")
+FAMILIES = {
+    "roberta": ROBERTA,
+    "bert": encoder("bert"),
+    "electra": encoder("electra"),
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+}
+# Positions are counted from the number of the padding token on.
+COMPUTING = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), frozenset({"pad_token_id"}))

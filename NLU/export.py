@@ -3,19 +3,23 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto as classes
 
 from common.config import Model, for_task
 from common.core.errors import InputError
-from common.io.checkpoints import copy_files, write_tensors, write_text
+from common.io.checkpoints import Checkpoint, write_tensors, write_text
+from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.model_files import INDEX_FILE
 from common.io.shards import write_stream
-from NLU.encoders import architecture, skeleton
-from NLU.scoring import TASKS, VOCABULARIES, expert_architecture, read_head
-
-TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+from common.io.stored_types import as_stored, output_type
+from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.tokenizer_files import has_tokenizer
+from NLU.encoders import FAMILIES, config_of, skeleton
+from NLU.scoring import TASKS, expert_architecture, read_head
 
 
 def check_export(model: Model) -> None:
@@ -34,23 +38,36 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
 
     A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
     """
-    base = architecture(model, model.path("base"))
-    base.architectures = [type(skeleton(model)).__name__]
-    merged = write_stream(folder / "model.safetensors", tensors)
-    write_surroundings(base, model.path("base"), folder)
+    base = Checkpoint(model.path("base"), FAMILIES[model.family_of(FAMILIES)].names)
+    text = read_text(config_of(model, model.path("base")))
+    dtype = output_type(base, json.loads(text))
+    merged = write_stream(folder / "model.safetensors", as_stored(tensors, dtype, base))
+    write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
+    copy_tokenizer(model.path("base"), folder)
     for task in model.heads:
-        own, encoder = read_head(model, task), folder / "heads" / task / "encoder.safetensors"
+        own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
+        encoder = folder / "heads" / task / "encoder.safetensors"
         write_tensors(encoder.with_name("head.safetensors"), own)
         encoder.unlink(missing_ok=True)
         encoder.symlink_to("../../model.safetensors")
         files = dict.fromkeys(merged, encoder.name) | dict.fromkeys(own, "head.safetensors")
         write_text(encoder.with_name(INDEX_FILE), json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
-        expert = model.path("expert", task)
-        write_surroundings(expert_architecture(model, task), expert, encoder.parent)
+        write_classifier_surroundings(model, task, dtype, encoder.parent)
 
 
-def write_surroundings(architecture: PretrainedConfig, source: Path, folder: Path) -> None:
-    """The config of a float32 checkpoint, and the tokenizer that lies in `source`."""
-    architecture.dtype = "float32"
-    write_text(folder / "config.json", architecture.to_json_string())
-    copy_files(source, folder, TOKENIZER_FILES)
+def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
+    """What must change in a config for weights of another type and class: these two, where it names them."""
+    fields = parse(text, CONFIG_FILE)
+    named = {"architectures": [name]} if fields.get("architectures") else {}
+    return named | dtype_field(fields, str(dtype).removeprefix("torch."))
+
+
+def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
+    """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
+    expert, base, config = model.path("expert", task), model.path("base"), expert_architecture(model, task)
+    name = classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config.model_type]
+    own = config_file(expert)
+    text = read_text(own or config_of(model, base))
+    labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}
+    write_edited(text, place / CONFIG_FILE, adjusted(text, dtype, name) | labels)
+    copy_tokenizer(expert if has_tokenizer(expert) else base, place)

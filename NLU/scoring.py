@@ -24,12 +24,12 @@ from common.evaluation.metrics import METRICS, REGRESSION
 from common.io.adapters import is_adapter
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
+from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import CalibrationTask, calibration_task_of
 from NLU.encoders import FAMILIES, architecture
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spm.model")
 
 
 @dataclass(frozen=True)

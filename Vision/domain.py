@@ -1,6 +1,5 @@
 """What the project knows about CLIP: its blocks, its tasks, how a model is opened, written and scored."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -14,6 +13,7 @@ import open_clip
 import torch
 import yaml
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -25,7 +25,11 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.shards import write_stream
+from common.io.stored_types import as_stored, output_type
+from common.io.surroundings import copy_tokenizer
 from common.merging.calibration import CalibrationTask, calibration_task_of
+from Vision.clip_config import check_inputs as check_inputs  # a part of the domain
+from Vision.clip_config import clip_file, config_text
 
 NAME = "vision"
 IMAGE_TOWER = "visual."
@@ -53,8 +57,9 @@ def architecture(model: Model) -> str:
     """The name by which open_clip knows the architecture; InputError if neither the config nor the base tells it."""
     if model.arch:
         return model.arch
-    if (model.path("base") / "open_clip_config.json").is_file():
-        return f"local-dir:{model.path('base')}"
+    file = clip_file(model.path("base"))
+    if file:
+        return f"local-dir:{file.parent}"
     raise InputError(
         f"{model.path('base')} holds no open_clip_config.json; model.arch can name it, as in ViT-B-32-quickgelu"
     )
@@ -67,11 +72,17 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
     logging.root.setLevel(logging.ERROR)  # open_clip warns that the weights are random
     try:
         with torch.device(device):
-            return open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
-    except (RuntimeError, ValueError) as error:
+            clip = open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
+    except Exception as error:  # whatever open_clip makes of a config
         raise InputError(f"open_clip cannot build model.arch {architecture(model)!r}: {error}") from error
     finally:
         logging.root.setLevel(level)
+    if not isinstance(clip.visual, VisionTransformer):
+        raise InputError(
+            f"the image tower of {architecture(model)} is open_clip's {type(clip.visual).__name__}; vision anchors the "
+            "blocks of its VisionTransformer, visual.transformer.resblocks"
+        )
+    return clip
 
 
 def token_shape(model: Model) -> tuple[int, int]:
@@ -205,19 +216,16 @@ def check_export(model: Model) -> None:
 
 def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
-    names, text = skeleton(model).state_dict(), text_checkpoint(model)
+    names, text, base = skeleton(model).state_dict(), text_checkpoint(model), Checkpoint(model.path("base"))
     image = filter(lambda named: named[0] in names, tensors)
     rest = ((name, text.read([name])[name]) for name in names if not name.startswith(IMAGE_TOWER))
-    write_text(folder / "open_clip_config.json", json.dumps(open_clip_config(model), indent=2) + "\n")
-    write_stream(folder / "open_clip_model.safetensors", chain(image, rest), names)
-
-
-def open_clip_config(model: Model) -> dict:
-    """The open_clip_config.json of a merged model: the base's own, or the named architecture's."""
-    if not model.arch:
-        return json.loads((model.path("base") / "open_clip_config.json").read_text())
-    preprocess = skeleton(model).visual.preprocess_cfg
-    return {"model_cfg": open_clip.get_model_config(model.arch), "preprocess_cfg": preprocess}
+    dtype = output_type(base, {})
+    surroundings = config_text(model, skeleton(model).visual.preprocess_cfg)
+    write_text(folder / "open_clip_config.json", surroundings)
+    if text.path.is_dir():
+        copy_tokenizer(text.path, folder)
+    stored = chain(as_stored(image, dtype, base), as_stored(rest, dtype, text))
+    write_stream(folder / "open_clip_model.safetensors", stored, names)
 
 
 FAMILIES = {

@@ -1,6 +1,5 @@
 """An experiment with its inputs open and checked: what every stage needs before it begins."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -173,6 +172,9 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     modules, tokens, width = [], 0, 0
     with opening(checking, "base", config.model.path("base")):
         base = Checkpoint(config.model.path("base"), family.names)
+    if base:
+        with checking("configs"):
+            domain.check_inputs(config)
     if base or config.model.arch:
         with opening(checking, "model", config.model.path("base")):
             modules = family.modules(domain.skeleton(config.model))
@@ -259,22 +261,5 @@ def compare_experts(
         check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):
-            require_same_type(base.path, expert.path)
             require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
     return base, experts, matching
-
-
-def require_same_type(base: Path, expert: Path) -> None:
-    """InputError if the config files beside the weights name two architectures: Llama and Mistral have equal shapes."""
-    types = [model_type(base), model_type(expert)]
-    if None not in types and types[0] != types[1]:
-        raise InputError(f"{expert}/config.json has model type {types[1]!r}, that of {base} has {types[0]!r}")
-
-
-def model_type(path: Path) -> str | None:
-    """The architecture that the config.json beside a checkpoint's weights names, if there is one that does."""
-    file = path / "config.json"
-    try:
-        return json.loads(file.read_text()).get("model_type") if file.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} is no config file, JSON with a model_type ({error})") from error

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import change, files_of
+from helpers import change, edit_config, files_of
 from pico_nlg import (
     NORM,
     VOCABULARY,
@@ -45,9 +45,13 @@ def test_stock_transformers_opens_what_was_merged_and_generates(nlg_inputs, tmp_
 def test_an_expert_of_another_depth_is_refused_by_tensor(own_nlg):
     root, config = own_nlg
     save(pico_model("llama", num_hidden_layers=3, vocab_size=VOCABULARY + 1), pico_tokenizer(), root / "code")
+    with pytest.raises(InputError, match=r"code/config.json: num_hidden_layers is 3, the base's is 2"):
+        construct(config, domain)
+    edit_config(root / "code", num_hidden_layers=2)
     with pytest.raises(InputError, match=r"code: model.layers.2.input_layernorm.weight: extra"):
         construct(config, domain)
     save(pico_model("llama", num_hidden_layers=1, vocab_size=VOCABULARY + 1), pico_tokenizer(), root / "code")
+    edit_config(root / "code", num_hidden_layers=2)
     with pytest.raises(InputError, match=r"code: model.layers.1.input_layernorm.weight: missing"):
         construct(config, domain)
 
@@ -56,7 +60,9 @@ def test_an_expert_of_another_depth_is_refused_by_tensor(own_nlg):
 def test_an_expert_of_another_architecture_is_refused(own_nlg, family):
     root, config = own_nlg
     save(pico_model(family, vocab_size=VOCABULARY + 1), pico_tokenizer(), root / "code")
-    with pytest.raises(InputError, match=rf"code/config.json has model type '{family}', that of .*base has 'llama'"):
+    with pytest.raises(
+        InputError, match=rf"code/config.json has model type '{family}', {root}/base/config.json has 'llama'"
+    ):
         construct(config, domain)
     (root / "code" / "config.json").unlink()
     if family == "qwen3":
@@ -118,8 +124,9 @@ def test_a_base_of_another_family_is_refused(nlg_config):
     ("arch", "message"),
     [
         ("", r"there is no .*base/config.json, and model.arch does not give its text"),
-        ("llama", "model.arch is no config of a model that transformers knows"),
-        ('{"hidden_size": 8}', "model.arch is no config of a model that transformers knows"),
+        ("llama", "model.arch is no config file, JSON with a model_type"),
+        ('{"hidden_size": 8}', "model.arch has model type None, model.family is 'llama'; .* can be merged"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "model.arch is no config of a model that transformers knows"),
         ('{"model_type": "bert"}', "model.arch has model type 'bert', model.family is 'llama'"),
     ],
 )

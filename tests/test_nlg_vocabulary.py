@@ -22,7 +22,6 @@ from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE
 from common.pipeline import adapt, construct, merge_alone
 from NLG import domain
-from NLG.export import stored_dtype
 
 
 def test_unlike_vocabularies_are_refused_unless_a_policy_is_chosen(nlg_config):
@@ -80,7 +79,8 @@ def test_the_merged_type_is_chosen_or_the_bases(own_nlg, dtype):
     folder = merge_alone(change(config, "model", dtype=dtype), domain)
     wanted = getattr(torch, dtype or "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == wanted
-    assert stored_dtype(folder) == wanted
+    stored = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[wanted]
+    assert {row.dtype for row in Checkpoint(folder).rows.values()} == {stored}
     exact = merge_alone(change(change(config, "model", dtype="float32"), "run", name="exact"), domain)
     for name in Checkpoint(folder).names():
         assert torch.equal(read(folder, name), read(exact, name).to(wanted).float())

@@ -168,7 +168,7 @@ def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
 
 
 def test_checkpoints_of_another_kind_are_refused(own_nlu):
-    with pytest.raises(InputError, match="base has model type 'roberta', model.family is 'bert'"):
+    with pytest.raises(InputError, match="base/config.json has model type 'roberta', model.family is 'bert'"):
         construct(change(own_nlu, "model", family="bert"), domain)
     with pytest.raises(InputError, match="model.head is not for nlu"):
         construct(change(own_nlu, "model", head="x"), domain)
@@ -178,7 +178,9 @@ def test_checkpoints_of_another_kind_are_refused(own_nlu):
         construct(own_nlu, domain)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "base/config.json is of no use"), (None, "no config.json")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "base/config.json is no config file"), (None, "no config.json")]
+)
 def test_a_base_without_a_readable_config_is_refused_in_the_dry_run_too(own_nlu, content, message):
     file = own_nlu.model.path("base") / "config.json"
     file.unlink() if content is None else file.write_text(content)
@@ -191,6 +193,6 @@ def test_code_that_comes_with_a_model_is_never_run(own_nlu, tmp_path):
     base = own_nlu.model.path("base")
     (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     edit_config(base, model_type="strange", auto_map={"AutoConfig": "code.Config"})
-    with pytest.raises(InputError, match="base/config.json is of no use"):
+    with pytest.raises(InputError, match="base/config.json has model type 'strange', model.family is 'roberta'"):
         construct(own_nlu, domain)
     assert not (tmp_path / "ran").exists()

@@ -197,6 +197,9 @@ def test_an_expert_that_does_not_fit_is_refused_by_tensor(own_inputs, edit, mess
 
 
 def test_a_base_of_another_architecture_is_refused_by_tensor(own_inputs):
+    with pytest.raises(InputError, match=r"open_clip_config.json: embed_dim is 8, not 512; .* as model.arch ViT-B-32"):
+        construct(change(own_inputs[1], "model", arch="ViT-B-32"), domain)
+    (own_inputs[0] / "base" / "open_clip_config.json").unlink()
     with pytest.raises(InputError, match=r"clip/base: .*resblocks.0.attn.in_proj_bias: \(48,\) against \(2304,\)"):
         construct(change(own_inputs[1], "model", arch="ViT-B-32"), domain)
 

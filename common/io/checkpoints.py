@@ -21,12 +21,9 @@ from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
 from common.io.model_files import WEIGHT_FILES, find_model, json_of
 from common.io.quantised import quantiser_files, require_weights
+from common.io.tokenizer_files import TOKENIZER_FILES
 
-SURROUNDINGS = (
-    "config.json", "open_clip_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
+SURROUNDINGS = ("config.json", "open_clip_config.json", "generation_config.json", *TOKENIZER_FILES)
 PIECE = 8 * 2**20  # weights
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
@@ -136,7 +133,7 @@ def with_rows(matrix: Tensor, rows: int) -> Tensor:
 
 def surroundings(folder: Path) -> list[Path]:
     """The config and tokenizer files in a folder, in order; none beside what is a file itself."""
-    return sorted(file for pattern in SURROUNDINGS for file in folder.glob(pattern) if file.is_file())
+    return sorted({file for pattern in SURROUNDINGS for file in folder.glob(pattern) if file.is_file()})
 
 
 def read_header(file: Path) -> dict[str, Any]:

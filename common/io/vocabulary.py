@@ -210,6 +210,6 @@ def moved_token(
 def tokenizer_folder(expert: Path, base: Path, files: Sequence[str]) -> Path:
     """The expert's folder, or else the base's, where one of a tokenizer's files is; InputError if in neither."""
     for folder in (expert, base):
-        if any((folder / name).is_file() for name in files):
+        if any(file.is_file() for name in files for file in folder.glob(name)):
             return folder
     raise InputError(f"no tokenizer: neither {expert} nor {base} holds one of {', '.join(files)}")

@@ -1,0 +1,147 @@
+"""Which fields of two configs make another function of equal weights, and how a config is kept."""
+
+import json
+
+import pytest
+from helpers import edit_config
+
+from common.core import notices
+from common.core.errors import InputError
+from common.io.lineage import compare_models
+from common.io.model_config import compare_configs, differences, edited, require_same_function, resolve
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+MISTRAL, QWEN = LLAMA | {"model_type": "mistral"}, LLAMA | {"model_type": "qwen2"}
+BERT = LLAMA | {"model_type": "bert"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+def compared(one, two):
+    """Names of the fields that count, and of those that do not."""
+    counted, harmless = differences(resolve(one, "one"), resolve(two, "two"))
+    return set(counted), {field.split(".")[0] for field in harmless}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "field"),
+    [
+        (LLAMA, {"rope_theta": 5e5}, "rope_parameters.rope_theta"),
+        (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 2e7}}, "rope_parameters.rope_theta"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor"),
+        (LLAMA, {"num_attention_heads": 4}, "num_attention_heads"),
+        (LLAMA, {"num_key_value_heads": 1}, "num_key_value_heads"),
+        (LLAMA, {"head_dim": 4}, "head_dim"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
+        (LLAMA, {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        (LLAMA, {"attention_bias": True}, "attention_bias"),
+        (LLAMA, {"logits_scaling": 8.0}, "logits_scaling"),
+        (MISTRAL, {"sliding_window": None}, "sliding_window"),
+        (QWEN, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "layer_types.1"),
+        (BERT, {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+        (BERT, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        (BERT, {"is_decoder": True}, "is_decoder"),
+        (BERT, {"max_position_embeddings": 64}, "max_position_embeddings"),
+        (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"max_position_embeddings": 64},
+         "max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_the_function_counts(base, changes, field):
+    assert field in compared(base, base | changes)[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "one", "two"),
+    [
+        (LLAMA, {}, {"rope_theta": 10000, "rope_scaling": None, "num_key_value_heads": 2, "head_dim": 8}),
+        (LLAMA, {"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (LLAMA, {"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        (LLAMA, {"hidden_act": "silu"}, {"hidden_act": "swish"}),
+        (LLAMA, {}, {"use_mrope": False, "_flash_attn_2_enabled": True}),
+        (QWEN, {"use_sliding_window": False}, {"use_sliding_window": False, "sliding_window": 4096}),
+        (BERT, {}, {"position_embedding_type": "absolute", "type_vocab_size": 2}),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_function_are_no_difference(base, one, two):
+    assert compared(base | one, base | two) == (set(), set())
+
+
+def test_what_changes_no_function_does_not_count():
+    harmless = {"eos_token_id": 7, "torch_dtype": "float16", "use_cache": False, "max_position_embeddings": 64,
+                "attention_dropout": 0.5, "initializer_range": 0.5, "pretraining_tp": 2, "unsloth_version": "x",
+                "architectures": ["LlamaModel"], "id2label": {"0": "a", "1": "b", "2": "c"}}  # fmt: skip
+    wanted = set(harmless) - {"torch_dtype"} | {"dtype", "label2id"}
+    counted, found = compared(LLAMA, LLAMA | harmless)
+    assert (counted, found - {"label2id"}) == (set(), wanted - {"label2id"})
+    elsewhere = LLAMA | {
+        "vocab_size": 9,
+        "tie_word_embeddings": True,
+        "_name_or_path": "x",
+        "transformers_version": "4",
+    }
+    assert compared(LLAMA, elsewhere) == (set(), set())
+
+
+def test_the_refusal_names_file_field_and_both_values_as_the_file_spells_them():
+    old = resolve(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 4.0}}, "math/config.json")
+    base = resolve(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3}, "base/config.json")
+    with pytest.raises(InputError, match=r"^math/config.json: rope_scaling.factor is 4.0, the base.s is 8.0"):
+        require_same_function(base, old)
+    with pytest.raises(InputError, match="one has model type 'qwen2', two has 'llama'"):
+        require_same_function(resolve(LLAMA, "two"), resolve(QWEN, "one"))
+    with pytest.raises(InputError, match="^it is no config of a model that transformers knows"):
+        resolve({"model_type": "no such"}, "it")
+
+
+def test_padding_counts_where_positions_are_counted_from_it():
+    base, other = (resolve(BERT | {"model_type": "roberta", "pad_token_id": n}, str(n)) for n in (1, 3))
+    assert require_same_function(base, other) == {"pad_token_id"}
+    with pytest.raises(InputError, match="3: pad_token_id is 3, the base's is 1"):
+        require_same_function(base, other, frozenset({"pad_token_id"}))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    for name in ("base", "math", "code"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def test_harmless_differences_are_one_line(folders, capsys):
+    edit_config(folders / "math", eos_token_id=7)
+    edit_config(folders / "code", eos_token_id=7, use_cache=False)
+    base, others = resolve(LLAMA, "base"), {name: folders / name for name in ("math", "code", "none")}
+    for _ in range(2):
+        compare_configs(base, others)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and line.endswith("kept: eos_token_id (math, code), use_cache (code)")
+
+
+def adapter(folders, **settings):
+    (folders / "lora").mkdir(exist_ok=True)
+    (folders / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+    compare_models(folders / "base", resolve(LLAMA, "base"), {"lora": folders / "lora"})
+
+
+def test_an_adapter_of_another_base_is_refused_or_told(folders, capsys):
+    for named in (None, str(folders / "base"), "org/BASE"):
+        adapter(folders, base_model_name_or_path=named)
+    assert capsys.readouterr().err == ""
+    adapter(folders, base_model_name_or_path="org/other")
+    assert "names the base org/other, model.base is" in capsys.readouterr().err
+    adapter(folders, base_model_name_or_path="org/base", revision="v2")
+    assert "names revision v2 of org/base" in capsys.readouterr().err
+    edit_config(folders / "math", hidden_size=32)
+    with pytest.raises(InputError, match=r"lora/adapter_config.json names the base .*math, .* hidden_size is 32 there"):
+        adapter(folders, base_model_name_or_path=str(folders / "math"))
+
+
+def test_a_config_is_kept_but_for_what_must_change():
+    text = '{\n "rope_theta": 500000.0,\n "torch_dtype": "bfloat16", "é": 1e-05\n}'
+    assert edited(text, {"torch_dtype": "bfloat16"}, ("absent",)) == text
+    changed = edited(text, {"torch_dtype": "float32"}, ("rope_theta",))
+    assert json.loads(changed) == {"torch_dtype": "float32", "é": 1e-05} and '\n "torch' in changed

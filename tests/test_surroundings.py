@@ -1,0 +1,242 @@
+"""What lies around the weights of a merged model: its config, types, tokenizers; and models that are something else."""
+
+import json
+import shutil
+
+import open_clip
+import pytest
+import torch
+from helpers import change, edit_config, read, rewrite
+from pico_nlg import EMBEDDING, HEAD, VOCABULARY, pico_model, pico_tokenizer, save
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from common.core import notices
+from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint
+from common.pipeline import merge_alone
+from NLG import domain as nlg
+from NLU import domain as nlu
+from Vision import domain as vision
+
+MODELS = ("base", "math", "code")
+
+
+@pytest.fixture
+def own(own_nlg, monkeypatch):
+    """Llamas of equal vocabularies, all of which have the base's config."""
+    monkeypatch.setattr(notices, "_said", set())
+    root, config = own_nlg
+    for name in MODELS:
+        torch.manual_seed(len(name) + ord(name[0]))
+        save(pico_model("llama"), pico_tokenizer(), root / name)
+    return root, change(config, "model", vocabulary="refuse", tokenizers=())
+
+
+def stored(folder):
+    return {name: row.dtype for name, row in Checkpoint(folder).rows.items()}
+
+
+def save_as(folder, edit):
+    file = folder / "model.safetensors"
+    save_file(edit(load_file(file)), file, {"format": "pt"})
+
+
+# ---- language models -------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_of_another_function_is_refused_before_any_weight(own, monkeypatch):
+    root, config = own
+    edit_config(root / "code", num_attention_heads=1, num_key_value_heads=1, head_dim=16)
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(InputError, match=r"code/config.json: num_attention_heads is 1, the base's is 2"):
+        merge_alone(config, nlg)
+    assert not config.run.dir.exists()
+
+
+def test_a_config_of_transformers_4_stays_one(own):
+    root, config = own
+    old = {"torch_dtype": "float32", "rope_theta": 5e5, "rope_scaling": None}
+    for name in MODELS:
+        fields = json.loads((root / name / "config.json").read_text()) | old
+        fields = {k: v for k, v in fields.items() if k not in ("dtype", "rope_parameters")}
+        (root / name / "config.json").write_text(json.dumps(fields, indent=1))
+    folder = merge_alone(config, nlg)
+    assert (folder / "config.json").read_bytes() == (root / "base" / "config.json").read_bytes()
+    half = change(change(config, "model", dtype="float16"), "run", name="half")
+    changed = json.loads((merge_alone(half, nlg) / "config.json").read_text())
+    assert changed == fields | {"torch_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("said", "edit", "wanted"),
+    [
+        ("bfloat16", lambda d: {n: t if n == EMBEDDING else t.bfloat16() for n, t in d.items()}, "BF16"),
+        ("float32", lambda d: {n: t.bfloat16() if n == EMBEDDING else t for n, t in d.items()}, "F32"),
+        (None, lambda d: {n: t.bfloat16() if n == EMBEDDING else t.half() for n, t in d.items()}, "F16"),
+    ],
+)
+def test_the_type_follows_the_config_or_else_most_weights(own, said, edit, wanted):
+    root, config = own
+    for name in MODELS:
+        edit_config(root / name, dtype=said)
+        save_as(root / name, lambda d: edit(d) | {"model.a.ids": torch.arange(2**40, 2**40 + 5)})
+    folder = merge_alone(config, nlg)
+    types = stored(folder)
+    assert types.pop("model.a.ids") == "I64" and set(types.values()) == {wanted}
+    (file,) = folder.glob("model-*.safetensors")
+    assert torch.equal(load_file(file)["model.a.ids"], torch.arange(2**40, 2**40 + 5))
+
+
+def test_what_surrounds_an_expert_comes_with_its_tokenizer(own, capsys):
+    """Ids of special tokens, the generation config, every chat template and tokenizer file; the rest is the base's."""
+    root, config = own
+    for file, text in {
+        "generation_config.json": '{"eos_token_id": [1, 5], "temperature": 0.6}',
+        "chat_template.jinja": "a", "chat_template.json": "{}", "additional_chat_templates/tools.jinja": "b",
+        "tokenizer.model": "c", "spiece.model": "d", "x.tiktoken": "e", "tekken.json": "{}", "vocab.txt": "f",
+        "preprocessor_config.json": "{}", "run.py": "never",
+    }.items():  # fmt: skip
+        (root / "code" / file).parent.mkdir(exist_ok=True)
+        (root / "code" / file).write_text(text)
+    edit_config(root / "code", eos_token_id=5, pad_token_id=3)
+    folder = merge_alone(change(config, "model", tokenizers=("code",)), nlg)
+    for file in (root / "code").rglob("*"):
+        copied = folder / "code" / file.relative_to(root / "code")
+        if file.is_file() and file.name not in ("config.json", "model.safetensors", "run.py"):
+            assert copied.read_bytes() == file.read_bytes(), file
+    assert not (folder / "code" / "run.py").exists() and not (folder / "chat_template.jinja").exists()
+    base = json.loads((root / "base" / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == base
+    assert json.loads((folder / "code" / "config.json").read_text()) == base | {"eos_token_id": 5, "pad_token_id": 3}
+    assert "code ends its answers with eos_token_id [1, 5], the base with 1" in capsys.readouterr().err
+
+
+def test_reward_models_stay_what_they_are_and_do_not_mix(own):
+    root, config = own
+    causal = json.loads((root / "base" / "config.json").read_text())
+    for seed, name in enumerate(("rm", "math", "code")):
+        torch.manual_seed(seed)
+        fields = {k: v for k, v in causal.items() if k not in ("architectures", "dtype")}
+        model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.for_model(**fields | {"num_labels": 1, "pad_token_id": 0})
+        )
+        save(model, pico_tokenizer(), root / name)
+    with pytest.raises(
+        InputError,
+        match="math is a LlamaForSequenceClassification, with score.weight outside its body; the base .*base is a "
+        "LlamaForCausalLM, with lm_head.weight",
+    ):
+        merge_alone(config, nlg)
+    folder = merge_alone(change(config, "model", base="rm"), nlg)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    scores = [read(root / name, "score.weight") for name in ("rm", "math", "code")]
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(merged.score.weight.data, scores[0] + 0.5 * (scores[1] + scores[2] - 2 * scores[0]))
+
+
+def test_bare_models_merge_among_themselves_alone(own):
+    root, config = own
+    for name in ("math", "code"):
+        AutoModel.from_pretrained(root / name).save_pretrained(root / name)
+        assert "layers.0.mlp.up_proj.weight" in load_file(root / name / "model.safetensors")
+    with pytest.raises(InputError, match="math is a LlamaModel, with no tensor outside its body; the base"):
+        merge_alone(config, nlg)
+    one = change(change(config, "model", base="math"), "start", hyper={"ta": {"scale": 1.0}})
+    merged = AutoModel.from_pretrained(merge_alone(one, nlg))
+    x, expert = torch.arange(9)[None], AutoModel.from_pretrained(root / "code")
+    torch.testing.assert_close(merged(x).last_hidden_state, expert(x).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_that_the_weights_are_not_is_put_right(own):
+    root, config = own
+    edit_config(root / "base", architectures=["LlamaModel"])
+    fields = json.loads((merge_alone(config, nlg) / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLM"] and fields["vocab_size"] == VOCABULARY
+    assert HEAD in stored(config.run.dir / "merged" / "ta")
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_keeps_its_type_and_the_rest_of_its_config(own_nlu):
+    base = own_nlu.model.path("base")
+    save_as(base, lambda d: {n: t.bfloat16() for n, t in d.items()})
+    edit_config(base, torch_dtype="bfloat16", dtype="bfloat16", my_field=[1, 2])
+    (base / "sentencepiece.bpe.model").write_bytes(b"x")
+    for task in own_nlu.tasks:
+        edit_config(own_nlu.model.path("expert", task), my_field=[1, 2])
+    folder = merge_alone(change(change(own_nlu, "start", method="ta"), "run", score=False), nlu)
+    assert set(stored(folder).values()) == {"BF16"} and (folder / "sentencepiece.bpe.model").read_bytes() == b"x"
+    fields = json.loads((base / "config.json").read_text()) | {"architectures": ["RobertaModel"]}
+    assert json.loads((folder / "config.json").read_text()) == fields
+    assert len(AutoTokenizer.from_pretrained(folder)) == 44
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_clip(pico_config, pico_inputs, tmp_path):
+    """The base as an expert's whole folder, so that it has a config of its own."""
+    shutil.copytree(pico_inputs / "clip", tmp_path / "clip")
+    shutil.copytree(tmp_path / "clip" / "base", tmp_path / "clip" / "SVHN", dirs_exist_ok=True)
+    config = change(pico_config, "model", root=str(tmp_path / "clip"), expert="{task}")
+    return tmp_path / "clip", change(change(config, "start", method="ta"), "run", score=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("", "quick_gelu", None, "quick_gelu is None, not True"),
+        ("preprocess_cfg", "mean", [0.5, 0.5, 0.5], "preprocess_cfg.mean.0 is 0.5, not 0.48"),
+        ("preprocess_cfg", "interpolation", "bilinear", "preprocess_cfg.interpolation is 'bilinear', not 'bicubic'"),
+        ("vision_cfg", "head_width", 4, "vision_cfg.head_width is 4, not 8"),
+        ("vision_cfg", "mlp_ratio", 4.0, ""),
+        ("vision_cfg", "patch_dropout", 0.5, ""),
+    ],
+)
+def test_clip_models_of_another_function_are_refused(own_clip, part, field, value, message):
+    root, config = own_clip
+    (root / "MNIST" / "finetuned.safetensors").rename(root / "MNIST" / "open_clip_model.safetensors")
+    file = root / "SVHN" / "open_clip_config.json"
+    fields = json.loads(file.read_text())
+    target = fields["model_cfg"] if part in ("", "vision_cfg") else fields
+    (target[part] if part else target)[field] = value
+    file.write_text(json.dumps(fields))
+    (root / "SVHN" / "finetuned.safetensors").unlink()
+    if message:
+        with pytest.raises(InputError, match=f"SVHN/open_clip_config.json: {message}"):
+            merge_alone(config, vision)
+    else:
+        folder = merge_alone(config, vision)
+        assert (folder / "open_clip_config.json").read_bytes() == (root / "base/open_clip_config.json").read_bytes()
+
+
+def test_other_layouts_of_images_are_called_what_they_are(own_clip):
+    root, config = own_clip
+    for names, fields, message in (
+        ("visual.trunk.blocks.0.x", {}, "an image tower of timm; .* only such a tower can be merged"),
+        ("vision_model.encoder.x", {"model_type": "clip", "architectures": ["CLIPModel"]}, r"layout .*\(CLIPModel in"),
+        ("embeddings.x", {"model_type": "clip_vision_model"}, r"layout of a model \(clip_vision_model in config.json"),
+    ):
+        for file in (root / "base").iterdir():
+            file.unlink()
+        save_file({names: torch.ones(2, 2)}, root / "base" / "model.safetensors")
+        (root / "base" / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(InputError, match=f"base holds .*{message}"):
+            merge_alone(config, vision)
+    with pytest.raises(InputError, match="image tower of RN50 is open_clip's ModifiedResNet"):
+        vision.skeleton(change(config, "model", arch="RN50").model)
+
+
+def test_a_clip_model_in_half_precision_stays_so(own_clip):
+    root, config = own_clip
+    (root / "SVHN" / "open_clip_config.json").unlink()
+    (root / "SVHN" / "finetuned.safetensors").unlink()
+    (root / "MNIST" / "finetuned.safetensors").rename(root / "MNIST" / "open_clip_model.safetensors")
+    file = root / "base" / "open_clip_model.safetensors"
+    rewrite(file, lambda d: d.update({n: t.half() for n, t in d.items()}))
+    folder = merge_alone(config, vision)
+    assert set(stored(folder).values()) == {"F16"}
+    assert open_clip.create_model(f"local-dir:{folder}").visual.proj.isfinite().all()
