@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto as classes
 from common.config import Config, Model
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
@@ -39,12 +40,13 @@ def check_inputs(config: Config) -> None:
     Raises: InputError if one of them is another function of equal weights, or of another class.
     """
     base, path = base_config(config.model), config.model.path("base")
-    compare_models(path, base, config.others)
+    others = other_models(config)
+    compare_models(path, base, others)
     mine = head_of(path)
-    for other in config.others.values():
+    for other in others.values():
         if not is_adapter(other):
             check_head(path, mine, base, other)
-    check_ends(config.model, config.others)
+    check_ends(config.model, others)
 
 
 def head_of(path: Path) -> frozenset[str]:

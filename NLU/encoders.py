@@ -13,6 +13,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.domain import other_models
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 
@@ -39,7 +40,9 @@ def check_inputs(config: Config) -> None:
     """
     model, file = config.model, config_of(config.model, config.model.path("base"))
     base = resolve(read_config(file), str(file))
-    compare_models(model.path("base"), base, config.others, COMPUTING.get(model.family_of(FAMILIES), frozenset()))
+    compare_models(
+        model.path("base"), base, other_models(config), COMPUTING.get(model.family_of(FAMILIES), frozenset())
+    )
 
 
 @cache

@@ -16,6 +16,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from common.config import Config, Model
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.lineage import check_lineage
 from common.io.model_config import SHOWN, config_file, flat, is_off, read_config
@@ -67,7 +68,7 @@ def check_inputs(config: Config) -> None:
     """
     model = config.model
     text = {"model.text": model.path("text")} if model.text and model.path("text").exists() else {}
-    others = config.others | text
+    others = other_models(config) | text
     for path in (model.path("base"), *others.values()):
         if is_adapter(path):
             check_lineage(path, model.path("base"), None)

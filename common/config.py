@@ -259,14 +259,6 @@ class Config:
         """Every test set, and the task whose expert it asks."""
         return {test: task for task in self.tasks for test in self.eval.tests.get(task, [task])}
 
-    @property
-    def others(self) -> dict[str, Path]:
-        """Every model that is compared with the base, if it is there: the experts, and a start made elsewhere."""
-        paths = {task: self.model.path("expert", task) for task in self.tasks}
-        if self.start.checkpoint:
-            paths["start.checkpoint"] = Path(self.start.checkpoint).expanduser()
-        return {name: path for name, path in paths.items() if path.exists()}
-
     def at_start(self, method: str) -> "Config":
         """The config of one of compare.starts alone; start.checkpoint is that of start.method only."""
         checkpoint = self.start.checkpoint if method == self.start.method else ""

@@ -63,3 +63,11 @@ def scored_tests(config: Config, domain: Domain) -> dict[str, str]:
 def block_family(domain: Domain, model: Model) -> BlockFamily:
     """The family that a config names, or the first of the domain; `check_choices` refuses an unknown name."""
     return domain.FAMILIES[model.family_of(domain.FAMILIES)]
+
+
+def other_models(config: Config) -> dict[str, Path]:
+    """Path of every model that is compared with the base, if it is there: the experts, and a start made elsewhere."""
+    paths = {task: config.model.path("expert", task) for task in config.tasks}
+    if config.start.checkpoint:
+        paths["start.checkpoint"] = Path(config.start.checkpoint).expanduser()
+    return {name: path for name, path in paths.items() if path.exists()}

@@ -84,7 +84,7 @@ def test_what_changes_no_function_does_not_count():
     assert compared(LLAMA, elsewhere) == (set(), set())
 
 
-def test_the_refusal_names_file_field_and_both_values_as_the_file_spells_them():
+def test_a_refusal_names_file_field_and_both_values_in_its_spelling():
     old = resolve(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 4.0}}, "math/config.json")
     base = resolve(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3}, "base/config.json")
     with pytest.raises(InputError, match=r"^math/config.json: rope_scaling.factor is 4.0, the base.s is 8.0"):
