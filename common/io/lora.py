@@ -160,7 +160,7 @@ class LoraCheckpoint(Checkpoint):
     def alias(self, name: str, of: str) -> None:
         """From now on `name` is another name of the tensor `of`, the adapter's part in it included."""
         self.base.alias(name, of)
-        parts: tuple[dict[str, Any], ...] = (self.shapes, self.given, self.saved, self.factors)
+        parts: list[dict[str, Any]] = [self.shapes, self.given, self.saved, self.factors]
         for part in parts:
             if of in part:
                 part[name] = part[of]

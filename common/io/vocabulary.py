@@ -161,12 +161,12 @@ def described(
         own = tokens[task]
         assert own
         token = own.padding if key == PADDING else key
-        if token not in own.added:
+        if token is None or token not in own.added:
             raise InputError(
                 f"{token!r} is in the trained vocabulary of {paths[task]}, not among its added_tokens, so it cannot "
                 "join the base's tokenizer; model.vocabulary may be base"
             )
-        more[str(token)] = (places[key], own.added[token])
+        more[token] = (places[key], own.added[token])
     return more
 
 
