@@ -77,7 +77,7 @@ def require_weights(where: Path, tensors: Mapping[str, Header], config: Mapping[
     if method:
         types = ", ".join(sorted({t.dtype for t in tensors.values()}))
         raise InputError(
-            f"the config.json of {where} has them quantised ({method}), but the weights are stored as {types} "
+            f"the config.json of {where} calls it quantised ({method}), but its weights are stored as {types}, "
             "without codes; remove that entry if they are meant as they are stored"
         )
 
