@@ -167,11 +167,11 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     """The model in a folder, or the base with the tensors that the LoRA adapter in the folder changes."""
     disable_progress_bar()  # of the loading of weights, a line for each model
     if not is_adapter(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return stock_model(path, dtype)
     names, vocabulary = DECODER.names, DECODER.vocabulary
     expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary)["expert"]
     own_head = {} if HEAD not in expert.shapes else {"tie_word_embeddings": False}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **own_head)
+    model = stock_model(base, dtype, **own_head)
     changed = {name for name in expert.names() if expert.touches(name) or name == HEAD}  # a tied base stores no head
     rows = max(expert.shapes[name][0] for name in vocabulary if name in expert.shapes)
     if rows != model.get_input_embeddings().num_embeddings:  # the adapter's tokens are more than the base's
@@ -182,6 +182,15 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     for name in {*changed, *resized}:
         weights[name].copy_(expert.read([name])[name])
     return model
+
+
+def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTrainedModel:
+    """The model in a folder as transformers opens it, which would not see through prefixes of training tools.
+
+    fields: of its config.json, with other values.
+    """
+    renamings = Checkpoint(folder).unwrapped.renamings()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
 
 
 def examples_of(data: str, test: str, limit: int | None = None) -> datasets.Dataset:

@@ -4,6 +4,7 @@
 
 MODEL is a folder (model.safetensors, pytorch_model.bin, or shards of either with their index) or one such file. Tensors
 are copied byte by byte, one at a time, so memory does not grow with the model; every file is read back and compared.
+Prefixes that training tools put before the names (module., _orig_mod.) are removed.
 Started again after an interruption it keeps what is whole. The pipeline does not need this: it reads any safetensors
 checkpoint lazily as it is. It helps to share the layers out among machines, and to read pytorch_model*.bin at all.
 """
@@ -21,6 +22,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import copy_files, read_header
 from common.io.hashes import file_hash
 from common.io.model_files import INDEX_FILE, PICKLED_INDEX, WEIGHT_FILES, indexed_files, weight_files
+from common.io.prefixes import unwrapped
 from common.io.shards import Stored, stored_in, write_index, write_stored
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, generation config, tokenizer
@@ -55,9 +57,11 @@ def split(source: Path, out: Path) -> None:
     files = input_files(source)
     parts: dict[str, dict[str, Stored]] = defaultdict(dict)
     with ExitStack() as stack:
+        stored: dict[str, Stored] = {}
         for file in files:
-            for name, tensor in stack.enter_context(stored_in(file)).items():
-                parts[part_of(name)][name] = tensor
+            stored |= stack.enter_context(stored_in(file))
+        for wrapped, name in unwrapped(stored, source).names.items():
+            parts[part_of(name)][name] = stored[wrapped]
         origin = {"source": [file_hash(file) for file in files]}
         size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"split {source.name}") as bar:

@@ -12,7 +12,8 @@ from released import pickle_3, write_released
 from safetensors.torch import load_file
 from torch import nn
 
-from scripts.convert_checkpoint import open_clip_names, target_of
+from common.io.containers import model_in
+from scripts.convert_checkpoint import target_of
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py"
 main = runpy.run_path(str(SCRIPT))["main"]
@@ -104,9 +105,11 @@ def test_nothing_to_convert_is_said(tmp_path, capsys):
 
 
 def test_only_the_released_wrapper_loses_its_prefix():
-    x = torch.ones(1)
-    assert list(open_clip_names({"model.visual.proj": x, "model.attn_mask": x})) == ["visual.proj"]
-    assert list(open_clip_names({"model.layers.0.mlp.up_proj.weight": x})) == ["model.layers.0.mlp.up_proj.weight"]
+    def names(*stored):
+        return list(model_in(dict.fromkeys(stored), "file").tensors)
+
+    assert names("model.visual.proj", "model.attn_mask") == ["visual.proj"]
+    assert names("model.layers.0.mlp.up_proj.weight") == ["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_a_hugging_face_file_gets_the_name_that_stock_libraries_look_for():

@@ -20,6 +20,7 @@ from common.core.task_vectors import Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
 from common.io.model_files import WEIGHT_FILES, find_model, json_of
+from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tokenizer_files import TOKENIZER_FILES
 
@@ -32,7 +33,8 @@ class Checkpoint:
     """The tensors of one model: a .safetensors file, or a folder as Hugging Face or open_clip lay it out.
 
     Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
-    is what was read last. Its names are what `names` makes of the stored ones; tensors it gives None for are left out.
+    is what was read last. Its names are what `names` makes of the stored ones, without the prefixes of training tools;
+    tensors it gives None for are left out.
     Matrices can be had with more or fewer rows than are stored, see `resize`.
     """
 
@@ -40,15 +42,21 @@ class Checkpoint:
         self.path = Path(path)
         self.found = find_model(self.path)
         self.rows: dict[str, Row] = {}
-        stored = self.found.rows()
-        self.check_weights({row.stored: row for row in stored})
-        for row in stored:
-            name = names(row.stored)
+        stored = {row.stored: row for row in self.found.rows()}
+        self.check_weights(stored)
+        self.unwrapped = unwrapped(stored, self.path)
+        for wrapped, plain in self.unwrapped.names.items():
+            row, name = stored[wrapped], names(plain)
             if name in self.rows:
                 raise InputError(f"{self.path} has {name} twice, as {self.rows[name].stored} and as {row.stored}")
             if name is not None:
                 self.rows[name] = row
         self.shapes = {name: row.shape for name, row in self.rows.items()}
+
+    @property
+    def layout(self) -> str:
+        """What is read of the path and what is not, for the dry run: files, and prefixes of names."""
+        return ", ".join(filter(None, (str(self.found) if self.path.is_dir() else "", str(self.unwrapped))))
 
     def check_weights(self, stored: Mapping[str, Row]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""

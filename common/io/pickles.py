@@ -42,7 +42,9 @@ from common.io.pickle_records import (
 NAMES = {
     *DTYPES, *(str(dtype) for dtype in DTYPES.values()), *TENSORS, *ARRAYS, "torch.storage._load_from_bytes",
     "torch.Tensor", "torch.Size", "torch.device", "numpy.ndarray", "numpy.dtype",
-    "collections.OrderedDict", "builtins.set", "__builtin__.set",
+    "collections.OrderedDict", "collections.defaultdict", "builtins.set", "__builtin__.set", "builtins.dict",
+    "__builtin__.dict", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode",
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath",
 }  # fmt: skip
 MODULES = (
     "torch.nn", "torch.jit._pickle", "torchvision.transforms", "open_clip", "clip", "src", "transformers", "__torch__",
@@ -86,7 +88,8 @@ def lazy_tensors(path: Path | str, strict: bool = False) -> Iterator[dict[str, P
         content, read = (_read_archive if is_archive else _read_stream)(file, str(path))
         more = [key for key, value in members(content) if not is_value(value)] if strict else []
         if more:
-            raise InputError(f"{path} holds more than tensors: {more[0]!r} is none")
+            step = "scripts/convert_checkpoint.py takes the model out of it"
+            raise InputError(f"{path} holds more than tensors: {more[0]!r} is none; {step}")
         found = [(name, record) for name, record in named_records(content) if record.origin in TENSORS]
         if not found:
             raise InputError(f"{path} holds no tensor under a name")

@@ -105,8 +105,8 @@ def checkpoint_line(what: str, path: Path, may_be_adapter: bool, refusals: Refus
         return f"  {'MISSING':10} {what}: {refusals[what][0]}"
     if what in refusals:
         return f"  {'REFUSED':10} {what}: {'; '.join(refusals[what])}"
-    kind = "LoRA adapter, " if adapter else f"{opened.found}, " if path.is_dir() else ""
-    return f"  {'found':10} {what}: {path} ({kind}{len(opened.shapes)} tensors)"
+    said = ", ".join(filter(None, ("LoRA adapter" if adapter else opened.layout, f"{len(opened.shapes)} tensors")))
+    return f"  {'found':10} {what}: {path} ({said})"
 
 
 # ---- checks of the commands: what each would refuse besides, as far as headers and JSON tell -------------------------
