@@ -159,7 +159,7 @@ def test_a_target_of_other_weights_is_neither_kept_nor_overwritten(trainer, mode
     assert (trainer / "model.safetensors").read_bytes() == before
 
 
-def test_numbers_that_are_equal_but_narrower_are_made_anew_only_for_float32(tmp_path, capsys):
+def test_equal_but_narrower_numbers_are_made_anew_only_for_float32(tmp_path, capsys):
     tensors = {"a": torch.tensor([1.0, torch.nan]).half(), "n": torch.tensor([3, 4])}
     torch.save(tensors, tmp_path / "m.pt")
     wide = ["--float32"]
