@@ -462,7 +462,9 @@ def test_where_there_is_no_data_the_method_is_refused(vision_config):
         with pytest.raises(InputError, match="fisher needs data of the tasks; nlg has none for it"):
             check_choices(config, nlg)
     untested = replace(vision_config, eval=replace(vision_config.eval, tests={"MNIST": []}))
-    with pytest.raises(InputError, match=r"regmean needs data of every task, but eval.tests has no test set of MNIST"):
+    with pytest.raises(
+        InputError, match=r"regmean needs data of every task, and there is no test set for MNIST; eval.tests"
+    ):
         check_choices(with_method(untested, "regmean"), vision)
     with pytest.raises(InputError, match="unknown start 'fischer'; choose from .*, widen, fisher, regmean, "):
         check_choices(with_method(vision_config, "fischer"), vision)
