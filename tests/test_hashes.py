@@ -162,6 +162,10 @@ def test_what_stock_libraries_read_beside_the_weights_counts(model, name):
     assert Checkpoint(model).fingerprint() != before
 
 
+def test_a_folder_and_its_file_are_one_model(model):
+    assert Checkpoint(model / "model.safetensors").fingerprint() == Checkpoint(model).fingerprint()
+
+
 def test_notes_beside_the_weights_do_not_count(model):
     before = Checkpoint(model).fingerprint()
     for name in ("README.md", "provenance.json", "trainer_state.json"):

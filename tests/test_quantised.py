@@ -114,7 +114,9 @@ def test_the_calls_in_the_next_steps_exist():
 )
 def test_a_config_that_says_quantised_of_plain_weights_is_refused(tmp_path, unread, config, method):
     write(tmp_path, of(Q, weight=tensor(torch.bfloat16)), **config)
-    with pytest.raises(InputError, match=rf"quantised \({method}\), but .* stored as BF16, F32 .*remove that entry"):
+    with pytest.raises(
+        InputError, match=rf"quantised \({method}\), but .* stored as BF16, F32, without codes; remove that entry"
+    ):
         Checkpoint(tmp_path)
 
 
@@ -144,11 +146,11 @@ BUFFERS = {
 }
 
 
-def test_buffers_are_no_codes_and_no_floating_point_weights(tmp_path):
+def test_buffers_are_no_codes(tmp_path):
     checkpoint = Checkpoint(write(tmp_path, BUFFERS | of(Q, weight=tensor(torch.float16))))
-    found = {name: (row.dtype, row.nbytes) for name, row in checkpoint.float_weights().items()}
-    floats = {"logit_scale": ("F32", 4), "ls.scale": ("F32", 16), "empty_buffer": ("F32", 0)}
-    assert found == floats | {"model.norm.weight": ("F32", 16), f"{Q}.weight": ("F16", 32)}
+    found = {name: (row.dtype, row.nbytes) for name, row in checkpoint.rows.items()}
+    assert found["logit_scale"] == ("F32", 4) and found[f"{Q}.weight"] == ("F16", 32)
+    assert found["embeddings.position_ids"] == ("I64", 64) and len(found) == len(BUFFERS) + 2
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_plain_fp8_weights_are_widened(tmp_path, monkeypatch, dtype, piece):
     checkpoint = Checkpoint(tmp_path)
     read = checkpoint.read([f"{Q}.weight"])[f"{Q}.weight"]
     assert read.dtype == torch.float32 and torch.equal(read, numbers)
-    assert checkpoint.float_weights()[f"{Q}.weight"].nbytes == 240
+    assert checkpoint.rows[f"{Q}.weight"].nbytes == 240
 
 
 def test_complex_numbers_are_refused_when_read(tmp_path):

@@ -58,11 +58,15 @@ class Checkpoint:
         """What is read of the path and what is not, for the dry run: files, and prefixes of names."""
         return ", ".join(filter(None, (str(self.found) if self.path.is_dir() else "", str(self.unwrapped))))
 
+    @property
+    def folder(self) -> Path:
+        """Where the model's config and tokenizer are. A file of a name of one's own may lie beside those of others."""
+        return self.path.parent if self.path.name in WEIGHT_FILES else self.path
+
     def check_weights(self, stored: Mapping[str, Row]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
-        stock = self.path.name in WEIGHT_FILES  # a file of another name may lie beside another model's config
-        folder = self.path.parent if stock else self.path
-        require_weights(self.path, stored, json_of(folder / "config.json"), next(quantiser_files(folder), ""))
+        named = next(quantiser_files(self.folder), "")
+        require_weights(self.path, stored, json_of(self.folder / "config.json"), named)
 
     def resize(self, rows: Mapping[str, int]) -> None:
         """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
@@ -109,13 +113,9 @@ class Checkpoint:
         """All tensors whose name begins with `prefix`, the prefix taken off."""
         return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
 
-    def float_weights(self) -> dict[str, Row]:
-        """{name: header} of the tensors that are stored as floating-point numbers, F8 included: type, shape, bytes."""
-        return {name: row for name, row in self.rows.items() if row.dtype.startswith(("F", "BF"))}
-
     def fingerprint(self) -> str:
         """Identifies the model by every byte of its weights and of what stock libraries read beside them."""
-        files = sorted({row.file for row in self.rows.values()}) + surroundings(self.path)
+        files = sorted({row.file for row in self.rows.values()}) + surroundings(self.folder)
         return identity([[file.name, file_hash(file)] for file in files])
 
 
