@@ -43,8 +43,12 @@ def skeleton(model: Model) -> nn.Module:
         if getattr(model, name):
             raise InputError(f"model.{name} is for vision; here the folders of base and experts tell everything")
     config = architecture(model)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    except Exception as error:  # sizes below zero, an activation that is none: whatever its layers raise
+        said = " ".join(str(error).split())
+        raise InputError(f"transformers cannot build the model of {config_text(model)[1]}: {said}") from error
 
 
 def token_shape(model: Model) -> tuple[int, int]:

@@ -73,8 +73,12 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
     try:
         with torch.device(device):
             clip = open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
+    except InputError:
+        raise
     except Exception as error:  # whatever open_clip makes of a config
-        raise InputError(f"open_clip cannot build model.arch {architecture(model)!r}: {error}") from error
+        file = clip_file(model.path("base"))
+        where = f"model.arch {model.arch!r}" if model.arch or not file else str(file)
+        raise InputError(f"open_clip cannot build {where}: {' '.join(str(error).split())}") from error
     finally:
         logging.root.setLevel(level)
     if not isinstance(clip.visual, VisionTransformer):
@@ -221,11 +225,11 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     rest = ((name, text.read([name])[name]) for name in names if not name.startswith(IMAGE_TOWER))
     dtype = output_type(base, {})
     surroundings = config_text(model, skeleton(model).visual.preprocess_cfg)
-    write_text(folder / "open_clip_config.json", surroundings)
-    if text.path.is_dir():
-        copy_tokenizer(text.path, folder)
     stored = chain(as_stored(image, dtype, base), as_stored(rest, dtype, text))
     write_stream(folder / "open_clip_model.safetensors", stored, names)
+    write_text(folder / "open_clip_config.json", surroundings)  # a weight that is refused leaves nothing
+    if text.path.is_dir():
+        copy_tokenizer(text.path, folder)
 
 
 FAMILIES = {

@@ -75,6 +75,7 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
         usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
         description=description,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
@@ -86,7 +87,16 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
         "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
     )
     argv = files_first(sys.argv[1:] if argv is None else argv)
-    parsed = parser.instantiate(parser.parse_args(argv))
+    try:
+        parsed = parser.instantiate(parser.parse_args(argv))
+    except InputError:
+        raise
+    except (argparse.ArgumentError, ValueError, RecursionError) as error:
+        files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+        where = f"in {', '.join(files)} or on the command line" if files else "on the command line"
+        said = " ".join(str(error).split())
+        print(f"error: {said} ({where}; --help lists what there is)", file=sys.stderr)
+        sys.exit(2)
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
     typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
     return replace(config, adapt=prefer_typed(config.adapt, typed))

@@ -6,7 +6,6 @@ runs/<name>/merged/fda-<method>-<init>/                  an adapted model; block
 .../provenance.json                                      written last: the folder is whole, and made from this
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from common.experiment import Experiment
 from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, digest
 from common.io.hashes import file_hash, identity
+from common.io.json_files import read_object
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -72,8 +72,13 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     file = folder / PROVENANCE_FILE
     if not file.is_file():
         return False
-    check_provenance(file, json.loads(file.read_text()), provenance)
+    check_provenance(file, read_provenance(folder), provenance)
     return True
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a merged model says it was made from; InputError if that is damaged."""
+    return read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
 
 
 def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     settings["start"]["checkpoint"] = start.fingerprint()
     settings["anchors"]["files"] = identity(anchors)
     settings["inputs"] = inputs_of(experiment)
-    return settings | data_of(json.loads(made.read_text()) if made.is_file() else {})
+    return settings | data_of(read_provenance(start.path) if made.is_file() else {})
 
 
 def data_of(made: Mapping[str, Any]) -> dict[str, Any]:

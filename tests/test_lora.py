@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from pico_lora import write_adapter
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
@@ -44,22 +45,6 @@ MATRICES = {Q: (6, 6), UP: (8, 6), EMBED: (10, 6), HEAD: (10, 6)}
 
 def random(generator: np.random.Generator, *shape: int) -> np.ndarray:
     return generator.normal(size=shape).astype(np.float32)
-
-
-def write_adapter(folder: Path, tensors: dict[str, np.ndarray], **settings) -> Path:
-    """The two files of peft; keys of the tensors are without base_model.model."""
-    config = {
-        "base_model_name_or_path": "nowhere/nothing", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "layer_replication": None, "lora_alpha": 6, "lora_bias": False, "lora_dropout": 0.0,
-        "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.21.2", "r": 2, "rank_pattern": {},
-        "alpha_pattern": {}, "target_modules": ["q"], "task_type": None, "trainable_token_indices": None,
-        "use_dora": False, "use_rslora": False,
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
-    named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
-    return folder
 
 
 def pair(module: str, shape: tuple[int, int], rank: int = 2, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -11,7 +11,8 @@ from common.domain import Domain, scored_tests
 from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
 from common.experiment import Experiment, open_experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
-from common.layout import PROVENANCE_FILE, RunLayout, data_of
+from common.io.json_files import interpreted
+from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.run.progress import Units
 from common.run.run_log import commit, record_stage, total_cost
 
@@ -93,14 +94,17 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
     if experiment.config.start.checkpoint:
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
-        made = json.loads(file.read_text())
-        method, used = made["start"]["method"], data_of(made)
-        if "anchors" in made:
-            adapted = {"method": "fda", "start": method, "init": made["anchors"]["init"]}
-            made_by = {"label": made["adapt"]["label"], "epochs": made["adapt"]["epochs"]}
-            yield row | adapted | used | made_by, Checkpoint(file.parent)
-        else:
-            yield row | used | {"method": method}, Checkpoint(file.parent)
+        yield row | identifying(read_provenance(file.parent), file), Checkpoint(file.parent)
+
+
+def identifying(made: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a row says of a merged model, from its provenance; InputError if that is damaged."""
+    with interpreted(file, "provenance of a merged model"):
+        method, used = str(made["start"]["method"]), data_of(made)
+        if "anchors" not in made:
+            return used | {"method": method}
+        adapted = {"method": "fda", "start": method, "init": str(made["anchors"]["init"])}
+        return adapted | used | {"label": str(made["adapt"]["label"]), "epochs": int(made["adapt"]["epochs"])}
 
 
 def traces(experiment: Experiment) -> dict[str, "Traces"]:
@@ -108,8 +112,9 @@ def traces(experiment: Experiment) -> dict[str, "Traces"]:
     found = {}
     for file in sorted((experiment.config.run.dir / "anchors").glob("*/*/block_*.safetensors")):
         header = read_header(file)
-        unit = (header["run"]["task"], header["run"]["block"])
-        found.setdefault(header["anchors"]["init"], {})[unit] = header["trace"]
+        with interpreted(file, "file of anchors"):
+            unit = (str(header["run"]["task"]), int(header["run"]["block"]))
+            found.setdefault(str(header["anchors"]["init"]), {})[unit] = [float(loss) for loss in header["trace"]]
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
+from common.io.json_files import interpreted, read_object
 from common.merging.registry import METHODS
 
 Row = Mapping[str, Any]
@@ -62,19 +63,26 @@ def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
 
 def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str]) -> None:
     """Write results.json whole or not at all. The same rows in any order give the same bytes."""
-    ordered = sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", ""), row.get("seed", 0)))
-    write_text(Path(path), json.dumps({"tasks": list(tasks), "rows": ordered}, indent=1, sort_keys=True) + "\n")
+    contents = {"tasks": list(tasks), "rows": in_order(rows)}
+    write_text(Path(path), json.dumps(contents, indent=1, sort_keys=True) + "\n")
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows in the order of the paper's tables, then by task, split and seed."""
+    return sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", ""), row.get("seed", 0)))
 
 
 def read_results(path: Path | str) -> tuple[list[Row], list[str]]:
     """(rows, tasks) of a results.json. InputError if there is none or it is damaged."""
-    try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
-        return contents["rows"], contents["tasks"]
-    except FileNotFoundError as error:
-        raise InputError(f"there are no results at {path}; evaluate a model first") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path} is no results file: JSON with "tasks" and "rows" ({error!r})') from error
+    if not Path(path).is_file():
+        raise InputError(f"there are no results at {path}; evaluate a model first")
+    what = 'results file, JSON with "tasks" and "rows"'
+    contents = read_object(Path(path), what)
+    with interpreted(Path(path), what):
+        rows, tasks = in_order(contents["rows"]), [str(task) for task in contents["tasks"]]
+        if not all(row_name(row) and isinstance(row["value"], int | float) for row in rows):
+            raise TypeError("a value is no number")
+    return contents["rows"], tasks
 
 
 def values_by_seed(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, dict[int | None, Values]]:

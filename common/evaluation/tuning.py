@@ -12,6 +12,7 @@ from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.experiment import open_experiment
 from common.io.checkpoints import digest, write_text
+from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.registry import check_hyper
 from common.run.run_log import commit
@@ -89,7 +90,8 @@ def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, 
 def read_search(config: Config) -> dict[str, Any]:
     """What search.json of a run says so far."""
     file = config.run.dir / "search.json"
-    return json.loads(file.read_text()) if file.is_file() else {"split": SPLIT, "candidates": [], "choices": {}}
+    empty = {"split": SPLIT, "candidates": [], "choices": {}}
+    return read_object(file, "record of a search") if file.is_file() else empty
 
 
 def record(config: Config, candidate: dict[str, Any] | None = None, choice: dict[str, Any] | None = None) -> None:

@@ -9,7 +9,6 @@ settings. adapter_model.safetensors has, behind base_model.model.,
     <attention>.base_layer.out_proj.lora_A.weight                   of torch's MultiheadAttention, see `Entry.times`
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
+from common.io.json_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILE = "adapter_model.safetensors"
@@ -121,8 +121,8 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     The base that it names is neither looked for nor opened: the experiment says which base there is.
     """
     file = folder / CONFIG_FILE
+    settings = read_object(file, "adapter config, JSON with peft_type, r and lora_alpha")
     try:
-        settings = json.loads(file.read_text())
         plain = all(settings[name] > 0 for name in ("r", "lora_alpha")) if settings["peft_type"] == "LORA" else True
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no adapter config, JSON with peft_type, r and lora_alpha ({error!r})") from error

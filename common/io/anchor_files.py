@@ -19,10 +19,21 @@ def save_anchors(file: Path, x_ATD: Tensor, header: Mapping[str, Any]) -> None:
 
 
 def load_anchors(file: Path, provenance: Mapping[str, Any]) -> Tensor:
-    """Anchors x_ATD from a file of ours; InputError names the first field that is not as in `provenance`."""
+    """Anchors x_ATD from a file of ours.
+
+    Raises: InputError naming the first field that is not as in `provenance`, or saying what else the file holds than
+        finite anchors of the shape that is there.
+    """
     check_provenance(file, read_header(file), provenance)
+    shape = tuple(provenance["anchors"]["shape"])
     with opened(file) as handle:
-        return handle.get_tensor("anchors")
+        x = handle.get_tensor("anchors") if "anchors" in handle.keys() else None  # noqa: SIM118 (no dict)
+    if x is None or x.shape != shape or x.dtype != torch.float32:
+        found = "no tensor `anchors`" if x is None else f"anchors of shape {tuple(x.shape)} and type {x.dtype}"
+        raise InputError(f"{file} holds {found}; float32 of shape {shape} is expected: remove it to have it made anew")
+    if not x.isfinite().all():
+        raise InputError(f"{file} holds NaN or Inf; remove it to have it made anew")
+    return x
 
 
 def load_published(file: Path, axes: str, width: int) -> Tensor:

@@ -19,6 +19,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
+from common.io.json_files import parse_object
 from common.io.model_files import WEIGHT_FILES, find_model, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
@@ -147,7 +148,7 @@ def surroundings(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, Any]:
     """What this project wrote into the header of one of its files; empty if the file is not one of them."""
     with opened(file) as handle:
-        return json.loads((handle.metadata() or {}).get(HEADER_KEY, "{}"))
+        return parse_object((handle.metadata() or {}).get(HEADER_KEY, "{}"), f"the header of {file}", "provenance")
 
 
 def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ own, or an identical copy of the embedding. Stock transformers opens a head that
 config says (transformers 5, PreTrainedModel.tie_weights); so do we.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.headers import opened
 from common.io.lora import open_checkpoint
+from common.io.model_config import parse, read_config
 
 CONFIG_FILE = "config.json"
 ROWS = 4096  # of an embedding and a head that are compared at a time
@@ -25,11 +25,7 @@ ROWS = 4096  # of an embedding and a head that are compared at a time
 def declared_config(folder: Path, text: str = "") -> dict[str, Any]:
     """The config.json in a folder, or what `text` says where there is none; {} if there is neither."""
     file = folder / CONFIG_FILE
-    try:
-        fields = json.loads(file.read_text() if file.is_file() else text or "{}")
-        return dict(fields)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file if file.is_file() else 'model.arch'} is no config, a JSON object ({error})") from error
+    return read_config(file) if file.is_file() else parse(text or "{}", "model.arch")
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.io.json_files import parse_object, read_object
 from common.io.model_files import MODEL_FILE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
+WHAT = "config file, JSON with a model_type"
 SHOWN = 4  # of the fields that differ
 
 # Fields that say where a file comes from. They differ between any two models and tell nothing.
@@ -101,18 +103,12 @@ def read_text(file: Path) -> str:
 
 def read_config(file: Path) -> dict[str, Any]:
     """The fields of a config file; InputError if it is none."""
-    return parse(read_text(file), str(file))
+    return read_object(file, WHAT)
 
 
 def parse(text: str, file: str) -> dict[str, Any]:
     """The fields of a JSON text; InputError naming the file if it is none."""
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no config file, JSON with a model_type ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{file} is no config file, JSON with a model_type (it is {text.strip()[:40]})")
-    return fields
+    return parse_object(text, file, WHAT)
 
 
 def require_family(fields: Mapping[str, Any], file: str, family: str, families: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
+from common.io.json_files import read_object
 
 FAST, PLAIN, ADDED, SETTINGS = "tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"
 
@@ -27,10 +28,7 @@ class Tokens:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; InputError if the file holds none."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file} is no file of a tokenizer, a JSON object ({error})") from error
+    return read_object(file, "file of a tokenizer, a JSON object")
 
 
 def read_tokens(folder: Path) -> Tokens | None:

@@ -21,10 +21,11 @@ class UnitBar(Units):
     """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
 
     def __init__(self, stage: str, units: int, noun: str = "units"):
-        layout = f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
-        self.bar = tqdm(total=units, desc=stage, bar_format=layout, mininterval=0.5, smoothing=0.05)
+        self.layout = (
+            f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
+        )
         super().__init__()
-        self.stage = stage
+        self.stage, self.units = stage, units
 
     @contextmanager
     def unit(self, name: str, count: int = 1) -> Iterator[None]:
@@ -54,6 +55,7 @@ class UnitBar(Units):
         self.bar.refresh()
 
     def __enter__(self) -> "UnitBar":
+        self.bar = tqdm(total=self.units, desc=self.stage, bar_format=self.layout, mininterval=0.5, smoothing=0.05)
         return self
 
     def __exit__(self, *failure: object) -> None:

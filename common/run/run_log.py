@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from common.config import ROOT, Config, as_dict
+from common.core.errors import InputError
 from common.io.checkpoints import write_text
+from common.io.json_files import interpreted, read_object
 from common.run.device import prepare
 from common.run.progress import Units
 
@@ -22,6 +24,8 @@ PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", 
 
 
 NOTES, FINISHED = "run.json", "finished"
+WHAT = "record of a run; remove it to begin a new one"
+NUMBERS = ("seconds", "peak_gib", "units", "units_of")
 PROCESS = Path("/proc/self/status")
 
 
@@ -88,6 +92,7 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     known from their provenance. Where all is kept the note stays as it is.
     """
     device = prepare(config.run.device)
+    read_notes(config.run.dir)  # damaged notes are refused before the work, not when it is done
     reset_peak(device)
     began, ended = time.monotonic(), FINISHED
     try:
@@ -98,7 +103,8 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     finally:
         session = {"seconds": time.monotonic() - began, "peak_gib": peak_gib(device), "ended": ended}
         done, kept = (units.done, units.kept) if units else (1, 0)
-        note(config, stage, session | {"device": str(device)}, done, kept)
+        if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
+            note(config, stage, session | {"device": str(device)}, done, kept)
 
 
 def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int) -> None:
@@ -117,9 +123,14 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
 
 
 def read_notes(run_dir: Path) -> dict[str, Any]:
-    """What run.json says of each stage; empty if there is none."""
+    """What run.json says of each stage; empty if there is none. InputError if it is damaged."""
     file = run_dir / NOTES
-    return json.loads(file.read_text()) if file.is_file() else {}
+    notes = read_object(file, WHAT) if file.is_file() else {}
+    with interpreted(file, WHAT):
+        for noted in notes.values():
+            if not isinstance(noted.get("ended", ""), str) or sum(noted.get(n, 0) for n in NUMBERS) < 0:
+                raise ValueError("a stage that took less than nothing")
+    return notes
 
 
 def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
@@ -129,9 +140,12 @@ def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
     """
     notes = [read_notes(run_dir).get(stage, {}) for stage in stages]
     whole = (n.get("ended") == FINISHED and n["units"] >= n["units_of"] for n in notes)
-    if not notes or not all(whole) or any(n["config"]["run"]["blocks"] for n in notes):
-        return {}
-    machines = (f"{n['gpu'] if n['device'] != 'cpu' else 'CPU'}, {n['threads']} threads, {n['machine']}" for n in notes)
+    with interpreted(run_dir / NOTES, WHAT):
+        if not notes or not all(whole) or any(n["config"]["run"]["blocks"] for n in notes):
+            return {}
+        machines = [
+            f"{n['gpu'] if n['device'] != 'cpu' else 'CPU'}, {n['threads']} threads, {n['machine']}" for n in notes
+        ]
     return {
         "seconds": round(sum(n["seconds"] for n in notes), 3),
         "peak_gib": max(n["peak_gib"] for n in notes),
