@@ -109,7 +109,8 @@ def anchors_of(experiment: Experiment, task: str, index: int, theta_0: Params, t
     if experiment.config.anchors.source:
         axes, width = experiment.family.published_axes, experiment.shape[2]
         return load_published(file, axes, width).to(experiment.device)
-    return load_anchors(file, anchor_provenance(experiment, task, index, theta_0, theta_t)).to(experiment.device)
+    provenance = anchor_provenance(experiment, task, index, theta_0, theta_t)
+    return load_anchors(file, provenance, experiment.shape).to(experiment.device)
 
 
 def no_anchors(file: Path, config: Config) -> InputError:

@@ -252,18 +252,32 @@ def test_json_with_an_odd_field_is_refused_by_name_or_harmless(json_files, times
 @EXAMPLES
 def test_a_weight_that_is_not_finite_is_refused_by_name(vision, llama, times):
     """Wherever it is: in a base, an expert, an adapter, a start or anchors."""
-    places = [
-        (Place(vision, "clip/SVHN/finetuned.safetensors", "scripts/merge.py", vision_config(vision, "new", "ta")), ""),
-    ]
-    for place, _ in places:
-        whole = place.path.read_bytes()
-        names = sorted(set(damage.split_file(whole)[0]) - {"__metadata__"})
+    again = change(vision_config(vision, "made", "ta"), "adapt", label="again")
+    for place in (
+        Place(vision, "clip/SVHN/finetuned.safetensors", "scripts/merge.py", vision_config(vision, "new", "ta")),
+        Place(vision, "runs/made/anchors/weight/MNIST/block_00.safetensors", "Vision/adapt.py", again),
+        Place(llama, "llama/base/model.safetensors", "scripts/merge.py", llama_config(llama)),
+        Place(llama, "llama/code/adapter_model.safetensors", "scripts/merge.py", llama_config(llama)),
+    ):
+        names = sorted(set(damage.split_file(place.path.read_bytes())[0]) - {"__metadata__"})
+        names = [name for name in names if not place.file.startswith("clip") or name.startswith("visual.")]
 
         def draw(contents, names=names):
             value = st.sampled_from([float("nan"), float("inf"), -float("inf")])
             return st.builds(damage.spoiled, st.just(contents), st.sampled_from(names), st.integers(0, 10**6), value)
 
-        each(times, 12, [place], draw, harmless=False)
+        each(times, 8, [place], draw, harmless=False)
+
+
+def test_anchors_of_another_shape_or_without_their_tensor_are_refused(vision):
+    """Their header is right: only the tensor shows it."""
+    again = change(vision_config(vision, "made", "ta"), "adapt", label="again")
+    place = Place(vision, "runs/made/anchors/weight/MNIST/block_00.safetensors", "Vision/adapt.py", again)
+    header, data = damage.split_file(place.path.read_bytes())
+    row = header.pop("anchors")
+    a, t, d = row["shape"]
+    for changed in ({"anchors": row | {"shape": [a * t, d]}}, {"anchor": row}, {"anchors": row | {"dtype": "I32"}}):
+        check(place, damage.joined(header | changed, data), harmless=False)
 
 
 @EXAMPLES

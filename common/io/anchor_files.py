@@ -18,19 +18,19 @@ def save_anchors(file: Path, x_ATD: Tensor, header: Mapping[str, Any]) -> None:
     write_tensors(file, {"anchors": x_ATD}, header)
 
 
-def load_anchors(file: Path, provenance: Mapping[str, Any]) -> Tensor:
-    """Anchors x_ATD from a file of ours.
+def load_anchors(file: Path, provenance: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> Tensor:
+    """Anchors x_ATD from a file of ours; `shape` is what they must have, if that is known.
 
     Raises: InputError naming the first field that is not as in `provenance`, or saying what else the file holds than
         finite anchors of the shape that is there.
     """
     check_provenance(file, read_header(file), provenance)
-    shape = tuple(provenance["anchors"]["shape"])
     with opened(file) as handle:
         x = handle.get_tensor("anchors") if "anchors" in handle.keys() else None  # noqa: SIM118 (no dict)
-    if x is None or x.shape != shape or x.dtype != torch.float32:
+    if x is None or x.dtype != torch.float32 or (shape and tuple(x.shape) != shape):
         found = "no tensor `anchors`" if x is None else f"anchors of shape {tuple(x.shape)} and type {x.dtype}"
-        raise InputError(f"{file} holds {found}; float32 of shape {shape} is expected: remove it to have it made anew")
+        expected = f"float32 of shape {shape}" if shape else "float32"
+        raise InputError(f"{file} holds {found}; {expected} is expected: remove it to have it made anew")
     if not x.isfinite().all():
         raise InputError(f"{file} holds NaN or Inf; remove it to have it made anew")
     return x
