@@ -4,12 +4,16 @@ Fixtures named `…_inputs` are made once and read only; `own_…` are copies th
 ask for is not imported: a test of tensors alone begins at once.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from common.config import Config
+
+# Pico products are so small that threads wait longer than they work; commands that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ def read_range(file: Path, begin: int, end: int) -> Iterator[bytes]:
 
 
 def read_handle(handle: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
-    """The same of an open file, which stays where it stands."""
+    """Bytes `begin` to `end` of an open file in pieces; the place at which it is read otherwise stays as it is."""
     for at in range(begin, end, CHUNK_BYTES):
         yield os.pread(handle.fileno(), min(CHUNK_BYTES, end - at), at)
 
