@@ -194,7 +194,7 @@ def test_a_reward_model_is_no_expert_of_a_causal_one(tmp_path):
     reward = transformers.Qwen2ForSequenceClassification(replaced(models["a"].config, num_labels=1, pad_token_id=0))
     reward.save_pretrained(tmp_path / "a")
     with pytest.raises(
-        InputError, match=r"a is a Qwen2ForSequenceClassification, with score.weight .* base is a Qwen2ForCausalLM"
+        InputError, match=r"a is a Qwen2ForSequenceClassification, with score.weight .*base is a Qwen2ForCausalLM"
     ):
         merge_alone(config_of(tmp_path, "a"), domain)
 
