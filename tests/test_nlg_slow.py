@@ -114,6 +114,7 @@ def test_the_whole_chain_at_the_width_of_llama_2_13b(tmp_path):
 # ---- power cuts ------------------------------------------------------------------------------------------------------
 
 
+KILLS = 200  # of each stage, a thousand in all
 STAGES = {
     "split": lambda config: split(config.model.path("base"), config.run.dir / "split"),
     "construct": lambda config: construct(config, domain),
@@ -132,8 +133,11 @@ def work(stage, config, ready):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_kills_change_no_byte(tmp_path, stage):
-    """SIGKILL at random moments of the work itself: the processes are forked from one that has imported everything."""
+def test_two_hundred_kills_change_no_byte(tmp_path, stage):
+    """SIGKILL at random moments of the work itself: the processes are forked from one that has imported everything.
+
+    Each time the work gets through in spite of them, its bytes are those of a run left alone.
+    """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["common.pipeline", "NLG.domain", "NLG.split_model"])
     write_pico_models(tmp_path / "llama", "llama")
@@ -165,8 +169,14 @@ def test_ten_kills_change_no_byte(tmp_path, stage):
             finish(earlier, name)
     prepared = files_of(configs["killed"].run.dir)
     takes = finish(stage, "alone")
-    kills, moments, met = 0, random.Random(0), set()
-    while kills < 10:
+    kills, finished, moments, met = 0, 0, random.Random(0), set()
+
+    def compare():
+        whole, again = ({f: b for f, b in files_of(tmp_path / n).items() if f != "run.json"} for n in configs)
+        assert whole == again
+        assert len(whole) > len(prepared)
+
+    while kills < KILLS:
         process = start(stage, "killed")
         process.join(moments.uniform(0, 1) * takes)
         if process.is_alive():
@@ -175,10 +185,10 @@ def test_ten_kills_change_no_byte(tmp_path, stage):
             kills += process.exitcode == -signal.SIGKILL
             met.add(frozenset(files_of(tmp_path / "killed") if (tmp_path / "killed").exists() else ()))
         if process.exitcode == 0:  # it got through before the blow: begin anew
+            compare()
+            finished += 1
             for file in set(files_of(tmp_path / "killed")) - set(prepared):
                 (tmp_path / "killed" / file).unlink()
-    print(f"{stage}: {takes:.1f} s, killed in {len(met)} different states of its folder")
+    print(f"{stage}: {takes:.1f} s, {finished} times whole, killed in {len(met)} different states of its folder")
     finish(stage, "killed")
-    whole, again = ({f: b for f, b in files_of(tmp_path / n).items() if f != "run.json"} for n in configs)
-    assert whole == again
-    assert len(whole) > len(prepared)
+    compare()
