@@ -9,13 +9,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain
 from common.planning.dry_run import Plan, describe
 from common.validation import check_domain
+
+SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
 
 
 def run(
@@ -81,25 +83,34 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
     parser.add_class_arguments(Model, "model")
     parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
-    for section in (Anchors, Start, Adapt, Eval, Compare, Run):
+    for section in SECTIONS:
         parser.add_class_arguments(section, section.__name__.lower())
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
     )
     argv = files_first(sys.argv[1:] if argv is None else argv)
+    parsed = read_arguments(parser, argv)
+    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
+    return replace(config, adapt=prefer_typed(config.adapt, typed))
+
+
+def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """What the files and the command line say; else one sentence that names them, and exit status 2."""
     try:
-        parsed = parser.instantiate(parser.parse_args(argv))
+        said = parser.parse_args(argv)
+        for section in (Model, *SECTIONS):
+            name = section.__name__.lower()
+            if not isinstance(said[name], Namespace):
+                raise ValueError(f"{name} is {said[name]!r}, but should be a group of fields")
+        return parser.instantiate(said)
     except InputError:
         raise
     except (argparse.ArgumentError, ValueError, RecursionError) as error:
         files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
         where = f"in {', '.join(files)} or on the command line" if files else "on the command line"
-        said = " ".join(str(error).split())
-        print(f"error: {said} ({where}; --help lists what there is)", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())} ({where}; --help lists what there is)", file=sys.stderr)
         sys.exit(2)
-    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
-    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
-    return replace(config, adapt=prefer_typed(config.adapt, typed))
 
 
 def files_first(argv: list[str]) -> list[str]:

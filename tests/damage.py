@@ -114,7 +114,7 @@ def broken_yaml(draw, contents: bytes) -> bytes:
     """What is no experiment file: no YAML, no mapping, an unknown key, something that asks to be executed."""
     key = draw(st.text(string.ascii_lowercase, min_size=5, max_size=9).filter(lambda word: word != "tasks"))
     rows = [
-        f"{key}: 1\n", f"anchors: {{{key}: 1}}\n", "x: [\n", "x: {\n", "- x\n", "anchors: 3\n", "tasks: 3\n",
+        f"{key}: 1\n", f"anchors: {{{key}: 1}}\n", "x: [\n", "x: {\n", "[x]\n", "anchors: 3\n", "tasks: 3\n",
         "\x00\n", "'\n", "x: &a [*a]\n", "x: *nowhere\n", "a: b: c\n", "\t- x\n", "anchors: {number: [1]}\n",
         "anchors: {number: x}\n", "run: {seed: 1.5}\n", "adapt: {by_start: 3}\n", "domain: 3\n", "start: {hyper: 1}\n",
         "run: {seed: " + "9" * 5000 + "}\n", "x: " + "[" * 3000 + "\n", "? [a]\n: 1\n", "!!binary x: 1\n",

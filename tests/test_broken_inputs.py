@@ -173,22 +173,22 @@ def json_files(vision, llama) -> list[Place]:
 
 @EXAMPLES
 def test_a_damaged_file_of_tensors_is_refused_by_name(tensor_files, times):
-    each(times, 70, tensor_files, damage.broken_tensors, harmless=False)
+    each(times, 100, tensor_files, damage.broken_tensors, harmless=False)
 
 
 @EXAMPLES
 def test_flipped_bytes_of_a_header_are_refused_or_harmless(tensor_files, times):
-    each(times, 30, tensor_files, damage.flipped_bytes, harmless=True)
+    each(times, 50, tensor_files, damage.flipped_bytes, harmless=True)
 
 
 @EXAMPLES
 def test_what_is_no_json_object_is_refused_by_name(json_files, times):
-    each(times, 40, json_files, damage.broken_json, harmless=False)
+    each(times, 60, json_files, damage.broken_json, harmless=False)
 
 
 @EXAMPLES
 def test_json_with_an_odd_field_is_refused_by_name_or_harmless(json_files, times):
-    each(times, 50, json_files, damage.odd_json, harmless=True)
+    each(times, 70, json_files, damage.odd_json, harmless=True)
 
 
 @EXAMPLES

@@ -163,7 +163,7 @@ def json_of(file: Path) -> Mapping[str, Any]:
     """The fields of a JSON file; none if it is not there or no such file, which others report."""
     try:
         fields = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 
@@ -189,7 +189,7 @@ def weight_map(index: Path) -> dict[str, str]:
         text = index.read_text()
         found = json.loads(text)["weight_map"]
         return {name: str(Path(shard)) for name, shard in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         known = mistaken_for(index) if text else ""
         raise InputError(f"{index} {known or f'is no index of shards, JSON with a weight_map ({error!r})'}") from error
 
