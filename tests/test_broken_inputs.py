@@ -222,6 +222,15 @@ def test_anchors_of_another_shape_or_without_their_tensor_are_refused(vision):
         check(place, damage.joined(header | changed, data), harmless=False)
 
 
+@pytest.mark.parametrize("alpha", ["Infinity", "NaN", "1" + "0" * 400])
+def test_an_adapter_whose_scale_is_not_finite_is_refused(llama, alpha):
+    """Such a number is JSON to Python; a merge with it would be NaN, or a traceback."""
+    place = Place(llama, "llama/code/adapter_config.json", "scripts/merge.py", llama_config(llama))
+    settings_ = place.path.read_text()
+    assert settings_.count('"lora_alpha": 6') == 1
+    check(place, settings_.replace('"lora_alpha": 6', f'"lora_alpha": {alpha}').encode(), harmless=False)
+
+
 @EXAMPLES
 def test_a_broken_experiment_file_is_refused_by_name(vision, times):
     config = vision_config(vision, "new", "ta")

@@ -1,6 +1,7 @@
 """JSON objects in files: read, or refused in one sentence that names the file."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,5 +42,5 @@ def interpreted(file: Path, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, re.error) as error:
         raise InputError(f"{file} is no {what}, a field is missing or of another type ({error!r})") from error

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from common.io.adapters import (
 )
 from common.io.checkpoints import Checkpoint, surroundings, with_rows
 from common.io.hashes import file_hash, identity
+from common.io.json_files import interpreted
 
 FUSED = "in_proj_weight"  # what an adapter of torch's MultiheadAttention is added to, beside its output projection
 
@@ -114,20 +116,29 @@ class LoraCheckpoint(Checkpoint):
     def saved_modules(self) -> list[str]:
         """Ends of the names of the modules that were trained whole."""
         saved = self.settings.get("modules_to_save") or []
-        return [saved] if isinstance(saved, str) else list(saved)
+        with self.settings_read():
+            return [saved] if isinstance(saved, str) else list(saved)
+
+    def settings_read(self) -> AbstractContextManager[None]:
+        """InputError naming the config in place of what an ill-typed setting raises within."""
+        return interpreted(self.path / CONFIG_FILE, "adapter config with a rank and an alpha for every matrix")
 
     def factors_of(self, entry: Entry) -> Factors:
         """The factors that an A begins, and their scale: alpha / r, or alpha / √r with use_rslora."""
         a, b = entry.key, self.half(entry, Part.B).key
-        rank = first_match(self.settings.get("rank_pattern"), entry.adapted, self.settings["r"])
-        alpha = first_match(self.settings.get("alpha_pattern"), entry.adapted, self.settings["lora_alpha"])
+        with self.settings_read():
+            rank = first_match(self.settings.get("rank_pattern"), entry.adapted, self.settings["r"])
+            alpha = first_match(self.settings.get("alpha_pattern"), entry.adapted, self.settings["lora_alpha"])
         shapes = self.adapter.shapes[a], self.adapter.shapes[b]
         if min(map(len, shapes)) < 2:
             raise InputError(f"{self.path / WEIGHT_FILE}: {a} and B have the shapes {shapes}, which are no matrices")
         found = (shapes[0][0], shapes[1][1])
         if found != (rank, rank):
             raise InputError(f"{self.path / WEIGHT_FILE}: {a} and B have ranks {found}, {CONFIG_FILE} says {rank}")
-        scale = entry.times * alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        with self.settings_read():
+            scale = entry.times * alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+            if not math.isfinite(scale):
+                raise ValueError(f"alpha {alpha} over rank {rank} is no finite scale")
         return Factors(b, a, scale, entry.embedding or bool(self.settings.get("fan_in_fan_out")))
 
     def half(self, entry: Entry, part: Part) -> Entry:

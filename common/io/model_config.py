@@ -103,12 +103,29 @@ def read_text(file: Path) -> str:
 
 def read_config(file: Path) -> dict[str, Any]:
     """The fields of a config file; InputError if it is none."""
-    return read_object(file, WHAT)
+    return typed(read_object(file, WHAT), str(file))
 
 
 def parse(text: str, file: str) -> dict[str, Any]:
     """The fields of a JSON text; InputError naming the file if it is none."""
-    return parse_object(text, file, WHAT)
+    return typed(parse_object(text, file, WHAT), file)
+
+
+def typed(fields: dict[str, Any], file: str) -> dict[str, Any]:
+    """The fields; InputError if those that name the model are no names, or tie_word_embeddings is no truth value."""
+    classes, kind, tied = (fields.get(name) for name in ("architectures", "model_type", "tie_word_embeddings"))
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise InputError(f"{file} is no {WHAT}: architectures is {shown(classes)}, but should be a list of names")
+    if not isinstance(kind, str | None):
+        raise InputError(f"{file} is no {WHAT}: model_type is {shown(kind)}, but should be a name")
+    if not isinstance(tied, bool | None):
+        raise InputError(f"{file} is no {WHAT}: tie_word_embeddings is {shown(tied)}, but should be true or false")
+    return fields
+
+
+def shown(value: object) -> str:
+    """A JSON value for a sentence, cut where it is long."""
+    return json.dumps(value)[:40]
 
 
 def require_family(fields: Mapping[str, Any], file: str, family: str, families: Iterable[str]) -> None:
