@@ -5,7 +5,6 @@ from functools import partial
 from common.command import run
 from common.pipeline import adapt
 from common.planning.dry_run import ADAPT, describe
-from NLG import domain
 
 if __name__ == "__main__":
-    run(adapt, domain, __doc__, partial(describe, checks=ADAPT))
+    run(adapt, "nlg", __doc__, partial(describe, checks=ADAPT))

@@ -5,7 +5,6 @@ from functools import partial
 from common.command import run
 from common.pipeline import construct
 from common.planning.dry_run import CONSTRUCT, describe
-from Vision import domain
 
 if __name__ == "__main__":
-    run(construct, domain, __doc__, partial(describe, checks=CONSTRUCT))
+    run(construct, "vision", __doc__, partial(describe, checks=CONSTRUCT))

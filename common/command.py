@@ -22,7 +22,7 @@ SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
 
 def run(
     stage: Callable[[Config, Domain], Any],
-    domain: Domain | None,
+    name: str | None,
     description: str | None,
     plan: Callable[[Config, Domain], Plan] = describe,
 ) -> None:
@@ -30,8 +30,9 @@ def run(
 
     Args:
         stage: What is run.
-        domain: The domain module of a recipe, which refuses a config of another one; None for a command of all domains,
-            which takes the one that the config names.
+        name: The domain of a recipe, which refuses a config of another one; None for a command of all domains, which
+            takes the one that the config names. The domain is imported once the config is read: it brings libraries
+            that --help and a wrong flag can do without.
         description: What --help says, the docstring of the command.
         plan: What --dry-run prints, and what the run would refuse.
 
@@ -40,9 +41,8 @@ def run(
     """
     try:
         config = parse(description or "")
-        if domain is None:  # by name: nothing in common depends on a domain
-            domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
-        check_domain(config, domain)
+        check_domain(config, name or config.domain)
+        domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         if config.dry_run:
             planned = plan(config, domain)
             print(planned.text, flush=True)

@@ -17,7 +17,7 @@ POSITIVE = {
 
 def check_choices(config: Config, domain: Domain) -> None:
     """Refuse every choice that the domain, the registry of methods or another choice rules out."""
-    check_domain(config, domain)
+    check_domain(config, domain.NAME)
     check_tasks(config)
     check_tests(config, domain)
     check_family(config, domain)
@@ -25,11 +25,11 @@ def check_choices(config: Config, domain: Domain) -> None:
     check_settings(config)
 
 
-def check_domain(config: Config, domain: Domain) -> None:
+def check_domain(config: Config, name: str) -> None:
     """A recipe is of one domain, and so must the config be."""
-    if config.domain != domain.NAME:
+    if config.domain != name:
         recipes = f"the commands for it are in {FOLDERS[config.domain]}/"
-        raise InputError(f"this is the command of {domain.NAME}, the config is of domain {config.domain}; {recipes}")
+        raise InputError(f"this is the command of {name}, the config is of domain {config.domain}; {recipes}")
 
 
 def check_tasks(config: Config) -> None:

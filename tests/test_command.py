@@ -71,10 +71,10 @@ except SystemExit:
 """
 
 
-@pytest.mark.parametrize("script", ["merge", "evaluate", "compare"])
+@pytest.mark.parametrize("script", ["scripts/merge", "scripts/compare", "Vision/construct_fda", "NLG/adapt"])
 def test_help_loads_no_library_that_it_does_not_need(script):
     """Each of these takes from half a second to three; torch is there for the names of the merge methods."""
-    done = command("-c", HELP, f"scripts/{script}.py")
+    done = command("-c", HELP, f"{script}.py")
     shown, _, loaded = done.stdout.rpartition("loaded: ")
     assert "--start.method" in shown and done.returncode == 0
     heavy = {"matplotlib", "datasets", "pandas", "sklearn", "scipy", "transformers", "open_clip", "triton"}
