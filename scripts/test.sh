@@ -1,5 +1,6 @@
 #!/bin/sh
-# sh scripts/test.sh [pytest arguments]: style, types, then all fast tests; the ten slowest are listed at the end.
+# sh scripts/test.sh [pytest arguments]: style, types, then all fast tests, in as many processes
+# as there are cores (-n 0: in one); a file's tests stay together, as they share what they made.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -9,4 +10,4 @@ python -m ruff format --check .
 echo "pyright"
 python -m pyright
 echo "pytest"
-exec python -m pytest -q --durations=10 "$@"
+exec python -m pytest -q -n auto --dist loadfile --durations=10 "$@"

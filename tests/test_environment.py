@@ -84,7 +84,7 @@ def test_the_same_checks_before_a_commit_and_before_the_tests():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     checks = re.findall(r"^python -m (ruff check|ruff format --check|pyright)", script, re.M)
     assert [hook["entry"].removeprefix("python -m ") for hook in hooks] == checks
-    assert len(checks) == 3 and script.index("pyright") < script.index("pytest -q --durations=10")
+    assert len(checks) == 3 and script.index("pyright") < script.index("pytest -q -n auto")
 
 
 def test_workflow_runs_the_one_script():
