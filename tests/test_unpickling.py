@@ -240,6 +240,16 @@ def test_a_file_cut_short_is_named(tmp_path, dump, share):
         read_tensors(tmp_path / "cut.pt")
 
 
+@pytest.mark.parametrize("left", [0, 7, 8, 23])
+def test_an_old_stream_cut_at_a_storage_is_named(tmp_path, left):
+    """One storage of 4 floats ends the file: 8 bytes of count and 16 of numbers, of which `left` are there."""
+    save_legacy({"weight": torch.arange(4.0)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) - 24 + left])
+    with pytest.raises(InputError, match=r"cut.pt is truncated.*storage .* ends early"):
+        read_tensors(tmp_path / "cut.pt")
+
+
 def test_other_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"absent.pt cannot be read: No such file"):
         read_tensors(tmp_path / "absent.pt")

@@ -187,9 +187,10 @@ def _read_stream(file: BinaryIO, where: str) -> tuple[Any, Read]:
         recorder = _Recorder(file, where)
         content = recorder.load()
         for key in _Recorder(file, where).load():
-            size = int.from_bytes(file.read(8), "little") * recorder.storages[key].dtype.itemsize
+            count = file.read(8)
+            size = int.from_bytes(count, "little") * recorder.storages[key].dtype.itemsize
             storages[key] = file.read(size)
-            if len(storages[key]) < size:
+            if len(count) < 8 or len(storages[key]) < size:
                 raise EOFError(f"storage {key} ends early")
     return content, lambda key: bytearray(storages[key])
 
