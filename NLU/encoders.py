@@ -3,6 +3,7 @@
 Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from common.core.errors import InputError
 from common.domain import other_models
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
+
+POOLER = "pooler."
 
 
 def config_of(model: Model, path: Path) -> Path:
@@ -73,12 +76,13 @@ def call_layer(layer: nn.Module, x_ATD: Tensor) -> Tensor:
 def encoder(prefix: str) -> BlockFamily:
     """An encoder laid out like BERT, which a masked language model or a classifier keeps under `prefix`.
 
-    Merged are the embeddings and the blocks; pooler and heads are a task's own. The key bias has a tensor to itself.
+    Merged are the embeddings and the blocks; a head is a task's own, and so is the pooler before it. The key bias has a
+    tensor to itself.
     """
 
     def name_of(stored: str) -> str | None:
         name = stored.removeprefix(f"{prefix}.")
-        if not name.startswith(("embeddings", "encoder.")) or name.endswith("_ids"):
+        if not name.startswith(("embeddings", "encoder.", POOLER)) or name.endswith("_ids"):
             return None
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
@@ -86,9 +90,20 @@ def encoder(prefix: str) -> BlockFamily:
         blocks="encoder.layer",
         call=call_layer,
         names=name_of,
+        before_head=POOLER,
         null_gradients={"attention.self.key.bias": (0, 1)},
         positions="embeddings.position_embeddings.weight",
     )
+
+
+def body_name(model: Model) -> Callable[[str], str | None]:
+    """From a stored name to that of the encoder without its pooler: what a classifier takes from a merged model."""
+
+    def name_of(stored: str) -> str | None:
+        name = FAMILIES[model.family_of(FAMILIES)].names(stored)
+        return None if name is None or name.startswith(POOLER) else name
+
+    return name_of
 
 
 # XLM-R and CamemBERT are RoBERTa with another vocabulary.

@@ -1,7 +1,7 @@
 """How a merged encoder is written: as stock transformers opens it, and under the head of each task asked for."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from common.io.shards import write_stream
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import has_tokenizer
-from NLU.encoders import FAMILIES, config_of, skeleton
+from NLU.encoders import FAMILIES, POOLER, config_of, skeleton
 from NLU.scoring import TASKS, expert_architecture, read_head
 
 
@@ -41,7 +41,7 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     base = Checkpoint(model.path("base"), FAMILIES[model.family_of(FAMILIES)].names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
-    merged = write_stream(folder / "model.safetensors", as_stored(tensors, dtype, base))
+    merged = write_stream(folder / "model.safetensors", as_stored(with_pooler(tensors, base, model), dtype, base))
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_tokenizer(model.path("base"), folder)
     for task in model.heads:
@@ -53,6 +53,19 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
         files = dict.fromkeys(merged, encoder.name) | dict.fromkeys(own, "head.safetensors")
         write_text(encoder.with_name(INDEX_FILE), json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
         write_classifier_surroundings(model, task, dtype, encoder.parent)
+
+
+def with_pooler(tensors: Iterable[tuple[str, Tensor]], base: Checkpoint, model: Model) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors, and the base's pooler where none was merged: stock AutoModel would draw one at random.
+
+    None at all beside classifiers, whose folders hold their own.
+    """
+    left = set() if model.heads else set(base.names(POOLER))
+    for name, tensor in tensors:
+        if not (model.heads and name.startswith(POOLER)):
+            left.discard(name)
+            yield name, tensor
+    yield from base.read(sorted(left)).items()
 
 
 def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:

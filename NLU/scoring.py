@@ -27,7 +27,7 @@ from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import CalibrationTask, calibration_task_of
-from NLU.encoders import FAMILIES, architecture
+from NLU.encoders import FAMILIES, architecture, body_name
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 
@@ -84,7 +84,7 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     scores = {}
     for name, path in checkpoints.items():
-        encoder = open_checkpoint(path, config.model.path("base"), FAMILIES[config.model.family_of(FAMILIES)].names)
+        encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False)
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
@@ -132,8 +132,8 @@ def read_head(model: Model, task: str) -> Params:
         raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    encoder_name, prefix = FAMILIES[model.family_of(FAMILIES)].names, f"{classifier.base_model_prefix}."
-    shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if encoder_name(name) is None}
+    in_body, prefix = body_name(model), f"{classifier.base_model_prefix}."
+    shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if in_body(name) is None}
     full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
     head = open_checkpoint(folder, model.path("base"), lambda stored: full.get(stored.removeprefix(prefix)))
     require_same_shapes(head.shapes, shapes, f"the head in {folder}")

@@ -19,7 +19,7 @@ from common.domain import Domain, block_family
 from common.fda.anchors import SCALES
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
-from common.io.heads import open_experts, open_like
+from common.io.heads import leave_to_heads, open_experts, open_like
 from common.io.matched import Matching
 from common.io.vocabulary import match_vocabularies
 from common.merging.registry import hyperparameters
@@ -255,6 +255,7 @@ def compare_experts(
 
     Returns: base and experts with the same rows for the same tokens, and how these were matched.
     """
+    leave_to_heads(family.before_head, base, experts.values())
     matching = Matching(0)
     with checking("model.vocabulary"):
         base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)

@@ -1,6 +1,7 @@
 """Encoders of three families: stock transformers opens what was merged, and what is no such encoder is refused."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -13,8 +14,9 @@ from pico_nlu import (
     pico_config,
 )
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, RobertaConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
 
+from common.config import Start
 from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -154,6 +156,51 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     assert kept.losses[KEY_BIAS] > 0.5 > max(dropped.trace[-1], dropped.losses["attention.self.query.bias"])
     others = [loss for name, loss in kept.losses.items() if name != KEY_BIAS]
     assert sum(dropped.losses.values()) < sum(others), "the noise costs the other tensors as well"
+
+
+def write_embedders(root, tasks):
+    """Bare BERTs with their poolers, the base and experts near it: embedding models, without a head."""
+    base = BertModel(pico_architecture("bert"))
+    base.save_pretrained(root / "base")
+    for seed, task in enumerate(tasks):
+        torch.manual_seed(seed)
+        near = BertModel(base.config)
+        near.load_state_dict({n: t + 0.05 * torch.randn_like(t) for n, t in base.state_dict().items()})
+        near.save_pretrained(root / task)
+
+
+def test_the_pooler_of_models_without_a_head_is_merged(tmp_path, capsys):
+    write_embedders(tmp_path / "e", ["RTE", "own"])
+    config = pico_config(tmp_path, tmp_path, "bert")
+    config = replace(config, tasks=["RTE", "own"], start=Start(method="ta", hyper={"ta": {"scale": 0.5}}))
+    config = change(change(config, "model", root=str(tmp_path / "e"), expert="{task}"), "run", score=False)
+    base, one, two = (load_file(tmp_path / f"e/{n}/model.safetensors") for n in ("base", "RTE", "own"))
+    merged = load_file(merge_alone(config, domain) / "model.safetensors")
+    assert merged.keys() == base.keys() and "pooler.dense.weight" in merged
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.5 * one[name] + 0.5 * two[name], rtol=0, atol=1e-6)
+
+    lacking = {n: t for n, t in two.items() if not n.startswith("pooler.")}
+    write_tensors(tmp_path / "e/own/model.safetensors", lacking)
+    merged = load_file(merge_alone(change(config, "run", name="lacking"), domain) / "model.safetensors")
+    assert torch.equal(merged["pooler.dense.weight"], base["pooler.dense.weight"])
+    assert f"pooler.… is not merged, for {tmp_path}/e/own and {tmp_path}/e/base do not" in capsys.readouterr().err
+
+
+def test_classifiers_leave_the_encoder_the_base_s_pooler(nlu_inputs, own_nlu, tmp_path):
+    """Never one that is drawn at random; and none beside classifiers, whose folders hold their own."""
+    shutil.copytree(nlu_inputs / "bert", tmp_path / "own/bert")
+    config = change(change(pico_config(tmp_path / "own", tmp_path, "bert"), "start", method="ta"), "run", score=False)
+    file = config.model.path("base") / "model.safetensors"
+    pooler = {"bert.pooler.dense.weight": torch.full((16, 16), 0.5), "bert.pooler.dense.bias": torch.ones(16)}
+    write_tensors(file, load_file(file) | pooler)
+    folder = merge_alone(config, domain)
+    assert torch.equal(AutoModel.from_pretrained(folder).pooler.dense.weight, pooler["bert.pooler.dense.weight"])
+    folder = merge_alone(change(change(config, "model", heads=("MNLI",)), "run", name="heads"), domain)
+    assert not [n for n in load_file(folder / "model.safetensors") if "pooler" in n]
+    mnli = AutoModelForSequenceClassification.from_pretrained(folder / "heads/MNLI")
+    own = load_file(config.model.path("expert", "MNLI") / "model.safetensors")
+    assert torch.equal(mnli.bert.pooler.dense.weight, own["bert.pooler.dense.weight"])
 
 
 def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):

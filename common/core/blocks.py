@@ -26,6 +26,8 @@ class BlockFamily:
         classifier. Published files of one architecture differ in a prefix, which is removed here and nowhere else.
     call: (module, x_ATD) -> y_ATD; hides argument lists, masks and tuples.
     part: the sub-module of a block that is anchored ("mlp"); "" for the whole block.
+    before_head: beginning of the names of what lies between the last block and a head, "" if nothing does. It is
+        merged where base and experts all have it and none has a head; else it belongs to the heads.
     scope: only tensors whose name begins with this are merged; the rest is the base's.
     null_gradients: tensors, or one of several equal row groups of a fused tensor, whose gradient is exactly zero
         whatever the input: {name: (group, of how many)}. Softmax does not see a shift of all keys, hence the key bias.
@@ -38,6 +40,7 @@ class BlockFamily:
     call: Callable[[nn.Module, Tensor], Tensor] = call_module
     part: str = ""
     names: Callable[[str], str | None] = str
+    before_head: str = ""
     scope: str = ""
     null_gradients: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     published_axes: str = "ATD"

@@ -35,7 +35,7 @@ class Checkpoint:
 
     Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
     is what was read last. Its names are what `names` makes of the stored ones, without the prefixes of training tools;
-    tensors it gives None for are left out.
+    weights it gives None for are left out, and listed as `left_out`.
     Matrices can be had with more or fewer rows than are stored, see `resize`.
     """
 
@@ -43,6 +43,7 @@ class Checkpoint:
         self.path = Path(path)
         self.found = find_model(self.path)
         self.rows: dict[str, Row] = {}
+        self.left_out: list[str] = []
         stored = {row.stored: row for row in self.found.rows()}
         self.check_weights(stored)
         self.unwrapped = unwrapped(stored, self.path)
@@ -52,6 +53,8 @@ class Checkpoint:
                 raise InputError(f"{self.path} has {name} twice, as {self.rows[name].stored} and as {row.stored}")
             if name is not None:
                 self.rows[name] = row
+            elif row.dtype.startswith(("F", "BF")):  # a buffer of position ids is no weight
+                self.left_out.append(plain)
         self.shapes = {name: row.shape for name, row in self.rows.items()}
 
     @property

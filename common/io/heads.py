@@ -5,13 +5,14 @@ own, or an identical copy of the embedding. Stock transformers opens a head that
 config says (transformers 5, PreTrainedModel.tie_weights); so do we.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.headers import opened
@@ -118,6 +119,23 @@ def open_experts(
     for model, state in states:
         give_head(model, vocabulary, state, parted)
     return experts
+
+
+def leave_to_heads(before_head: str, base: Checkpoint, experts: Iterable[Checkpoint]) -> None:
+    """Let nothing that begins with `before_head` be merged, unless all models have it and none a head behind it."""
+    models = [base, *experts]
+    if not before_head or not any(model.names(before_head) for model in models):
+        return
+    whole = all(model.names(before_head) == base.names(before_head) for model in models)
+    headless = not any(model.left_out for model in models)
+    if whole and headless:
+        return
+    if headless:
+        part = next(model for model in models if model.names(before_head) != base.names(before_head))
+        warn(f"{before_head}… is not merged, for {part.path} and {base.path} do not have the same tensors there")
+    for model in models:
+        for name in model.names(before_head):
+            model.drop(name)
 
 
 def require_one_kind(head: str, states: Sequence[tuple[Checkpoint, bool | None]]) -> None:

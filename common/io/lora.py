@@ -66,7 +66,7 @@ class LoraCheckpoint(Checkpoint):
             kept = tied[0] if tied[0] in self.base.shapes else tied[1]
             self.base.alias(tied[0], kept)
             self.base.alias(tied[1], kept)
-        self.shapes = dict(self.base.shapes)
+        self.shapes, self.left_out = dict(self.base.shapes), list(self.base.left_out)
         self.given: dict[str, str] = {}  # {tensor: key} of what the base had in training
         self.saved: dict[str, str] = {}  # {tensor: key} of what was trained whole
         self.factors: dict[str, Factors] = {}
@@ -92,6 +92,7 @@ class LoraCheckpoint(Checkpoint):
         elif entry.part is Part.A and name in self.base.shapes:
             self.factors[name] = self.factors_of(entry)
         elif name is None:  # a task's own, as in any checkpoint
+            self.left_out.append(stored)
             if entry.part is Part.A and not self.base_has(stored):
                 self.no_place_for(entry.key)
         elif trained and entry.part is not Part.A:
