@@ -49,7 +49,9 @@ def run(
             if planned.refusals:
                 raise InputError("\nerror: ".join(planned.refusals))
         else:
-            stage(config, domain)
+            made = stage(config, domain)
+            if isinstance(made, Path):
+                print(f"the merged model is in {made}", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -35,6 +35,14 @@ def test_a_recipe_refuses_a_config_of_another_domain(recipe, config, said, tmp_p
     assert re.fullmatch(f"error: this is {said}\n", done.stderr)
 
 
+def test_a_command_that_merges_says_where_the_model_is(pico_config, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in as_dict(pico_config).items() if k != "dry_run"}))
+    for _ in range(2):  # made, and found to be there
+        done = command("scripts/merge.py", "--config", file, "--start.method", "ta", "--run.score", "false")
+        assert done.returncode == 0 and done.stdout == f"the merged model is in {pico_config.run.dir}/merged/ta\n"
+
+
 def test_a_bug_is_one_sentence_and_the_traceback_is_there_for_who_asks(pico_config, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in as_dict(pico_config).items() if k != "dry_run"}))
