@@ -8,6 +8,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 import torch
@@ -138,6 +139,20 @@ def test_a_command_says_what_is_wrong_in_one_sentence(pico_config, tmp_path):
     done = subprocess.run(recipe, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no file ") and done.stderr.count("\n") == 1
+
+
+def test_what_a_kill_left_goes_and_what_others_write_stays(pico_config):
+    pico_config.run.dir.mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, live, foreign = (
+        pico_config.run.dir / f".run.json.{host}.{pid}.tmp"
+        for host, pid in ((gethostname(), ended.pid), (gethostname(), os.getppid()), ("elsewhere.lan", ended.pid))
+    )
+    for file in (left, live, foreign):
+        file.write_text("{")
+    with record_stage(pico_config, "work", Units(0, 4)):
+        assert not left.exists() and live.exists() and foreign.exists()
 
 
 def test_the_next_item_is_read_while_the_caller_works():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -202,11 +203,10 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary name beside `file` that takes its place when the block ends well; else nothing changes."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{gethostname()}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in file.parent.glob(f".{file.name}.*.tmp"):
-            left_by_a_kill.unlink()
+        remove_leftovers(file)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -216,6 +216,17 @@ def replacing(file: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove what killed processes of this machine began to write in the place of `file`; others may be writing it."""
+    for temporary in file.parent.glob(f".{file.name}.{gethostname()}.*.tmp"):
+        try:
+            os.kill(int(temporary.suffixes[-2][1:]), 0)  # asks whether there is such a process
+        except (ProcessLookupError, OverflowError):
+            temporary.unlink(missing_ok=True)
+        except (PermissionError, ValueError, IndexError):
+            pass  # somebody else's
 
 
 def digest(value: Params | Any) -> str:
