@@ -16,6 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.config import Config
 from common.core.errors import InputError
+from common.domain import Scored
+from common.evaluation.answers import scored
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records
@@ -95,9 +97,7 @@ def metric(test: str) -> str:
     return "pass@1" if RULES[TASKS[test].rule].runs_code else "accuracy"
 
 
-def score(
-    config: Config, test: str, checkpoints: Mapping[str, Path], device: torch.device
-) -> dict[str, tuple[float, int]]:
+def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
     """Part of right completions in [0, 1] and number of examples for several models, one in memory at a time.
 
     The completions are kept in completions/<test>/ of the run.
@@ -134,7 +134,7 @@ def score(
         ]
         file = config.run.dir / "completions" / test / f"{path.parent.name}-{path.name}.jsonl"
         write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-        scores[name] = sum(right for _, right in judged) / len(judged), len(judged)
+        scores[name] = scored([right for _, right in judged])
     return scores
 
 

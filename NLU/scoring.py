@@ -20,6 +20,8 @@ from transformers import (
 from common.config import Config, Model
 from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes
+from common.domain import Scored
+from common.evaluation.answers import scored_by
 from common.evaluation.metrics import METRICS, REGRESSION
 from common.io.adapters import is_adapter
 from common.io.examples import Sample, load_sample, load_scored
@@ -69,9 +71,7 @@ def metric(task: str) -> str:
 
 
 @torch.no_grad()
-def score(
-    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
-) -> dict[str, tuple[float, int]]:
+def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
     """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
     owner = config.tests[task]
     outputs = outputs_of(config.model, owner)
@@ -91,7 +91,7 @@ def score(
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")
         predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
-        scores[name] = METRICS[metric(task)](labels.numpy(), predictions.numpy()), len(labels)
+        scores[name] = scored_by(metric(task), labels.numpy(), predictions.numpy())
     return scores
 
 

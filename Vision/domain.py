@@ -21,6 +21,8 @@ from tqdm import tqdm
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.domain import Scored
+from common.evaluation.answers import scored
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
@@ -149,14 +151,12 @@ def labelled_images(config: Config, task: str) -> datasets.Dataset:
 
 
 @torch.no_grad()
-def score(
-    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
-) -> dict[str, tuple[float, int]]:
+def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
     """Top-1 accuracy in [0, 1] and number of test images, for several models in one pass over the images."""
     pixels = preprocessing(config.model)
     head = zero_shot_head(config.model, task).to(device)
     towers = {name: image_tower(config.model, path).to(device) for name, path in checkpoints.items()}
-    correct = dict.fromkeys(towers, 0)
+    right: dict[str, list[Tensor]] = {name: [] for name in towers}
     records = labelled_images(config, task)
 
     def collate(rows: list[dict]) -> tuple[Tensor, Tensor]:
@@ -169,8 +169,8 @@ def score(
         images, labels = images.to(device), labels.to(device)
         for name, tower in towers.items():
             logits = classified(tower(images), head)
-            correct[name] += int((logits.argmax(-1) == labels).sum())
-    return {name: (hits / len(records), len(records)) for name, hits in correct.items()}
+            right[name].append((logits.argmax(-1) == labels).cpu())
+    return {name: scored(torch.cat(hits).numpy()) for name, hits in right.items()}
 
 
 def preprocessing(model: Model) -> Callable[[list[dict]], Tensor]:

@@ -19,7 +19,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
 from common.io.tokens import write_with_more
-from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
+from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, is_finished, merge_provenance, read_provenance
 from common.merging.registry import METHODS, merge
 from common.run.run_log import record_stage
 
@@ -99,6 +99,20 @@ def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenan
     finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
     remove_blocks(folder)
     return True
+
+
+def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> None:
+    """Write the start's blocks within the rest of the pretrained model: what adaptation began from where adapt.rest is
+    pretrained, so that its gain can be told from that of the rest.
+    """
+    folder = start.path.with_name(f"{start.path.name}-{SAME_REST.replace(' ', '-')}")
+    inputs = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
+    provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
+    if is_finished(folder, provenance):
+        return
+    rest = set(experiment.rest_names())
+    sources = ((n, experiment.base if n in rest else start) for n in experiment.base.names(experiment.family.scope))
+    finish(experiment, domain, ((n, source.read([n])[n]) for n, source in sources), folder, provenance)
 
 
 def remove_blocks(folder: Path) -> None:

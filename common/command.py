@@ -88,7 +88,10 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     for section in SECTIONS:
         parser.add_class_arguments(section, section.__name__.lower())
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="Say what would be read, made and needed; read headers only"
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="Say what would be read, made and needed; read headers and a block",
     )
     argv = files_first(sys.argv[1:] if argv is None else argv)
     parsed = read_arguments(parser, argv)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from common.io.examples import Sample
 from common.merging.calibration import CalibrationTask
 
 FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}  # the package of each domain, and its folder
+
+
+class Scored(NamedTuple):
+    """A model on a test set: the value of its metric, the examples scored, and what each came to, as
+    common/evaluation/answers.py writes it."""
+
+    value: float
+    n: int
+    answers: str
 
 
 class TaskRow(Protocol):
@@ -50,7 +59,7 @@ class Domain(Protocol):
     def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
-    ) -> dict[str, tuple[float, int]]: ...
+    ) -> dict[str, Scored]: ...
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from common.command import run
-from common.config import Config
+from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
+from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
-from common.evaluation.tables import Row, write_results
 from common.evaluation.tuning import SPLIT, candidates, choose_hyperparameters, held_out
 from common.merging.registry import METHODS, hyperparameters
-from common.pipeline import adapt, construct
+from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import Plan, check_export, describe
 from common.validation import check_choices
 
@@ -36,8 +36,12 @@ def compare(config: Config, domain: Domain) -> None:
 
 
 def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
-    """Construct with each of compare.inits, adapt from each of compare.starts, then score everything once."""
+    """Construct with each of compare.inits, adapt from each of compare.starts, then score everything once; without an
+    initialisation the starts alone are made and scored."""
     quiet = replace(config, run=replace(config.run, score=False))
+    for start in [] if config.compare.inits else config.compare.starts:
+        if start != PRETRAINED:
+            merge_alone(quiet.at_start(start), domain)
     for init in config.compare.inits:
         of_init = replace(quiet, anchors=replace(config.anchors, init=init))
         construct(of_init, domain)

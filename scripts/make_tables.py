@@ -22,19 +22,8 @@ from pathlib import Path
 
 from common.config import ROOT
 from common.core.errors import InputError
-from common.evaluation.tables import (
-    MISSING,
-    Row,
-    aligned,
-    cell,
-    display,
-    footnotes,
-    read_results,
-    row_name,
-    table,
-    values_by_name,
-    write_results,
-)
+from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
+from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
 from common.io.checkpoints import write_text
 from common.merging.registry import method_table
 

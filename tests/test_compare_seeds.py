@@ -9,7 +9,7 @@ from compare import compare
 from helpers import change, files_of
 from pico_grid import by_split, counting, rows_of
 
-from common.evaluation.tables import row_name
+from common.evaluation.rows import row_name
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -23,8 +23,8 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
     apart = [row | {"seed": seed} for seed, rows in enumerate((one, two)) for row in rows]
     assert sorted(map(json.dumps, together)) == sorted(json.dumps(dict(sorted(row.items()))) for row in apart)
     # What both seeds share is scored once, whatever drew at random twice.
-    shared = {"Pretrained": 1, "Individual": 1, "TA": 1}
-    twice = {"DARE (TA)": 2, "FDA (TA, Weight)": 2, "FDA (DARE (TA), Weight)": 2}
+    shared = {"Pretrained": 1, "Individual": 1, "TA": 1, "TA pretrained rest": 1}
+    twice = {"DARE (TA)": 2, "DARE (TA) pretrained rest": 2, "FDA (TA, Weight)": 2, "FDA (DARE (TA), Weight)": 2}
     assert scored == {(task, name): n for task in seeds.tasks for name, n in (shared | twice).items()}
     made = json.loads((folder / "seed_1/merged/dare_ta/provenance.json").read_text())
     assert made["start"]["hyper"]["seed"] == 1
@@ -36,7 +36,7 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
     gains = [averages["FDA (DARE (TA), Weight)"][s] - averages["DARE (TA)"][s] for s in (0, 1)]
     table = (folder / "table.md").read_text()
     lines = {cells[1].strip(): [c.strip() for c in cells] for cells in (li.split("|") for li in table.splitlines()[:8])}
-    assert lines["Method"][-4:] == ["Δ", "Time", "Memory", ""]
+    assert lines["Method"][-5:] == ["Δ", "Δ (same rest)", "Time", "Memory", ""]
     assert lines["FDA (DARE (TA), Weight)"][5] == f"{fmean(gains):+.2f} ± {stdev(gains):.2f}"
     assert lines["TA"][4] == f"{averages['TA'][0]:.2f}" and "±" in lines["DARE (TA)"][4]
     assert lines["Pretrained"][-3:-1] == ["–", "–"] and lines["TA"][-2].endswith(" GiB")
@@ -69,7 +69,7 @@ def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeyp
 def test_without_seeds_the_run_is_where_it_was(pico_config):
     compare(change(pico_config, "compare", starts=["ta"], inits=["gauss"]), counting(Counter(), by_split))
     names = {row_name(row) for row in rows_of(pico_config.run.dir)}
-    assert names == {"Pretrained", "Individual", "TA", "FDA (TA, Gauss)"}
+    assert names == {"Pretrained", "Individual", "TA", "TA pretrained rest", "FDA (TA, Gauss)"}
     assert all("seed" not in row for row in rows_of(pico_config.run.dir))
     assert not list(pico_config.run.dir.glob("seed_*"))
     costs = {row_name(row): row.get("seconds") for row in rows_of(pico_config.run.dir)}
@@ -79,6 +79,7 @@ def test_without_seeds_the_run_is_where_it_was(pico_config):
         "Pretrained": None,
         "Individual": None,
         "TA": notes["merge ta"]["seconds"],
+        "TA pretrained rest": None,
         "FDA (TA, Gauss)": pytest.approx(fda),
     }
 

@@ -156,3 +156,28 @@ def test_an_adapter_outside_the_anchored_blocks_is_told_before_any_work(own_nlg)
         construct(config, nlg)
     assert str(raised.value) == sentence and not config.run.dir.exists()
     assert describe(config, nlg, MERGE).refusals == []
+
+
+def test_the_plan_says_how_far_each_expert_is_from_the_base(own):
+    config, root = own
+    prefix = "visual.transformer.resblocks.0."
+    base = Checkpoint(root / "base").read_under(prefix)
+    size = sum(float(p.double().square().sum()) for p in base.values())
+    said = []
+    for task, scale in zip(PICO_TASKS, (0.01, 2.0), strict=True):
+        file = root / task / "finetuned.safetensors"
+        rewrite(file, lambda t, s=scale: t.update({prefix + n: p * (1 + s) for n, p in base.items()}))
+        expert = Checkpoint(file).read_under(prefix)
+        distance = sum(float((expert[n].double() - p.double()).square().sum()) for n, p in base.items())
+        said.append(f"{task} {100 * (distance / size) ** 0.5:.1f} %")
+    line = next(line for line in describe(config, domain).text.splitlines() if "‖τ‖/‖θ₀‖" in line)
+    assert line.endswith(f"in block 0: {', '.join(said)}; beyond 3 %, where the paper's models have about 1 %: SVHN")
+
+
+def test_a_weight_that_is_not_finite_is_told_by_the_plan_too(own):
+    config, root = own
+    name = "visual.transformer.resblocks.0.ln_1.weight"
+    rewrite(root / "MNIST" / "finetuned.safetensors", lambda t: t.update({name: t[name] * torch.nan}))
+    assert describe(config, domain).refusals == [
+        f"{root}/MNIST/finetuned.safetensors: the tensor {name} holds NaN or Inf"
+    ]

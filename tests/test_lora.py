@@ -21,7 +21,7 @@ from safetensors.torch import save_file as save_torch
 
 from common.config import Config, Model
 from common.core.errors import InputError
-from common.evaluation.tables import read_results
+from common.evaluation.rows import read_results
 from common.experiment import open_experiment
 from common.io.adapters import WEIGHT_FILE
 from common.io.checkpoints import Checkpoint

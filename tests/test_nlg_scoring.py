@@ -13,6 +13,7 @@ from pico_nlg import pico_config, pico_model, pico_tokenizer, save, write_pico_t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.core.errors import InputError
+from common.evaluation.answers import scored
 from NLG import scoring
 from NLG.answers import boxed, is_right_expression, is_right_number, normalised, stated_answer, stated_number
 from NLG.generation import before, complete, open_tokenizer
@@ -247,15 +248,15 @@ def test_the_score_is_what_the_completions_deserve(pico, monkeypatch):
     answers = {"one\n": "The answer is: 3", "two\n": "The answer is: 3"}
     monkeypatch.setattr(scoring, "complete", lambda m, t, prompts, **_: [answers[prompt] for prompt in prompts])
     paths = {"Base": config.model.path("base")}
-    assert score(config, "arithmetic", paths, torch.device("cpu")) == {"Base": (0.5, 2)}
+    assert score(config, "arithmetic", paths, torch.device("cpu")) == {"Base": scored([True, False])}
     kept = (config.run.dir / "completions" / "arithmetic" / "llama-base.jsonl").read_text().splitlines()
     assert [json.loads(line)["right"] for line in kept] == [True, False]
     programs = ["pass", "def f(x):\n    return x + 1"]
     monkeypatch.setattr(scoring, "complete", lambda *_, **__: programs)
-    assert score(config, "functions", paths, torch.device("cpu")) == {"Base": (1.0, 2)}
+    assert score(config, "functions", paths, torch.device("cpu")) == {"Base": scored([True, True])}
     limited = replace(config, eval=replace(config.eval, limit=1))
     monkeypatch.setattr(scoring, "complete", lambda *_, **__: programs[:1])
-    assert score(limited, "functions", paths, torch.device("cpu")) == {"Base": (1.0, 1)}
+    assert score(limited, "functions", paths, torch.device("cpu")) == {"Base": scored([True])}
 
 
 def test_code_is_run_only_with_leave(pico, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.evaluation.tables import row_name
+from common.evaluation.rows import row_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "configs/paper_results.yaml").read_text(encoding="utf-8"))

@@ -7,7 +7,8 @@ import pytest
 
 from common.core.errors import InputError
 from common.evaluation.figures import plot_accuracy, plot_matching, write_report
-from common.evaluation.tables import by_start, footnotes, read_results, row_name, table, upsert, write_results
+from common.evaluation.rows import read_results, row_name, upsert, write_results
+from common.evaluation.tables import by_start, footnotes, table
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {

@@ -18,6 +18,7 @@ from common.config import Model
 from common.core.errors import InputError
 from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint, write_tensors
+from common.layout import SAME_REST
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from Vision import domain
@@ -41,8 +42,9 @@ def test_every_start_gives_a_checkpoint_that_stock_open_clip_opens(pico_config):
     score_run(pico_config, domain)
     results = json.loads((pico_config.run.dir / "results.json").read_text())
     assert Counter(r["method"] for r in results["rows"]) == {
-        "pretrained": 2, "individual": 2, "average": 2, "ta": 2, "tsv": 2, "wudi": 2, "fda": 20,
+        "pretrained": 2, "individual": 2, "average": 4, "ta": 4, "tsv": 4, "wudi": 4, "fda": 20,
     }  # fmt: skip
+    assert Counter(r["label"] for r in results["rows"] if r["method"] == "ta") == {"": 2, SAME_REST: 2}
     assert all(r["n"] == 20 and 0 <= r["value"] <= 1 and r["metric"] == "accuracy" for r in results["rows"])
     assert (pico_config.run.dir / "matching_weight.png").stat().st_size > 1000
 
@@ -60,7 +62,7 @@ def test_the_score_is_the_accuracy_of_a_plain_loop(pico_config, pico_inputs):
     file = domain.score(
         pico_config, "MNIST", {"x": Path(pico_config.model.path("expert", "MNIST"))}, torch.device("cpu")
     )
-    assert file["x"] == (pytest.approx(expected), 20)
+    assert file["x"][:2] == (pytest.approx(expected), 20)
 
 
 def test_every_weight_is_read_once(pico_config, monkeypatch):
@@ -316,7 +318,8 @@ def test_other_local_layouts_give_the_same_score(pico_config, pico_inputs, tmp_p
     path = {"x": pico_config.model.path("expert", "MNIST")}
     expected = domain.score(pico_config, "MNIST", path, torch.device("cpu"))
     other = change(pico_config, "eval", data=str(tmp_path / "data"))
-    assert domain.score(other, "MNIST", path, torch.device("cpu")) == expected
+    found = domain.score(other, "MNIST", path, torch.device("cpu"))
+    assert found["x"][:2] == expected["x"][:2]  # the files are in another order
 
 
 def test_data_of_another_number_of_classes_is_refused(pico_config, pico_inputs, tmp_path):

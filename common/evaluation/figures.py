@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from common.evaluation.tables import Row, Values, by_start, display, footnotes, rank, row_name, table, values_by_name
+from common.evaluation.rows import Row, Values, display, rank, row_name, values_by_name
+from common.evaluation.tables import by_start, footnotes, table
 from common.io.checkpoints import replacing, write_text
 
 Traces = Mapping[tuple[str, int], Sequence[float]]  # (task, block): mean over tensors of 1 - cos, one value a step
@@ -127,18 +128,21 @@ def write_report(
     rows: Sequence[Row],
     tasks: Sequence[str],
     traces: Mapping[str, Traces],
+    findings: Sequence[str] = (),
     *,
     percent: bool = True,
     published: Mapping | None = None,
 ) -> list[Path]:
-    """Write table.md, accuracy.png and, per initialisation in `traces`, matching_<init>.png; return their paths."""
+    """Write table.md, with the findings behind the table, accuracy.png and, per initialisation in `traces`,
+    matching_<init>.png; return their paths."""
     folder = Path(run_dir)
     paths = []
     if rows:
         paths += [folder / "table.md", folder / "accuracy.png"]
         text = table(rows, tasks, percent=percent, published=published)
         short = by_start(rows, tasks, percent=percent) + "\n" if any(row["method"] == "fda" for row in rows) else ""
-        write_text(paths[0], text + "\n" + short + footnotes(rows, published))
+        said = "".join(f"- {finding}\n" for finding in findings) + "\n" * bool(findings)
+        write_text(paths[0], text + "\n" + short + said + footnotes(rows, published, bool(findings)))
         plot_accuracy(rows, tasks, paths[1], percent)
     for init, curves in traces.items():
         paths.append(folder / f"matching_{init}.png")

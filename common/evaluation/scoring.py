@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from common.assembly import start_in_base
 from common.config import PRETRAINED, ROOT, Config, as_dict
 from common.domain import Domain, scored_tests
-from common.evaluation.tables import Row, read_results, row_name, table, upsert, write_results
+from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
+from common.evaluation.tables import table
 from common.experiment import Experiment, open_experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.io.json_files import interpreted
@@ -36,6 +38,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         return
     experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
     rows, units = results_of(config), Units()
+    make_same_rests(experiment, domain)
     with record_stage(config, "score", units):
         for test, task in tests.items():
             pending = {}
@@ -51,8 +54,8 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
                     pending[row_name(row)] = (row | cost, checkpoint.path)
             if pending:
                 paths = {name: path for name, (_, path) in pending.items()}
-                for name, (value, n) in domain.score(config, test, paths, experiment.device).items():
-                    result = {"metric": domain.metric(test), "value": value, "n": n}
+                for name, scored in domain.score(config, test, paths, experiment.device).items():
+                    result = {"metric": domain.metric(test), **scored._asdict()}
                     birth = {"config": digest(as_dict(config)), "commit": commit()}
                     rows = upsert(rows, pending[name][0] | result | birth)
                     units.done += 1
@@ -67,14 +70,17 @@ def results_of(config: Config) -> list[Row]:
 
 
 def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, "Traces"]) -> None:
-    """Write table.md and the figures of the rows of eval.split, and print the table."""
+    """Write table.md and the figures of the rows of eval.split; print the table and what it shows beyond the error."""
     from common.evaluation.figures import write_report
+    from common.evaluation.significance import findings
 
     rows, tests = [row for row in rows if row["split"] == config.eval.split], list(scored_tests(config, domain))
     style = {"percent": domain.PERCENT, "published": paper_table(config)}
-    write_report(config.run.dir, rows, tests, curves, **style)
+    found = findings(rows, tests, percent=domain.PERCENT)
+    write_report(config.run.dir, rows, tests, curves, found, **style)
     print(table(rows, tests, **style))
-    print(f"\n{config.run.dir}: {RESULTS}, table.md and the figures")
+    print("".join(f"{line}\n" for line in found))
+    print(f"{config.run.dir}: {RESULTS}, table.md and the figures")
 
 
 def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
@@ -97,12 +103,23 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | identifying(read_provenance(file.parent), file), Checkpoint(file.parent)
 
 
+def make_same_rests(experiment: Experiment, domain: Domain) -> None:
+    """For each start of an adapted model with the pretrained rest: the start in that rest, to be scored beside it."""
+    merged = RunLayout(experiment.config).merged
+    for file in sorted(merged.glob(f"fda-*/{PROVENANCE_FILE}")):
+        made = read_provenance(file.parent)
+        with interpreted(file, "provenance of a merged model"):
+            start, rest = merged / str(made["start"]["method"]), made["adapt"]["rest"]
+        if rest == "pretrained" and (start / PROVENANCE_FILE).is_file():
+            start_in_base(experiment, domain, Checkpoint(start))
+
+
 def identifying(made: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What a row says of a merged model, from its provenance; InputError if that is damaged."""
     with interpreted(file, "provenance of a merged model"):
         method, used = str(made["start"]["method"]), data_of(made)
         if "anchors" not in made:
-            return used | {"method": method}
+            return used | {"method": method, "label": str(made.get("label", ""))}
         adapted = {"method": "fda", "start": method, "init": str(made["anchors"]["init"])}
         return adapted | used | {"label": str(made["adapt"]["label"]), "epochs": int(made["adapt"]["epochs"])}
 

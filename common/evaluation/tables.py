@@ -1,111 +1,17 @@
-"""results.json as the paper's table. Nothing here computes a score: rows come in scored.
+"""Rows of results as the paper's table. Nothing here computes a score: rows come in scored."""
 
-A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
-the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
-"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. A model that the
-run made and timed has "seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its "seed".
-"""
-
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
-from common.core.errors import InputError
-from common.io.checkpoints import write_text
-from common.io.json_files import interpreted, read_object
-from common.merging.registry import METHODS
+from common.evaluation.rows import Row, Values, display, is_shown, means, rank, row_name, values_by_seed
+from common.layout import SAME_REST
 
-Row = Mapping[str, Any]
-Values = Sequence[float]  # a table row: one fraction a task, then their mean; NaN where there is none
-
-# What tables call models, methods and initialisations, in the order of their rows. Others: upper case, last.
-LABELS = {
-    "pretrained": "Pretrained",
-    "individual": "Individual",
-    **{name: method.label for name, method in METHODS.items()},
-    "gauss": "Gauss",
-    "weight": "Weight",
-}
-KEY = ("method", "start", "init", "label", "task", "split", "seed")
 MISSING = "–"
-
-
-def display(word: str) -> str:
-    return LABELS.get(word, word.upper())
-
-
-def row_name(row: Row) -> str:
-    """The name the paper's tables give a row: "Pretrained", "TSV", "FDA (TA, Weight)"; a label stands behind it.
-
-    Anchors that only gave the closed form of adapt.warm_start, with no epoch behind it: "RegMean of anchors (…)".
-    """
-    if row["method"] == "fda":
-        how = "RegMean of anchors" if row.get("epochs") == 0 else "FDA"
-        return f"{how} ({display(row['start'])}, {display(row['init'])}) {row.get('label') or ''}".rstrip()
-    return display(row["method"])
-
-
-def rank(row: Row) -> tuple:
-    """Sorts rows like the paper: pretrained, individual, merges, then FDA by start and initialisation."""
-    order = {word: i for i, word in enumerate(LABELS)}
-    fda = row["method"] == "fda"
-    words = (row["start"] if fda else row["method"], row.get("init") or "", row.get("label") or "")
-    return (fda, *((order.get(word, len(order)), word) for word in words))
-
-
-def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
-    """The rows with `new` in place of the one that has the same KEY, or at the end."""
-    return [row for row in rows if any(row.get(k) != new.get(k) for k in KEY)] + [new]
-
-
-def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str]) -> None:
-    """Write results.json whole or not at all. The same rows in any order give the same bytes."""
-    contents = {"tasks": list(tasks), "rows": in_order(rows)}
-    write_text(Path(path), json.dumps(contents, indent=1, sort_keys=True) + "\n")
-
-
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Rows in the order of the paper's tables, then by task, split and seed."""
-    return sorted(rows, key=lambda row: (rank(row), row["task"], row.get("split", ""), row.get("seed", 0)))
-
-
-def read_results(path: Path | str) -> tuple[list[Row], list[str]]:
-    """(rows, tasks) of a results.json. InputError if there is none or it is damaged."""
-    if not Path(path).is_file():
-        raise InputError(f"there are no results at {path}; evaluate a model first")
-    what = 'results file, JSON with "tasks" and "rows"'
-    contents = read_object(Path(path), what)
-    with interpreted(Path(path), what):
-        rows, tasks = in_order(contents["rows"]), [str(task) for task in contents["tasks"]]
-        if not all(row_name(row) and isinstance(row["value"], int | float) for row in rows):
-            raise TypeError("a value is no number")
-    return contents["rows"], tasks
-
-
-def values_by_seed(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, dict[int | None, Values]]:
-    """{row name: {seed: a value for each task, then their plain mean}}, in the order of the paper's tables; NaN if
-    missing. The rows of a run without seeds have the seed None."""
-    scores: dict[str, dict[int | None, dict[str, float]]] = {}
-    for row in sorted(rows, key=rank):
-        scores.setdefault(row_name(row), {}).setdefault(row.get("seed"), {})[row["task"]] = row["value"]
-
-    def with_mean(by_task: Mapping[str, float]) -> Values:
-        values = [by_task.get(task, math.nan) for task in tasks]
-        return [*values, sum(values) / len(values)]
-
-    return {name: {seed: with_mean(of) for seed, of in seeds.items()} for name, seeds in scores.items()}
-
-
-def values_by_name(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Values]:
-    """{row name: a value for each task, then their plain mean}, each the mean over the seeds; NaN if missing."""
-    return {name: means(seeds.values()) for name, seeds in values_by_seed(rows, tasks).items()}
-
-
-def means(lists: Iterable[Values]) -> Values:
-    return [fmean(column) for column in zip(*lists, strict=True)]
+BOOTSTRAP = (
+    "better, worse: the 95 % interval of the difference of Avg, in brackets, lies on one side of 0; by a paired "
+    "bootstrap over the test examples, 1,000 draws."
+)
 
 
 def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Values]:
@@ -122,8 +28,10 @@ def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Valu
 def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, published: Mapping | None = None) -> str:
     """The paper's table in Markdown, aligned for the terminal: tasks, Avg, and Δ, an FDA row's Avg minus its start's.
 
-    `percent` prints hundredths of a percent, else fractions with four decimals. With several seeds cells are means, and
-    Avg and Δ, taken seed by seed, have the sample standard deviation behind them unless all seeds scored one model.
+    Δ (same rest) is against the start's blocks within the pretrained model, where such rows are there: what adaptation
+    did, without what the rest does. `percent` prints hundredths of a percent, else fractions with four decimals. With
+    several seeds cells are means, and Avg and Δ, taken seed by seed, have the sample standard deviation behind them
+    unless all seeds scored one model.
     Time and Memory follow if any row has them. With `published`, one table of configs/paper_results.yaml, each row that
     the paper has is followed by the paper's values, marked "(paper)".
     """
@@ -131,29 +39,44 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
     ours = values_by_seed(rows, tasks)
     paper = published_values(published, tasks) if published else {}
     start_of = {row_name(row): display(row["start"]) for row in rows if row["method"] == "fda"}
-    timed = any("seconds" in row for row in rows)
-    lines = [["Method", *tasks, "Avg", "Δ", *(["Time", "Memory"] if timed else [])]]
+    timed, both = any("seconds" in row for row in rows), not all(map(is_shown, rows))
+    same_rest = ["Δ (same rest)"] if both else []
+    lines = [["Method", *tasks, "Avg", "Δ", *same_rest, *(["Time", "Memory"] if timed else [])]]
     for name, seeds in ours.items():
         of_name = [row for row in rows if row_name(row) == name]
-        starts, fixed = ours.get(start_of.get(name, ""), {}), is_fixed(of_name)
+        if not any(map(is_shown, of_name)):
+            continue
+        start, fixed = start_of.get(name, ""), is_fixed(of_name)
         values = [cell(value, percent) for value in means(seeds.values())[:-1]]
         average = spread([v[-1] for v in seeds.values()], percent, fixed)
-        gains = [v[-1] - starts.get(seed, [math.nan])[-1] for seed, v in seeds.items()]
-        gain = spread(gains, percent, fixed, "+") if name in start_of else ""
-        lines.append([name, *values, average, gain, *(cost_cells(of_name) if timed else [])])
+        against = [ours.get(start, {}), *([ours.get(in_base(start), ours.get(start, {}))] if both else [])]
+        gains = [gain_cell(seeds, starts, percent, fixed) if start else "" for starts in against]
+        lines.append([name, *values, average, *gains, *(cost_cells(of_name) if timed else [])])
         if name in paper:
             start = paper.get(start_of.get(name, ""), [math.nan])
             gain = cell(paper[name][-1] - start[-1], percent, "+") if name in start_of else ""
-            lines.append(
-                ["(paper)", *(cell(value, percent) for value in paper[name]), gain, *(["", ""] if timed else [])]
-            )
+            blank = [""] * (both + 2 * timed)
+            lines.append(["(paper)", *(cell(value, percent) for value in paper[name]), gain, *blank])
     return aligned(lines)
+
+
+def in_base(start: str) -> str:
+    """The name of a start's row within the pretrained rest."""
+    return f"{start} {SAME_REST}"
+
+
+def gain_cell(
+    seeds: Mapping[int | None, Values], starts: Mapping[int | None, Values], percent: bool, fixed: bool
+) -> str:
+    """Avg minus that of the start, seed by seed."""
+    gains = [values[-1] - starts.get(seed, [math.nan])[-1] for seed, values in seeds.items()]
+    return spread(gains, percent, fixed, "+")
 
 
 def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True) -> str:
     """A short table, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
     Time is the merge's, and behind each Δ that of the anchors and the adaptation."""
-    rows = sorted((row for row in rows if row["method"] != "individual"), key=rank)
+    rows = sorted((row for row in rows if row["method"] != "individual" and is_shown(row)), key=rank)
     ours, named = values_by_seed(rows, tasks), {row_name(row): row for row in rows}
     starts = {name: row["method"] for name, row in named.items() if row["method"] != "fda"}
     kinds = list(
@@ -171,9 +94,8 @@ def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True)
         for kind in kinds:
             made = [n for n, r in named.items() if (r["start"], r["init"], r.get("label") or "") == (method, *kind)]
             for name in made[:1]:
-                gains = [v[-1] - ours[start].get(seed, [math.nan])[-1] for seed, v in ours[name].items()]
                 line.append(spread([v[-1] for v in ours[name].values()], percent, fixed := is_fixed(of(name))))
-                line += [spread(gains, percent, fixed, "+"), cost_cells(of(name))[0]]
+                line += [gain_cell(ours[name], ours[start], percent, fixed), cost_cells(of(name))[0]]
             if not made:
                 line += [MISSING, MISSING, MISSING]
         lines.append(line)
@@ -220,8 +142,19 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (lines[0], rule, *lines[1:])) + "\n"
 
 
-def footnotes(rows: Iterable[Row], published: Mapping | None) -> str:
-    """What the numbers are and where they come from: metrics, examples, configs and commits."""
+def same_rest_note(rows: Sequence[Row]) -> list[str]:
+    """What Δ (same rest) is, where it is shown."""
+    if all(map(is_shown, rows)):
+        return []
+    return [
+        "Δ (same rest): Avg minus the Avg of the start's blocks within the pretrained model, which is what lies around "
+        "the adapted blocks."
+    ]
+
+
+def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = False) -> str:
+    """What the numbers are and where they come from: metrics, examples, configs and commits; `judged` if differences
+    are said with their intervals."""
 
     def listed(texts: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(texts))
@@ -229,6 +162,8 @@ def footnotes(rows: Iterable[Row], published: Mapping | None) -> str:
     rows = sorted(rows, key=rank)
     notes = [
         "Avg: plain mean over the tasks. Δ: Avg minus the Avg of the model that adaptation started from.",
+        *same_rest_note(rows),
+        *([BOOTSTRAP] if judged else []),
         "Metric and examples scored: " + listed(f"{r['task']} {r['metric']} {r['n']}" for r in rows) + ".",
         f"Configs {listed(r['config'] for r in rows)}; commits {listed(r['commit'] for r in rows)}.",
     ]

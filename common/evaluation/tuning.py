@@ -80,8 +80,8 @@ def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, 
     path = {method: merge_start(experiment, domain).path}
     scores = {test: domain.score(trial, test, path, experiment.device)[method] for test in tests}
     shutil.rmtree(folder)
-    row |= {"scores": {test: {"value": value, "n": n} for test, (value, n) in scores.items()}}
-    row |= {"avg": sum(value for value, _ in scores.values()) / len(scores)}
+    row |= {"scores": {test: {"value": scored.value, "n": scored.n} for test, scored in scores.items()}}
+    row |= {"avg": sum(scored.value for scored in scores.values()) / len(scores)}
     row |= {"config": digest(as_dict(config)), "commit": commit()}
     record(config, candidate=row)
     return row

@@ -1,4 +1,4 @@
-"""The dry run: what a config would read, make and need, from headers alone."""
+"""The dry run: what a config would read, make and need, from headers and one block of each model."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +31,7 @@ from common.planning.cost import (
     memory_with_data,
     size_of,
 )
+from common.planning.regime import relative_norms, said_of
 from common.validation import check_choices
 
 Check = Callable[[Experiment, Domain], None]
@@ -69,6 +70,8 @@ def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Pl
         for check in checks:
             with refusals.noted(""):
                 check(experiment, domain)
+        with refusals.noted(""):
+            lines.append(f"  {'‖τ‖/‖θ₀‖':10} in block 0: {said_of(relative_norms(experiment, [0]))}")
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
     needed = needs(config, domain, family)
     text = "\n".join([settings, "Inputs", *lines, "", "Outputs", *outputs(config), "", *needed])

@@ -1,0 +1,98 @@
+"""Answers kept with a score, and which differences of scores are beyond the error of the test set."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import matthews_corrcoef
+
+from common.core.errors import InputError
+from common.evaluation.answers import resampled, scored, scored_by
+from common.evaluation.significance import DRAWS, Difference, difference, findings, scores_of
+from common.evaluation.tables import table
+from common.layout import SAME_REST
+
+TASKS = ["A", "B"]
+
+
+def rows_of(method, right, start=None, label="", seed=None):
+    """One row a task, of a model that has these shares of the answers right, the first ones."""
+    rows = []
+    for task, bits in zip(TASKS, right, strict=True):
+        row = {"method": method, "start": start, "init": "weight" if start else None, "label": label, "task": task}
+        rows.append(row | {"metric": "accuracy"} | scored(bits)._asdict() | ({} if seed is None else {"seed": seed}))
+    return rows
+
+
+def bits(n, right):
+    return np.arange(n) < right
+
+
+def test_answers_come_back_as_they_were_scored():
+    right = np.random.default_rng(0).random(203) < 0.7
+    found = scored(right)
+    assert found[:2] == (right.mean(), 203)
+    draws = np.stack([np.arange(203), np.zeros(203, int), np.arange(203)[::-1]])
+    assert resampled(found.answers, "accuracy", 203, draws).tolist() == [right.mean(), float(right[0]), right.mean()]
+    labels, predictions = np.arange(60) % 2, (np.arange(60) % 3 == 0).astype(int)
+    matthews = scored_by("Matthews", labels, predictions)
+    assert matthews.value == pytest.approx(matthews_corrcoef(labels, predictions)) and matthews.n == 60
+    half = np.stack([np.arange(60), np.arange(60) // 2])
+    expected = [matthews_corrcoef(labels[draw], predictions[draw]) for draw in half]
+    assert resampled(matthews.answers, "Matthews", 60, half) == pytest.approx(expected)
+    assert scored_by("accuracy", labels, predictions) == scored(labels == predictions)
+
+
+@pytest.mark.parametrize("answers", ["right:AA", "pairs:AAAA", "right:?", "nothing", ""])
+def test_damaged_answers_are_refused(answers):
+    with pytest.raises(InputError, match="damaged answers of 60 examples"):
+        resampled(answers, "Matthews", 60, np.arange(60)[None])
+
+
+def test_the_interval_is_that_of_the_difference_of_paired_answers():
+    """Of 800 examples 40 are right in one model alone: the mean difference has the variance p (1 - p) / n, p = 0.05."""
+    ours, theirs = bits(800, 440), bits(800, 400)
+    one, other = rows_of("fda", [ours, ours], "ta"), rows_of("ta", [theirs, theirs])
+    scores = scores_of([*one, *other], TASKS)
+    gain = difference(scores["FDA (TA, Weight)"], scores["TA"])
+    deviation = (0.05 * 0.95 / 800 / 2) ** 0.5  # of the mean of two tasks
+    assert gain.mean == pytest.approx(0.05)
+    assert gain.low == pytest.approx(0.05 - 1.96 * deviation, abs=0.1 * deviation * 1.96)
+    assert gain.high == pytest.approx(0.05 + 1.96 * deviation, abs=0.1 * deviation * 1.96)
+    assert len(scores["TA"][None]) == DRAWS + 1
+
+
+def test_seeds_that_differ_widen_the_interval():
+    theirs = [row for s in (0, 1, 2) for row in rows_of("ta", [bits(400, 200)] * 2, seed=s)]
+    same = [row for s in (0, 1, 2) for row in rows_of("fda", [bits(400, 220)] * 2, "ta", seed=s)]
+    apart = [row for s, n in enumerate((180, 220, 260)) for row in rows_of("fda", [bits(400, n)] * 2, "ta", seed=s)]
+    gains = []
+    for ours in (same, apart):
+        scores = scores_of([*ours, *theirs], TASKS)
+        gains.append(difference(scores["FDA (TA, Weight)"], scores["TA"]))
+    assert gains[0].mean == pytest.approx(gains[1].mean) == pytest.approx(0.05)
+    assert (gains[0].verdict, gains[1].verdict) == ("better", "not told apart")
+
+
+def test_verdicts():
+    assert [Difference(0, *ends).verdict for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.0))] == [
+        "better", "worse", "not told apart", "not told apart",
+    ]  # fmt: skip
+
+
+def test_what_a_table_shows_is_said_and_the_same_rest_is_a_column():
+    rows = [
+        *rows_of("pretrained", [bits(800, 300)] * 2),
+        *rows_of("individual", [bits(800, 780)] * 2),
+        *rows_of("ta", [bits(800, 400)] * 2),
+        *rows_of("ta", [bits(800, 436)] * 2, label=SAME_REST),
+        *rows_of("fda", [bits(800, 440)] * 2, "ta"),
+    ]
+    lines = findings(rows, TASKS)
+    assert [line.partition(" (")[0] + line.rpartition(",")[2] for line in lines[:1]] == ["FDA better"]
+    assert lines[0].startswith("FDA (TA, Weight) against TA: +5.00 (") and lines[0].endswith(", better")
+    assert lines[1].startswith("FDA (TA, Weight) against TA with the same rest: +0.50 (")
+    assert lines[2] == "best mean: TA pretrained rest" or lines[2].startswith("best mean: FDA (TA, Weight); ")
+    shown = [[cell.strip() for cell in line.split("|")] for line in table(rows, TASKS).splitlines()]
+    assert shown[0][1:-1] == ["Method", "A", "B", "Avg", "Δ", "Δ (same rest)"]
+    assert [line[1] for line in shown[2:]] == ["Pretrained", "Individual", "TA", "FDA (TA, Weight)"]
+    assert shown[-1][-3:-1] == ["+5.00", "+0.50"]
+    assert findings([{k: v for k, v in row.items() if k != "answers"} for row in rows], TASKS) == []
