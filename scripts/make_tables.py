@@ -23,6 +23,7 @@ from pathlib import Path
 from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
+from common.evaluation.significance import Scores, difference, findings, scores_of
 from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
 from common.io.checkpoints import write_text
 from common.merging.registry import method_table
@@ -79,7 +80,8 @@ def scores(file: str, *names: str) -> str:
     rows, tasks, percent = rows_of(file)
     lines = table(rows, tasks, percent=percent).splitlines(keepends=True)
     if not names:
-        return "".join(lines) + "\n" + footnotes(rows, None)
+        said = "".join(f"- {finding}\n" for finding in findings(rows, tasks, percent=percent))
+        return "".join(lines) + "\n" + said + "\n" * bool(said) + footnotes(rows, None, bool(said))
     of_name = {line.split("|")[1].strip(): line for line in lines[2:]}
     if unknown := [name for name in names if name not in of_name]:
         raise InputError(f"{file} has no row {', '.join(unknown)}; choose from {', '.join(of_name)}")
@@ -99,19 +101,24 @@ def gains(*files: str) -> str:
     for file in files:
         rows, tasks, _ = rows_of(file)
         average = {name: values[-1] for name, values in values_by_name(rows, tasks).items()}
+        drawn = scores_of(rows, tasks)
         for start in dict.fromkeys(row["start"] for row in rows if row["method"] == "fda"):
-            cells = [text for init in INITS for text in gain_cells(average, start, init)]
+            cells = [text for init in INITS for text in gain_cells(average, drawn, start, init)]
             toy = Path(file).parts[0]
             lines.append([toy, display(start), cell(average[display(start)], percent=True), *cells])
     return aligned(lines)
 
 
-def gain_cells(average: Mapping[str, float], start: str, init: str) -> tuple[str, str]:
-    """The mean of what FDA made of a start, and how far it is above the start's, in percent."""
-    adapted = average.get(row_name({"method": "fda", "start": start, "init": init}))
-    if adapted is None:
+def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start: str, init: str) -> tuple[str, str]:
+    """The mean of what FDA made of a start, and how far it is above the start's, in percent, in brackets if that is
+    within the error; the error is known where the rows have answers."""
+    name = row_name({"method": "fda", "start": start, "init": init})
+    if name not in average:
         return MISSING, MISSING
-    return cell(adapted, percent=True), cell(adapted - average[display(start)], percent=True, sign="+")
+    gain = cell(average[name] - average[display(start)], percent=True, sign="+")
+    found = difference(drawn[name], drawn[display(start)]) if {name, display(start)} <= drawn.keys() else None
+    within = found is not None and found.low <= 0 <= found.high
+    return cell(average[name], percent=True), f"({gain})" if within else gain
 
 
 def methods() -> str:

@@ -24,13 +24,13 @@ from common.run.run_log import commit
 
 INDIVIDUAL, PRETRAINED = 0.80, (0.35, 0.60)  # the least mean of the experts, and the range of the base's
 CLOSED = 0.2  # of the gap from Pretrained to Individual, by task arithmetic
+SEARCH = {"ta": {"scale": [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8]}}  # on the validation cut
 
 
 def regime(config: Config, domain: Domain) -> None:
     """Measure the conditions and print them, met or not."""
     starts = ["ta", "tsv"]
-    search = {method: lists for method, lists in config.compare.search.items() if method in starts}
-    alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=search)
+    alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=SEARCH)
     config = replace(config, compare=alone, run=replace(config.run, name=f"{config.run.name}/regime"))
     experiment = open_experiment(config, domain)
     norms = relative_norms(experiment, range(experiment.depth))
