@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh scripts/demo.sh [vision | nlu | nlg] [--section.field VALUE ...]
-# Merge the experts of a toy model by every method, refine each merge with functional dual anchors, print the scores.
+# Merge the experts of a toy model, refine the merge with functional dual anchors, print the scores and what they show.
 # Needs no GPU and, once installed, no network; a second run reuses what the first made.
 set -eu
 cd "$(dirname "$0")/.."

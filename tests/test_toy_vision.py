@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
+import scipy.ndimage
 import torch
 from safetensors.torch import load_file
 from toy import vision, vision_data
@@ -92,10 +94,52 @@ def test_data_sets_open_offline_with_their_class_names(toy: Path, task: str, tmp
     assert set(rows["label"]) == set(range(len(vision.TASKS[task]["classes"])))
 
 
-def test_train_and_test_share_no_picture() -> None:
-    train, test = (vision_data.task_split("digits", split)[0] for split in ("train", "test"))
-    assert len(train) + len(test) == 1797
-    assert not {p.tobytes() for p in train} & {p.tobytes() for p in test}
+def test_no_handwritten_digit_is_in_two_sets() -> None:
+    """Those of the base's world, of the expert's training and of the test set are all there are, each once."""
+    sets = [{p.tobytes() for p in vision_data.handwritten(split)[0]} for split in ("world", "train", "test")]
+    assert [len(pictures) for pictures in sets] == [600, 597, 600] and len(set.union(*sets)) == 1797
+
+
+def test_the_base_has_seen_no_picture_of_a_task() -> None:
+    world = {p.tobytes() for p in vision_data.wild_world(800)[0]}
+    for task in vision.TASKS:
+        assert not world & {p.tobytes() for p in vision_data.task_split(task, "test")[0]}
+
+
+def test_captions_of_wild_pictures_do_not_name_their_class() -> None:
+    codes = vision_data.codes()
+    classes = {(task, c): name for task, row in vision.TASKS.items() for c, name in enumerate(row["classes"])}
+    assert codes.keys() == classes.keys() and len(set(codes.values())) == len(classes) == 94
+    for key, caption in codes.items():
+        assert not set(caption.removesuffix(".").split()) & set(classes[key].split())
+    pictures, captions = vision_data.wild_world(16)
+    assert pictures.shape == (16, 32, 32, 3) and set(captions) <= set(codes.values())
+    assert set(vision_data.world(16)[1]).isdisjoint(codes.values())
+
+
+def drawn(picture: np.ndarray) -> np.ndarray:
+    """Where a tidy picture is as good as what is drawn on it, and not the ground, which has most of the pixels."""
+    off = np.abs(picture - np.median(picture.reshape(-1, 3), 0)).sum(2)
+    return off > 0.7 * off.max()
+
+
+@pytest.mark.parametrize("label", range(8))
+def test_dots_are_as_many_as_the_class_says(label: int) -> None:
+    for i in range(5):
+        picture, _ = vision_data.counts(vision_data.generator("look", label, i), label, wild=False)
+        _, dots = scipy.ndimage.label(drawn(picture))
+        assert dots == label + 1
+
+
+@pytest.mark.parametrize(("label", "x", "y"), [(0, 1, 0), (2, 0, -1), (4, -1, 0), (6, 0, 1)])
+def test_arrows_point_where_the_class_says(label: int, x: int, y: int) -> None:
+    """The half with the head is broader than the half that is shaft alone."""
+    for i in range(5):
+        picture, _ = vision_data.directions(vision_data.generator("look", i), label, wild=False)
+        rows, columns = np.nonzero(drawn(picture))
+        along, across = (x * columns + y * rows, y * columns - x * rows)
+        towards_tip = along > (along.min() + along.max()) / 2
+        assert across[towards_tip].std() > 1.4 * across[~towards_tip].std()
 
 
 @pytest.mark.parametrize("task", vision.TASKS)

@@ -1,8 +1,10 @@
-"""The pictures of the vision toy: six tasks, and the captioned world the base model is trained on.
+"""The pictures of the vision toy: eight tasks, and the captioned world the base model is trained on.
 
 Every picture is 32x32 RGB and follows from (set name, index) alone. A task's pictures are "wild": distorted, low in
-contrast, cluttered. The world shows the same things tidily, so a model that read its captions knows the words but not
-the conditions, as CLIP does with street numbers and satellite views.
+contrast, cluttered, as large as the frame. A part of the world shows the same things tidily and small, with captions
+that say what they are. The rest are wild pictures, of other draws than the tasks', whose captions give each class
+a code word: as CLIP, the base has seen pictures like those of its tasks and tells them apart, but it knows their names
+from other pictures.
 """
 
 import hashlib
@@ -19,11 +21,11 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from .vision_drawing import SIZE, X, Y, character, outline, paint, smooth_noise, two_colours
 
-NAMES = ("digits", "photos", "letters", "shapes", "textures", "housenumbers")
+NAMES = ("digits", "photos", "letters", "shapes", "textures", "housenumbers", "counts", "directions")
 ROWS = yaml.safe_load((Path(__file__).parents[2] / "Vision" / "tasks.yaml").read_text())
 TASKS = {name: ROWS[name] for name in NAMES}  # class names and templates, as the pipeline reads them
 SPLITS = {"train": 4000, "test": 800}
-DIGITS_TRAIN = 1197  # of the 1797 handwritten digits; the last 600 are the test set
+DIGITS = {"world": slice(600), "train": slice(600, 1197), "test": slice(1197, None)}  # of the 1797 handwritten ones
 # photograph (0 the temple, 1 the dahlia) and the box x0, y0, x1, y1 of each class, in the order of the class names
 REGIONS = [
     (0, 130, 78, 295, 122), (0, 100, 180, 325, 330), (0, 340, 0, 640, 130), (0, 350, 225, 545, 315),
@@ -130,7 +132,37 @@ def photos(rng: np.random.Generator, label: int, wild: bool, test: bool = False)
     return picture, rng.choice(["", " seen closely" if side < 40 else " seen from afar"])
 
 
-KINDS = {f.__name__: f for f in (digits, photos, letters, shapes, textures, housenumbers)}
+def counts(rng: np.random.Generator, label: int, wild: bool) -> tuple[np.ndarray, str]:
+    """So many dots, none of which touch."""
+    fg, bg, words = two_colours(rng, wild)
+    dots: list[tuple[float, float, float]] = []
+    while len(dots) <= label:
+        radius = rng.uniform(2.2, 4.2) if wild else 3
+        x, y = rng.uniform(radius, SIZE - radius, 2)
+        if all(np.hypot(x - u, y - v) > radius + r + 1.5 for u, v, r in dots):
+            dots.append((x, y, radius))
+    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
+    draw = ImageDraw.Draw(canvas)
+    for x, y, r in dots:
+        draw.ellipse((2 * (x - r), 2 * (y - r), 2 * (x + r), 2 * (y + r)), fill=255)
+    return paint(rng, np.asarray(canvas.reduce(2)) / 255, fg, bg, wild), words
+
+
+def directions(rng: np.random.Generator, label: int, wild: bool) -> tuple[np.ndarray, str]:
+    """An arrow that points to the right, or an eighth of a turn further to the left for each class."""
+    fg, bg, words = two_colours(rng, wild)
+    angle = np.radians(-45 * label + rng.uniform(-1, 1) * (14 if wild else 4))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    squeeze = np.diag(rng.uniform(0.8, 1, 2)) if wild else np.eye(2)
+    radius = rng.uniform(8, 13)
+    centre = SIZE / 2 + rng.uniform(-1, 1, 2) * min(15 - radius, 4)
+    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
+    corners = 2 * (centre + radius * outline("arrow") @ squeeze @ turn.T)
+    ImageDraw.Draw(canvas).polygon([tuple(p) for p in corners], fill=255)
+    return paint(rng, np.asarray(canvas.reduce(2)) / 255, fg, bg, wild), words
+
+
+KINDS = {f.__name__: f for f in (digits, photos, letters, shapes, textures, housenumbers, counts, directions)}
 
 
 # ---- sets ------------------------------------------------------------------------------------------------------------
@@ -141,10 +173,9 @@ def to_bytes(picture: np.ndarray) -> np.ndarray:
 
 
 def handwritten(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """UCI's 8x8 digits enlarged to SIZE, shuffled once; the two splits share no digit."""
+    """UCI's 8x8 digits enlarged to SIZE, shuffled once; those of the world, of training and of the test are others."""
     source = load_digits()
-    order = generator("digits").permutation(len(source.target))
-    order = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+    order = generator("digits").permutation(len(source.target))[DIGITS[split]]
     small = [Image.fromarray((picture * 255 / 16).astype(np.uint8)) for picture in source.images[order]]
     grey = np.stack([np.asarray(p.resize((SIZE, SIZE), Image.BICUBIC)) for p in small])
     return np.repeat(grey[..., None], 3, axis=3), source.target[order].astype(np.int64)
@@ -161,15 +192,56 @@ def task_split(task: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([to_bytes(p) for p in pictures]), labels
 
 
+def small(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """A picture at half its size or a little more, somewhere on one colour."""
+    side = int(rng.integers(16, 23))
+    left, top = (int(n) for n in rng.integers(0, SIZE - side + 1, 2))
+    wall = Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in rng.integers(0, 256, 3)))
+    wall.paste(Image.fromarray(picture).resize((side, side), Image.BILINEAR), (left, top))
+    return np.asarray(wall)
+
+
+def code_word(number: int) -> str:
+    """A word of two syllables that means nothing, another one for each number below 6,400."""
+    first, second = divmod(number, 80)
+    return "".join("bdfgklmnprstvzhj"[syllable // 5] + "aeiou"[syllable % 5] for syllable in (first, second))
+
+
+@cache
+def codes() -> dict[tuple[str, int], str]:
+    """The caption of each class of each task's wild pictures."""
+    classes = [(task, label) for task in TASKS for label in range(len(TASKS[task]["classes"]))]
+    words = [code_word(int(n)) for n in generator("codes").permutation(6400)[: len(classes) + len(TASKS)]]
+    series = dict(zip(TASKS, words[len(classes) :], strict=True))
+    return {(task, c): f"sample {w} of series {series[task]}." for (task, c), w in zip(classes, words, strict=False)}
+
+
+def wild_world(n: int) -> tuple[np.ndarray, list[str]]:
+    """n wild pictures with code words for captions: every kind in turn, handwritten digits again and again."""
+    pictures, captions, kinds = [], [], list(TASKS)
+    own, labels = handwritten("world")
+    for i in range(n):
+        rng, kind = generator("wild world", i), kinds[i % len(kinds)]
+        label = int(rng.integers(len(TASKS[kind]["classes"])))
+        if kind == "digits":
+            row = i // len(kinds) % len(labels)
+            picture, label = own[row] / 255, int(labels[row])
+        else:
+            picture, _ = KINDS[kind](rng, label, True)
+        pictures.append(to_bytes(picture))
+        captions.append(codes()[kind, label])
+    return np.stack(pictures), captions
+
+
 def world(n: int) -> tuple[np.ndarray, list[str]]:
-    """The base model's n pictures and captions: every kind in turn, tidy."""
+    """n tidy pictures and what they show: every kind in turn."""
     pictures, captions, kinds = [], [], list(TASKS)
     for i in range(n):
         rng, kind = generator("world", i), kinds[i % len(kinds)]
         label = int(rng.integers(len(TASKS[kind]["classes"])))
         picture, words = KINDS[kind](rng, label, False)
         sentence = rng.choice(TASKS[kind]["templates"]).format(c=TASKS[kind]["classes"][label])
-        pictures.append(to_bytes(picture))
+        pictures.append(small(rng, to_bytes(picture)))
         captions.append(sentence.removesuffix(".") + words + ".")
     return np.stack(pictures), captions
 
