@@ -18,12 +18,13 @@ from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.domain import Domain, block_family
 from common.fda.anchors import SCALES
 from common.io.adapters import is_adapter, open_adapter
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, remove_leftovers
 from common.io.heads import leave_to_heads, open_experts, open_like
 from common.io.matched import Matching
 from common.io.vocabulary import match_vocabularies
 from common.merging.registry import hyperparameters
 from common.run.device import prepare
+from common.run.run_log import NOTES
 from common.validation import check_choices, check_positions, check_tokenizers
 
 
@@ -144,6 +145,7 @@ Checking = Callable[[str], AbstractContextManager[None]]
 def open_experiment(config: Config, domain: Domain) -> Experiment:
     """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
     check_choices(config, domain)
+    remove_leftovers(config.run.dir / NOTES)
     experiment = open_inputs(config, domain, lambda _: nullcontext())
     assert experiment  # what is missing has been refused
     return replace(experiment, device=prepare(config.run.device))

@@ -16,10 +16,12 @@ import yaml
 
 from common.config import ROOT, as_dict
 from common.core.errors import InputError
+from common.experiment import open_experiment
 from common.run.background import read_ahead, write_behind
 from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.progress import UnitBar, Units
 from common.run.run_log import read_notes, record_stage, total_cost
+from Vision import domain as vision
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
@@ -151,8 +153,8 @@ def test_what_a_kill_left_goes_and_what_others_write_stays(pico_config):
     )
     for file in (left, live, foreign):
         file.write_text("{")
-    with record_stage(pico_config, "work", Units(0, 4)):
-        assert not left.exists() and live.exists() and foreign.exists()
+    open_experiment(pico_config, vision)  # which every command begins with, also where nothing is left to do
+    assert not left.exists() and live.exists() and foreign.exists()
 
 
 def test_the_next_item_is_read_while_the_caller_works():

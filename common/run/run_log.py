@@ -15,7 +15,7 @@ import torch
 
 from common.config import ROOT, Config, as_dict
 from common.core.errors import InputError
-from common.io.checkpoints import remove_leftovers, write_text
+from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
 from common.run.device import prepare
 from common.run.progress import Units
@@ -92,7 +92,6 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     known from their provenance. Where all is kept the note stays as it is.
     """
     device = prepare(config.run.device)
-    remove_leftovers(config.run.dir / NOTES)
     read_notes(config.run.dir)  # damaged notes are refused before the work, not when it is done
     reset_peak(device)
     began, ended = time.monotonic(), FINISHED
