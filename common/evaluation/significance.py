@@ -75,11 +75,12 @@ def findings(rows: Sequence[Row], tasks: Sequence[str], *, percent: bool = True)
     for name, row in sorted(shown.items(), key=lambda item: rank(item[1])):
         if row["method"] != "fda" or name not in scores:
             continue
-        start = display(row["start"])
+        start, said = display(row["start"]), None
         for other, rest in ((start, ""), (f"{start} {SAME_REST}", " with the same rest")):
             gain = difference(scores[name], scores[other]) if other in scores else None
-            if gain:
+            if gain and gain != said:  # some starts have the pretrained rest themselves
                 lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}")
+            said = gain
     merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
     if lines and len(merged) > 1:
         best = max(merged, key=lambda name: np.mean([drawn[0] for drawn in scores[name].values()]))
