@@ -9,16 +9,20 @@ from the repository's root and names of rows:
     scores FILE            the paper's table of the rows in FILE, and what they were measured on
     scores FILE | ROW ...  those rows of it alone
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
+    study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
     methods                the merge methods
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+
+import study
 
 from common.config import ROOT
 from common.core.errors import InputError
@@ -131,7 +135,13 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-KINDS = {"scores": scores, "gains": gains, "methods": methods}
+def studied(file: str) -> str:
+    """The table of a study, from its rows."""
+    rows = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    return study.table_of(Path(file).stem, rows, import_module(f"{Path(file).parts[0]}.domain").PERCENT)
+
+
+KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods}
 
 if __name__ == "__main__":
     main()
