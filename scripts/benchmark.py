@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
-from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
-from benchmark_reference import Reference, plain_fit
-from benchmark_scaling import scaling
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
+from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
+from benchmark_reference import Reference, plain_fit
+from benchmark_scaling import scaling
 from common.config import PRESETS
 from common.core.blocks import nonzero_tensors
 from common.core.seeding import seeded

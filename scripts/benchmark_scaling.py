@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmark_blocks import TOYS
 from benchmark_clock import Clock
-
 from common.command import FOLDERS, parse
 from common.pipeline import construct
 

@@ -23,7 +23,6 @@ from importlib import import_module
 from pathlib import Path
 
 import study
-
 from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results

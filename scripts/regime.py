@@ -10,8 +10,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from compare import compare
-
 from common.command import run
 from common.config import Config
 from common.domain import Domain, scored_tests
@@ -21,6 +19,7 @@ from common.experiment import open_experiment
 from common.io.checkpoints import write_text
 from common.planning.regime import REGIME, relative_norms
 from common.run.run_log import commit
+from compare import compare
 
 INDIVIDUAL, PRETRAINED = 0.80, (0.35, 0.60)  # the least mean of the experts, and the range of the base's
 CLOSED = 0.2  # of the gap from Pretrained to Individual, by task arithmetic

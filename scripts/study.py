@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compare import compare
 from matplotlib.figure import Figure
 
 from common.command import run
@@ -31,6 +30,7 @@ from common.experiment import open_experiment
 from common.io.checkpoints import write_text
 from common.pipeline import merge_alone
 from common.planning.regime import relative_norms
+from compare import compare
 
 SIZES = (2, 4, 6, 8)
 SCALES = (0.25, 0.5, 0.75, 1.0)  # beyond 1 an expert soon is none: twice τ cost the toy's own 18 points

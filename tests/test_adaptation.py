@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import linear
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
@@ -22,6 +21,7 @@ from common.fda.adaptation import (
 from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
 from common.planning.cost import Ledger, memory_of_warm_start
+from helpers import linear
 from Vision import domain
 
 UNUSED = {"unused": torch.ones(3)}

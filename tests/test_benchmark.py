@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 
-import benchmark
 import pytest
 import torch
-from benchmark_blocks import ARCHS, random_block, random_expert, vit, write_whole
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import benchmark
+from benchmark_blocks import ARCHS, random_block, random_expert, vit, write_whole
 from common.config import Model
 from common.core.seeding import seeded
 from common.core.task_vectors import subtract

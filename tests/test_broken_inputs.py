@@ -8,23 +8,23 @@ the folder of its run has changed. No command takes more memory than LIMIT beyon
 import shutil
 from pathlib import Path
 
-import damage
 import pytest
 import torch
 import yaml
-from commands import Place, call, state
-from helpers import change
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import damage
+from commands import Place, call, state
+from common.config import Config, as_dict
+from common.io.model_files import INDEX_FILE
+from common.io.shards import publish_shards, stage_shards
+from helpers import change
 from pico_lora import write_adapter
 from pico_nlg import pico_config as nlg_config
 from pico_nlg import write_pico_models
 from pico_vision import pico_config, write_pico_clip
-from safetensors.torch import load_file
-
-from common.config import Config, as_dict
-from common.io.model_files import INDEX_FILE
-from common.io.shards import publish_shards, stage_shards
 
 SETTINGS = {  # the same examples at every run; the first that fails is told as it was drawn
     "derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck),

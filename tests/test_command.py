@@ -4,11 +4,11 @@ import re
 
 import pytest
 import yaml
-from helpers import command
 
 from common.command import unforeseen
 from common.config import as_dict
 from common.run.progress import UnitBar
+from helpers import command
 
 # A bug that no check foresees, put into the reading of the base's header before the command runs as it is.
 WITH_A_BUG = """

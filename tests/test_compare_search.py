@@ -4,13 +4,13 @@ import json
 from collections import Counter
 
 import pytest
-from compare import compare, plan
-from helpers import change
-from pico_grid import by_split, counting, rows_of
-from pico_nlg import pico_config as pico_nlg_config
 
 from common.core.errors import InputError
+from compare import compare, plan
+from helpers import change
 from NLG import domain as nlg
+from pico_grid import by_split, counting, rows_of
+from pico_nlg import pico_config as pico_nlg_config
 from Vision import domain
 
 pytestmark = pytest.mark.usefixtures("no_figures")

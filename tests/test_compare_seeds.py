@@ -5,11 +5,11 @@ from collections import Counter
 from statistics import fmean, stdev
 
 import pytest
+
+from common.evaluation.rows import row_name
 from compare import compare
 from helpers import change, files_of
 from pico_grid import by_split, counting, rows_of
-
-from common.evaluation.rows import row_name
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 

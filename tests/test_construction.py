@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import linear
 
 from common.core.task_vectors import subtract
 from common.fda.construction import SearchSettings, optimise_anchors
 from common.fda.matching import MatchingProblem, matching_loss
+from helpers import linear
 
 
 def problem_of(theta_0, theta_t, block=linear):

@@ -8,11 +8,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from released import pickle_3, write_released
 from safetensors.torch import load_file
 from torch import nn
 
 from common.io.containers import model_in
+from released import pickle_3, write_released
 from scripts.convert_checkpoint import target_of
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py"

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from helpers import change, command, rewrite
-from pico_vision import PICO_TASKS
 
 from common.config import as_dict
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint, write_tensors
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import ADAPT, CONSTRUCT, MERGE, describe
+from helpers import change, command, rewrite
 from NLG import domain as nlg
+from pico_vision import PICO_TASKS
 from Vision import domain
 
 QUERY = "model.layers.0.self_attn.q_proj"

@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from commands import Place, call
+from common.config import Config
 from helpers import change, files_of
 from pico_nlg import pico_config as nlg_config
 from pico_vision import pico_config
-
-from common.config import Config
 
 KIB = 2**10
 ROOMY = 64 * 2**20

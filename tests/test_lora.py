@@ -15,7 +15,6 @@ import peft
 import pytest
 import torch
 import transformers
-from pico_lora import write_adapter
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
@@ -33,6 +32,7 @@ from NLG import domain as nlg
 from NLG.scoring import open_model
 from NLU import domain as nlu
 from NLU.scoring import read_head
+from pico_lora import write_adapter
 from tests import pico_nlg, pico_nlu
 from Vision import domain as vision
 

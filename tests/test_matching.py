@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import linear
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,6 +14,7 @@ from common.fda.matching import (
     matching_loss,
     matching_value,
 )
+from helpers import linear
 from Vision.domain import FAMILIES
 
 

@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import assert_close
-from pico_nlg import pico_architecture, pico_tokenizer, save
-from pico_task_vectors import MATRICES, SHAPES, task_vectors
 from transformers import AutoModelForCausalLM
 
 from common.config import ROOT
@@ -29,6 +26,9 @@ from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.cost import tensors_held
 from common.planning.dry_run import describe
+from helpers import assert_close
+from pico_nlg import pico_architecture, pico_tokenizer, save
+from pico_task_vectors import MATRICES, SHAPES, task_vectors
 from Vision import domain
 
 WITHOUT_DATA = {name: method for name, method in METHODS.items() if not method.data}

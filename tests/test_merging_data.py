@@ -7,15 +7,14 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import helpers
 import numpy as np
 import pytest
 import torch
 import transformers
-from pico_nlu import CONFIGS, pico_config
 from torch.nn import functional as F
 from transformers import AutoModel
 
+import helpers
 from common.config import Eval
 from common.core.errors import InputError
 from common.core.task_vectors import add
@@ -30,6 +29,7 @@ from common.planning.dry_run import describe
 from common.validation import check_choices
 from NLG import domain as nlg
 from NLU import domain as nlu
+from pico_nlu import CONFIGS, pico_config
 from Vision import domain as vision
 
 DEFAULTS = {

@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
-from pico_task_vectors import MATRICES, OTHERS, SHAPES, task_vectors
 
 from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
 from common.core.seeding import random_choice, random_mask
@@ -15,6 +13,8 @@ from common.merging.fisher import fisher_mean
 from common.merging.registry import merge
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
+from helpers import assert_close
+from pico_task_vectors import MATRICES, OTHERS, SHAPES, task_vectors
 
 
 def stack64(deltas, name):

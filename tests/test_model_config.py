@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from helpers import edit_config
 
 from common.core import notices
 from common.core.errors import InputError
 from common.io.lineage import compare_models
 from common.io.model_config import compare_configs, differences, edited, require_same_function, resolve
+from helpers import edit_config
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
 MISTRAL, QWEN = LLAMA | {"model_type": "mistral"}, LLAMA | {"model_type": "qwen2"}

@@ -3,15 +3,6 @@
 import json
 
 import pytest
-from helpers import change, edit_config, files_of
-from pico_nlg import (
-    NORM,
-    VOCABULARY,
-    pico_config,
-    pico_model,
-    pico_tokenizer,
-    save,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
@@ -20,7 +11,16 @@ from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE
 from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
+from helpers import change, edit_config, files_of
 from NLG import domain
+from pico_nlg import (
+    NORM,
+    VOCABULARY,
+    pico_config,
+    pico_model,
+    pico_tokenizer,
+    save,
+)
 from Vision import domain as vision
 
 

@@ -7,14 +7,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import change, files_of, read
-from pico_nlg import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    PICO_TASKS,
-    pico_model,
-)
 from transformers import AutoModelForCausalLM
 
 from common.command import parse
@@ -26,8 +18,16 @@ from common.fda.matching import MatchingProblem, matching_gradient
 from common.io.checkpoints import Checkpoint
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from helpers import change, files_of, read
 from NLG import domain
 from NLG.decoders import DECODER
+from pico_nlg import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    PICO_TASKS,
+    pico_model,
+)
 
 
 def test_every_start_gives_a_checkpoint(nlg_config):

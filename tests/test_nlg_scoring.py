@@ -9,7 +9,6 @@ import datasets
 import pytest
 import torch
 import yaml
-from pico_nlg import pico_config, pico_model, pico_tokenizer, save, write_pico_tests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.core.errors import InputError
@@ -21,6 +20,7 @@ from NLG.harness import TASKS_FOLDER
 from NLG.lm_eval_tasks import rules
 from NLG.programs import program_in, runs
 from NLG.scoring import RULES, TASKS, examples_of, prompts_of, score
+from pico_nlg import pico_config, pico_model, pico_tokenizer, save, write_pico_tests
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 

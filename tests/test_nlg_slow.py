@@ -13,8 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import files_of
-from pico_nlg import pico_config, write_pico_models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.command import parse
@@ -23,8 +21,10 @@ from common.io.checkpoints import Checkpoint
 from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from helpers import files_of
 from NLG import domain
 from NLG.split_model import split
+from pico_nlg import pico_config, write_pico_models
 
 pytestmark = pytest.mark.slow
 

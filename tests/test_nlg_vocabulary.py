@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint
+from common.io.model_files import INDEX_FILE
+from common.pipeline import adapt, construct, merge_alone
 from helpers import change, read, rewrite
+from NLG import domain
 from pico_nlg import (
     EMBEDDING,
     HEAD,
@@ -15,13 +22,6 @@ from pico_nlg import (
     save,
     write_pico_models,
 )
-from transformers import AutoModelForCausalLM
-
-from common.core.errors import InputError
-from common.io.checkpoints import Checkpoint
-from common.io.model_files import INDEX_FILE
-from common.pipeline import adapt, construct, merge_alone
-from NLG import domain
 
 
 def test_unlike_vocabularies_are_refused_unless_a_policy_is_chosen(nlg_config):

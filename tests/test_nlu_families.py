@@ -7,12 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import change, edit_config
-from pico_nlu import (
-    CONFIGS,
-    pico_architecture,
-    pico_config,
-)
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
 
@@ -28,7 +22,13 @@ from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import RunLayout
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from helpers import change, edit_config
 from NLU import domain, scoring
+from pico_nlu import (
+    CONFIGS,
+    pico_architecture,
+    pico_config,
+)
 
 KEY_BIAS = "attention.self.key.bias"
 

@@ -11,11 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import change, files_of
-from pico_nlu import (
-    PICO_TASKS,
-    write_large_encoders,
-)
 from transformers import AutoModelForSequenceClassification
 
 from common.command import parse
@@ -23,7 +18,12 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.pipeline import adapt, construct, merge_alone
 from common.validation import check_choices
+from helpers import change, files_of
 from NLU import domain
+from pico_nlu import (
+    PICO_TASKS,
+    write_large_encoders,
+)
 
 CPU = torch.device("cpu")
 

@@ -8,19 +8,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import change, edit_config, rewrite
-from pico_nlu import (
-    CONFIGS,
-    PICO_TASKS,
-    pico_config,
-)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.core.errors import InputError
 from common.evaluation.metrics import METRICS
 from common.evaluation.scoring import score_run
 from common.pipeline import merge_alone
+from helpers import change, edit_config, rewrite
 from NLU import domain, scoring
+from pico_nlu import (
+    CONFIGS,
+    PICO_TASKS,
+    pico_config,
+)
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import linear
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +13,7 @@ from common.fda import precision
 from common.fda.matching import MatchingProblem, matching_gradient, plain_forward
 from common.fda.precision import effective_precision, forward_in, in_precision
 from common.run.device import prepare
+from helpers import linear
 
 CPU = prepare("cpu")
 

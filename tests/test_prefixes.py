@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pico_nlg import pico_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, RobertaConfig
@@ -13,6 +12,7 @@ from common.io.prefixes import unwrapped
 from common.planning.dry_run import Refusals, checkpoint_line
 from NLG.scoring import open_model
 from NLG.split_model import split
+from pico_nlg import pico_model
 
 SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 RESBLOCK = "transformer.resblocks.0.ln_1.weight"

@@ -9,8 +9,6 @@ import time
 
 import pytest
 import torch
-from helpers import files_of
-from pico_nlg import pico_model, pico_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +17,9 @@ from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE, PICKLED_INDEX
 from common.io.shards import read_range, write_stored
+from helpers import files_of
 from NLG.split_model import main, part_of, split
+from pico_nlg import pico_model, pico_tokenizer
 
 LAYOUTS = ["single", "sharded", "bin", "sharded bin"]
 TOKENS = torch.arange(12)[None]

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import study
 import torch
-from helpers import change
-from pico_vision import PICO_TASKS
 
+import study
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
+from helpers import change
 from NLU import domain as nlu
+from pico_vision import PICO_TASKS
 from Vision import domain
 
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -6,8 +6,6 @@ import shutil
 import open_clip
 import pytest
 import torch
-from helpers import change, edit_config, read, rewrite
-from pico_nlg import EMBEDDING, HEAD, VOCABULARY, pico_model, pico_tokenizer, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,8 +13,10 @@ from common.core import notices
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.pipeline import merge_alone
+from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
 from NLU import domain as nlu
+from pico_nlg import EMBEDDING, HEAD, VOCABULARY, pico_model, pico_tokenizer, save
 from Vision import domain as vision
 
 MODELS = ("base", "math", "code")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from pico_nlg import VOCABULARY, pico_model, pico_tokenizer, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +20,7 @@ from common.experiment import open_experiment
 from common.pipeline import merge_alone
 from NLG import domain
 from NLG.scoring import open_model
+from pico_nlg import VOCABULARY, pico_model, pico_tokenizer, save
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

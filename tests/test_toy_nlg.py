@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import nlg, nlg_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from NLG.generation import complete
 from NLG.scoring import RULES, TASKS, examples_of, prompts_of
+from toy import nlg, nlg_data
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import nlu, nlu_base, nlu_data
 
 from NLU.domain import TASKS
+from toy import nlu, nlu_base, nlu_data
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import scipy.ndimage
 import torch
 from safetensors.torch import load_file
-from toy import vision, vision_data
 
 from common.config import ROOT
 from common.io.checkpoints import write_tensors
+from toy import vision, vision_data
 
 
 def make(out: Path) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib import format as npy
-from released import pickle_3, save_legacy, write_released
 from torch import nn
 
 from common.core.errors import InputError
 from common.io.pickles import read_anchors, read_tensors
+from released import pickle_3, save_legacy, write_released
 
 # ---- files as they were published ------------------------------------------------------------------------------------
 

@@ -11,8 +11,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import change, files_of, rewrite
-from pico_vision import PICO_TASKS
 
 from common.config import Model
 from common.core.errors import InputError
@@ -21,6 +19,8 @@ from common.io.checkpoints import Checkpoint, write_tensors
 from common.layout import SAME_REST
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from helpers import change, files_of, rewrite
+from pico_vision import PICO_TASKS
 from Vision import domain
 
 

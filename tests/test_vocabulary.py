@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from pico_nlg import VOCABULARY, pico_config, pico_model, pico_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,6 +19,7 @@ from common.experiment import open_experiment
 from common.layout import inputs_of
 from common.pipeline import merge_alone
 from NLG import domain
+from pico_nlg import VOCABULARY, pico_config, pico_model, pico_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
