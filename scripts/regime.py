@@ -29,7 +29,9 @@ SEARCH = {"ta": {"scale": [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8]}
 def regime(config: Config, domain: Domain) -> None:
     """Measure the conditions and print them, met or not."""
     starts = ["ta", "tsv"]
-    alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=SEARCH)
+    can_search = all(domain.TASKS[test].train_split for test in scored_tests(config, domain))
+    search = SEARCH if can_search else {}  # else with the coefficient that the config has
+    alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=search)
     config = replace(config, compare=alone, run=replace(config.run, name=f"{config.run.name}/regime"))
     experiment = open_experiment(config, domain)
     norms = relative_norms(experiment, range(experiment.depth))
@@ -46,7 +48,7 @@ def regime(config: Config, domain: Domain) -> None:
 def conditions(norms: dict[str, float], average: dict[str, float]) -> list[dict[str, Any]]:
     """The three conditions with their values; averages are fractions, by the names of table rows."""
     base, experts, ta, tsv = (average[name] for name in ("Pretrained", "Individual", "TA", "TSV"))
-    closed = (ta - base) / (experts - base)
+    closed = (ta - base) / (experts - base) if experts > base else 0.0
     return [
         {
             "says": f"‖τ‖/‖θ₀‖ over the blocks: {', '.join(f'{t} {100 * n:.2f} %' for t, n in norms.items())}; mean "
