@@ -6,6 +6,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from common.core.errors import InputError
 from common.evaluation.answers import resampled, scored, scored_by
+from common.evaluation.metrics import METRICS
 from common.evaluation.significance import DRAWS, Difference, difference, findings, scores_of
 from common.evaluation.tables import table
 from common.layout import SAME_REST
@@ -39,6 +40,20 @@ def test_answers_come_back_as_they_were_scored():
     expected = [matthews_corrcoef(labels[draw], predictions[draw]) for draw in half]
     assert resampled(matthews.answers, "Matthews", 60, half) == pytest.approx(expected)
     assert scored_by("accuracy", labels, predictions) == scored(labels == predictions)
+
+
+@pytest.mark.parametrize("metric", ["Matthews", "accuracy and F1"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_many_draws_at_once_are_as_one_by_one(metric, classes):
+    generator = np.random.default_rng(0)
+    labels, predictions = (
+        generator.integers(0, 2, 90),
+        generator.integers(0, classes if metric == "Matthews" else 2, 90),
+    )
+    draws = np.vstack([generator.integers(90, size=(50, 90)), np.full((1, 90), 3)])  # the last: one example alone
+    found = resampled(scored_by(metric, labels, predictions).answers, metric, 90, draws)
+    expected = [METRICS[metric](labels[draw], predictions[draw]) for draw in draws]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.01e-4)  # of rounding to 4 decimals
 
 
 @pytest.mark.parametrize("answers", ["right:AA", "pairs:AAAA", "right:?", "nothing", ""])
