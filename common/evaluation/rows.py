@@ -49,6 +49,11 @@ def row_name(row: Row) -> str:
     return display(row["method"]) + label
 
 
+def in_base(start: str) -> str:
+    """The name of a start's row within the pretrained rest."""
+    return f"{start} {SAME_REST}"
+
+
 def is_shown(row: Row) -> bool:
     """Whether a row has a line of its own; a start in the rest of another model is there for a difference alone."""
     return row["method"] == "fda" or row.get("label") != SAME_REST

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.evaluation.answers import resampled
-from common.evaluation.rows import Row, display, is_shown, rank, row_name
-from common.layout import SAME_REST
+from common.evaluation.rows import Row, display, in_base, is_shown, rank, row_name
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -76,7 +75,7 @@ def findings(rows: Sequence[Row], tasks: Sequence[str], *, percent: bool = True)
         if row["method"] != "fda" or name not in scores:
             continue
         start, said = display(row["start"]), None
-        for other, rest in ((start, ""), (f"{start} {SAME_REST}", " with the same rest")):
+        for other, rest in ((start, ""), (in_base(start), " with the same rest")):
             gain = difference(scores[name], scores[other]) if other in scores else None
             if gain and gain != said:  # some starts have the pretrained rest themselves
                 lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}")

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from common.evaluation.rows import Row, Values, display, is_shown, means, rank, row_name, values_by_seed
-from common.layout import SAME_REST
+from common.evaluation.rows import Row, Values, display, in_base, is_shown, means, rank, row_name, values_by_seed
 
 MISSING = "–"
 BOOTSTRAP = (
@@ -58,11 +57,6 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
             blank = [""] * (both + 2 * timed)
             lines.append(["(paper)", *(cell(value, percent) for value in paper[name]), gain, *blank])
     return aligned(lines)
-
-
-def in_base(start: str) -> str:
-    """The name of a start's row within the pretrained rest."""
-    return f"{start} {SAME_REST}"
 
 
 def gain_cell(
