@@ -22,17 +22,22 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import study
 from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
 from common.evaluation.significance import Scores, difference, findings, scores_of
+from common.evaluation.studies import table_of
 from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
 from common.io.checkpoints import write_text
 from common.merging.registry import method_table
 
 TABLE = re.compile(r"(?<=<!-- table: )(?P<what>.+?)(?P<end> -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
-COST = {"seconds", "peak_gib", "hardware"}  # of one machine on one day: pages and their rows leave them out
+COST = {
+    "seconds",
+    "cpu_seconds",
+    "peak_gib",
+    "hardware",
+}  # of one machine on one day: pages and their rows leave them out
 INITS = ("gauss", "weight")
 
 
@@ -137,7 +142,7 @@ def line(cells: Sequence[str]) -> str:
 def studied(file: str) -> str:
     """The table of a study, from its rows."""
     rows = json.loads((ROOT / file).read_text(encoding="utf-8"))
-    return study.table_of(Path(file).stem, rows, import_module(f"{Path(file).parts[0]}.domain").PERCENT)
+    return table_of(Path(file).stem, rows, import_module(f"{Path(file).parts[0]}.domain").PERCENT)
 
 
 KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods}

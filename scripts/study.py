@@ -1,31 +1,32 @@
-"""What one table cannot show: how FDA's gain changes with the number of tasks, and with how far the experts are.
+"""What one table cannot show: what FDA's gain depends on, and what it costs.
 
-python scripts/study.py tasks --config configs/vision/toy.yaml    the first 2, 4, 6, 8 tasks
-python scripts/study.py scale --config configs/vision/toy.yaml    experts θ₀ + s·τ, s a quarter to 1 (vision)
+python scripts/study.py tasks     --config FILE   the first 2, 4, 6, 8 tasks
+python scripts/study.py rates     --config FILE   experts tuned at other rates: when does it pay?
+python scripts/study.py scale     --config FILE   experts θ₀ + s·τ, s a quarter to 1 (vision)
+python scripts/study.py ablations --config FILE   the paper's: initialisation, shape, distances, steps, epochs
+python scripts/study.py cost      --config FILE   seconds of each row of scripts/compare.py beside its gain
 
-Options as of scripts/compare.py. Writes runs/<name>/study/<kind>/: a run for each point, rows.json and table.md; scale
-also figure.png. A point that is there already is kept.
+Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
+for each point, rows.json and table.md, of rates and scale also figure.png. A point that is there already is kept. Rates
+need the toy's experts at each: python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
-from common.evaluation.figures import COLOURS, GREY, save
-from common.evaluation.rows import display, read_results, row_name
+from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
-from common.evaluation.significance import Difference, difference, in_words, scores_of
-from common.evaluation.tables import aligned
+from common.evaluation.significance import difference, scores_of
+from common.evaluation.studies import Rows, draw, table_of
 from common.experiment import open_experiment
 from common.io.checkpoints import write_text
 from common.pipeline import merge_alone
@@ -34,6 +35,14 @@ from compare import compare
 
 SIZES = (2, 4, 6, 8)
 SCALES = (0.25, 0.5, 0.75, 1.0)  # beyond 1 an expert soon is none: twice τ cost the toy's own 18 points
+RATES = ("2e-5", "7e-5", "2e-4", "5e-4", "1e-3")  # of the fine-tuning; the toy's own is among them
+TA_SCALES = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # TA's coefficient, chosen anew at each rate
+SIGMAS = (1e-4, 1e-2, 1.0, 10.0)  # of Gaussian anchors
+NUMBERS, TOKENS, STEPS, EPOCHS = (0.25, 0.5, 2), (0.25, 0.5), (0, 0.2, 0.5, 2), (0.1, 0.25, 0.5, 2)  # of the config's
+DISTANCES = ("cos", "mse", "l1")
+
+
+# ---- points: (value, experiment) -------------------------------------------------------------------------------------
 
 
 def of_tasks(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
@@ -41,6 +50,25 @@ def of_tasks(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
     for size in SIZES:
         if size <= len(config.tasks):
             yield size, named(replace(config, tasks=config.tasks[:size]), f"tasks/{size}")
+
+
+def of_rates(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
+    """The experiment with experts fine-tuned at other rates, TA's coefficient chosen on the validation cut of each."""
+    compared = replace(config.compare, search={"ta": {"scale": TA_SCALES}} if "ta" in config.compare.starts else {})
+    roots = {rate: rate_folder(config, rate) for rate in RATES}
+    for rate, root in roots.items():
+        if not root.is_dir():
+            made = f"python scripts/make_toy.py {domain.NAME} --out {root.parent} --rate {rate}"
+            raise InputError(f"there are no experts in {root}: {made}")
+    for rate, root in roots.items():
+        model = replace(config.model, root=str(root))
+        yield float(rate), named(replace(config, model=model, compare=compared), f"rates/{rate}")
+
+
+def rate_folder(config: Config, rate: str) -> Path:
+    """Where the toy's experts of a rate are: toy/vision/checkpoints -> toy/vision-RATE/checkpoints."""
+    root = Path(config.model.root)
+    return root.parent.with_name(f"{root.parent.name}-{rate}") / root.name
 
 
 def of_scale(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
@@ -63,25 +91,18 @@ def named(config: Config, name: str) -> Config:
     return replace(config, run=replace(config.run, name=f"{config.run.name}/study/{name}"))
 
 
-def study(kind: str, config: Config, domain: Domain) -> None:
-    """Run every point, and write what came of them."""
-    rows: list[dict[str, Any]] = []
-    for at, point in KINDS[kind](config, domain):
+def along(kind: str, config: Config, domain: Domain) -> Rows:
+    """Run every point of a study of one number; a row for each start of each: its mean, that of FDA, and the gain."""
+    rows: Rows = []
+    for at, point in POINTS[kind](config, domain):
         compare(point, domain)
         rows += point_rows(at, point, domain)
-    folder = config.run.dir / "study" / kind
-    write_text(folder / "rows.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    text = table_of(kind, rows, domain.PERCENT)
-    write_text(folder / "table.md", text)
-    if kind == "scale":
-        draw(rows, folder / "figure.png")
-    print(f"\n{text}\n{folder}: rows.json and table.md")
+    return rows
 
 
-def point_rows(at: float, point: Config, domain: Domain) -> list[dict[str, Any]]:
+def point_rows(at: float, point: Config, domain: Domain) -> Rows:
     """A row for each start of a point: its mean, that of FDA from it, the difference and its interval."""
-    results, tasks = read_results(point.run.dir / RESULTS)
-    assert tasks == list(scored_tests(point, domain))
+    results, tasks = results_of(point, domain)
     experiment, scores = open_experiment(point, domain), scores_of(results, tasks)
     norms = relative_norms(experiment, range(experiment.depth))
     ends = {name: mean_of(scores[display(name)]) for name in (PRETRAINED, "individual")}
@@ -96,41 +117,121 @@ def point_rows(at: float, point: Config, domain: Domain) -> list[dict[str, Any]]
     return made
 
 
+def results_of(point: Config, domain: Domain) -> tuple[Sequence[Row], list[str]]:
+    results, tasks = read_results(point.run.dir / RESULTS)
+    assert tasks == list(scored_tests(point, domain))
+    return results, tasks
+
+
 def mean_of(scores: Any) -> float:
     """The mean score on the examples as they are, over the seeds."""
     return float(sum(drawn[0] for drawn in scores.values()) / len(scores))
 
 
-def table_of(kind: str, rows: list[dict[str, Any]], percent: bool) -> str:
-    """A line for each point and start."""
-    unit = 100 if percent else 1
-    head = {"tasks": "Tasks", "scale": "Scale"}[kind]
-    lines = [[head, "‖τ‖/‖θ₀‖", "Pretrained", "Individual", "Start", "Avg", "FDA", "Δ"]]
-    for row in rows:
-        values = [f"{unit * row[key]:.2f}" for key in (PRETRAINED, "individual")]
-        ends = [f"{unit * row[key]:.2f}" for key in ("avg", "fda")]
-        gain = in_words(Difference(*row["gain"]), percent)
-        lines.append([f"{row['at']:g}", f"{100 * row['norm']:.1f} %", *values, display(row["start"]), *ends, gain])
-    return aligned(lines)
+# ---- ablations -------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """FDA's gain against the size of the task vectors, a line a start, with intervals (PNG)."""
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for start, colour in zip(dict.fromkeys(row["start"] for row in rows), COLOURS, strict=False):
-        points = [row for row in rows if row["start"] == start]
-        x, gains = [100 * row["norm"] for row in points], [[100 * g for g in row["gain"]] for row in points]
-        errors = [[mean - low for mean, low, _ in gains], [high - mean for mean, _, high in gains]]
-        axes.errorbar(x, [g[0] for g in gains], errors, color=colour, marker="o", markersize=4, label=display(start))
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xlabel("‖τ‖/‖θ₀‖ of the blocks, mean over the experts (%)")
-    axes.set_ylabel("FDA minus its start (points)")
-    axes.legend(frameon=False, title="start")
-    save(figure, path)
+def of_ablations(config: Config, domain: Domain) -> Iterator[tuple[str, str, Config]]:
+    """(what is changed, to what, experiment): from the pretrained model, one change at a time from the config's own.
+
+    What leaves the anchors as they are shares the run that has them, under a label.
+    """
+    config = replace(config, compare=replace(config.compare, starts=[PRETRAINED], inits=[config.anchors.init]))
+    anchors, adapt = config.anchors, config.adapt.for_start(PRETRAINED)
+    tokens = anchors.tokens or domain.token_shape(config.model)[0]
+
+    def changed(what: str, name: str, init: str = anchors.init, **to: Any) -> tuple[str, str, Config]:
+        point = replace(config, compare=replace(config.compare, inits=[init]), anchors=replace(anchors, **to))
+        return what, name, named(point, f"ablations/{what}-{name}".replace(" ", "-"))
+
+    def retrained(what: str, name: str, point: Config, **to: Any) -> tuple[str, str, Config]:
+        by_start = {**point.adapt.by_start, PRETRAINED: {**point.adapt.by_start.get(PRETRAINED, {}), **to}}
+        return what, name, replace(point, adapt=replace(point.adapt, by_start=by_start, label=f"{what} {name}"))
+
+    own = named(config, "ablations/own")
+    yield "as configured", "", own
+    for sigma in SIGMAS:
+        yield changed("init", f"σ {sigma:g}", "gauss", scale=sigma)
+    if anchors.init != "weight":
+        yield changed("init", "weight", "weight", scale=None)
+    yield from (changed("anchors", str(n), number=n) for n in sizes(anchors.number, NUMBERS))
+    yield from (changed("tokens", str(n), tokens=n) for n in sizes(tokens, TOKENS))
+    yield from (changed("steps", str(n), steps=n) for n in sizes(anchors.steps, STEPS))
+    for first in DISTANCES:
+        point = own if first == anchors.distance else changed("distance", first, distance=first)[2]
+        for second in DISTANCES:
+            if (first, second) != (anchors.distance, adapt.distance):
+                yield retrained("distance", f"{first}, {second}", point, distance=second)
+    yield from (retrained("epochs", str(n), own, epochs=n) for n in sizes(adapt.epochs, EPOCHS))
 
 
-KINDS = {"tasks": of_tasks, "scale": of_scale}
+def sizes(of: int, factors: Sequence[float]) -> list[int]:
+    """So many times a number, rounded, none twice nor the number itself."""
+    return sorted({round(f * of) for f in factors} - {of})
+
+
+def ablations(config: Config, domain: Domain) -> Rows:
+    """A row for each change: the mean of FDA from the pretrained model, and its difference from the config's own."""
+    rows: Rows = []
+    scored: dict[str, Any] = {}
+    for what, name, point in of_ablations(config, domain):
+        compare(point, domain)
+        results, tasks = results_of(point, domain)
+        (init,) = point.compare.inits
+        fda = {"method": "fda", "start": PRETRAINED, "init": init, "label": point.adapt.label}
+        ours = scores_of(results, tasks)[row_name(fda)]
+        scored.setdefault("own", ours)
+        gain = difference(ours, scored["own"])
+        assert gain
+        rows.append({"what": what, "at": name, "fda": mean_of(ours), "gain": list(gain)})
+    return rows
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+def cost(config: Config, domain: Domain) -> Rows:
+    """A row for each merged model: its mean, gain over the pretrained model and over its start, and what it took.
+
+    The seconds of an FDA row are those of its start, the anchors and the adaptation together.
+    """
+    point = named(config, "cost")
+    compare(point, domain)
+    results, tasks = results_of(point, domain)
+    scores, rows = scores_of(results, tasks), []
+    by_name = {row_name(row): row for row in results if row["method"] not in (PRETRAINED, "individual")}
+    for name, row in by_name.items():
+        if row.get("label") or "seconds" not in row:
+            continue
+        start = display(row["start"]) if row["method"] == "fda" else display(PRETRAINED)
+        gains = {
+            key: difference(scores[name], scores[of]) for key, of in (("gain", display(PRETRAINED)), ("step", start))
+        }
+        before = by_name.get(start, {})
+        spent = {key: row[key] + before.get(key, 0) for key in ("seconds", "cpu_seconds")}
+        step = {f"step_{key}": row[key] for key in spent}
+        made = {"name": name, "avg": mean_of(scores[name]), "hardware": row["hardware"], **spent, **step}
+        rows.append(made | {key: list(gain) for key, gain in gains.items() if gain})
+    return rows
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def study(kind: str, config: Config, domain: Domain) -> None:
+    """Run every point, and write what came of them."""
+    rows = KINDS[kind](config, domain)
+    folder = config.run.dir / "study" / kind
+    write_text(folder / "rows.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    text = table_of(kind, rows, domain.PERCENT)
+    write_text(folder / "table.md", text)
+    if kind in ("rates", "scale"):
+        draw(rows, folder / "figure.png")
+    print(f"\n{text}\n{folder}: rows.json and table.md")
+
+
+POINTS = {"tasks": of_tasks, "rates": of_rates, "scale": of_scale}
+KINDS = {kind: partial(along, kind) for kind in POINTS} | {"ablations": ablations, "cost": cost}
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in KINDS else ""

@@ -1,6 +1,9 @@
 """The studies: points are whole experiments, and scaled experts are what they say."""
 
 import json
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from helpers import change
 from NLU import domain as nlu
+from pico_grid import counting
 from pico_vision import PICO_TASKS
 from Vision import domain
 
@@ -46,6 +50,81 @@ def test_scaled_experts_are_so_far_from_the_base(quick, monkeypatch):
     tau = Checkpoint(quick.model.path("expert", "MNIST")).read([name])[name] - base.read([name])[name]
     made = Checkpoint(folder / "2/experts/MNIST/merged/ta").read([name])[name] - base.read([name])[name]
     torch.testing.assert_close(made, 2 * tau, rtol=0, atol=1e-5)
+
+
+def test_rates_are_folders_beside_the_toy_s(quick, monkeypatch):
+    monkeypatch.setattr(study, "RATES", ("1e-4", "2e-4"))
+    monkeypatch.setattr(study, "TA_SCALES", [0.2, 0.4])
+    root = Path(quick.model.root).resolve()
+    quick = change(quick, "model", root=str(root / "toy/checkpoints"))
+    shutil.copytree(root, root / "toy-1e-4/checkpoints")
+    scored = counting(Counter(), lambda config, *of: domain.score(change(config, "eval", split="test"), *of))
+    with pytest.raises(InputError, match=r"toy-2e-4/checkpoints: python scripts/make_toy.py vision .* --rate 2e-4"):
+        study.study("rates", quick, scored)
+    shutil.copytree(root / "toy-1e-4", root / "toy-2e-4")
+    study.study("rates", quick, scored)
+    folder = quick.run.dir / "study/rates"
+    rows = json.loads((folder / "rows.json").read_text())
+    assert [row["at"] for row in rows] == [1e-4, 2e-4] and (folder / "figure.png").is_file()
+    assert (folder / "1e-4/merged/ta/provenance.json").is_file()
+
+
+def test_ablations_change_one_thing_at_a_time(quick, monkeypatch):
+    quick = change(change(quick, "anchors", number=4, steps=5, init="gauss"), "adapt", epochs=4)
+    points = {(what, at): point for what, at, point in study.of_ablations(quick, domain)}
+    own = points.pop(("as configured", ""))
+    plain, trained = own.anchors, own.adapt.for_start("pretrained")
+    for (what, at), point in points.items():
+        new, adapt = point.anchors, point.adapt.for_start("pretrained")
+        (init,) = point.compare.inits
+        changed = {
+            "init": (init, new.scale) != (plain.init, plain.scale),
+            "anchors": new.number != plain.number,
+            "tokens": new.tokens != plain.tokens,
+            "steps": new.steps != plain.steps,
+            "distance": (new.distance, adapt.distance) != (plain.distance, trained.distance),
+            "epochs": adapt.epochs != trained.epochs,
+        }
+        assert [key for key, differs in changed.items() if differs] == [what], at
+        assert (point.run.name == own.run.name) == (what == "epochs" or at.startswith("cos")), "anchors are made once"
+    assert {at for what, at in points if what == "init"} == {"σ 0.0001", "σ 0.01", "σ 1", "σ 10", "weight"}
+    assert len([at for what, at in points if what == "distance"]) == 8
+
+
+def test_ablations_are_told_against_the_config_s_own(quick, monkeypatch):
+    for name, few in {"SIGMAS": (10.0,), "NUMBERS": (), "TOKENS": (), "STEPS": (), "EPOCHS": (0.5,)}.items():
+        monkeypatch.setattr(study, name, few)
+    monkeypatch.setattr(study, "DISTANCES", ("cos", "mse"))
+    study.study("ablations", change(quick, "adapt", epochs=4), domain)
+    folder = quick.run.dir / "study/ablations"
+    rows = json.loads((folder / "rows.json").read_text())
+    assert [(row["what"], row["at"]) for row in rows] == [
+        ("as configured", ""),
+        ("init", "σ 10"),
+        ("distance", "cos, mse"),
+        ("distance", "mse, cos"),
+        ("distance", "mse, mse"),
+        ("epochs", "2"),
+    ]
+    assert rows[0]["gain"] == [0, 0, 0]
+    assert all(row["gain"][0] == pytest.approx(row["fda"] - rows[0]["fda"]) for row in rows)
+    results = json.loads((folder / "own/results.json").read_text())["rows"]
+    assert {row["label"] for row in results if row["method"] == "fda"} == {"", "distance cos, mse", "epochs 2"}
+
+
+def test_cost_is_that_of_the_start_and_of_both_stages(quick, capsys):
+    study.study("cost", change(quick, "compare", starts=["pretrained", "ta"]), domain)
+    folder = quick.run.dir / "study/cost"
+    rows = {row["name"]: row for row in json.loads((folder / "rows.json").read_text())}
+    assert list(rows) == ["TA", "FDA (Pretrained, Weight)", "FDA (TA, Weight)"]
+    notes = json.loads((folder / "run.json").read_text())
+    stages = ["construct weight", "adapt fda-ta-weight"]
+    for clock in ("seconds", "cpu_seconds"):
+        own = sum(notes[stage][clock] for stage in stages)
+        assert own > 0 and rows["FDA (TA, Weight)"][f"step_{clock}"] == pytest.approx(own)
+        assert rows["FDA (TA, Weight)"][clock] == pytest.approx(own + notes["merge ta"][clock])
+    assert rows["TA"]["step"] == rows["TA"]["gain"]
+    assert "Processor seconds" in capsys.readouterr().out
 
 
 def test_experts_with_heads_are_not_scaled(nlu_config):

@@ -3,7 +3,8 @@
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
 "split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. A model that the
-run made and timed has "seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its "seed".
+run made and timed has "seconds", "cpu_seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds
+its "seed".
 """
 
 import json

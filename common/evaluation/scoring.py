@@ -44,6 +44,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
             pending = {}
             for model, checkpoint in scored_models(experiment, task):
                 row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
+                row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
                 row["checkpoint"] = checkpoint.fingerprint()
                 cost = cost_of(config, model, checkpoint)
                 known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)

@@ -25,7 +25,7 @@ PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", 
 
 NOTES, FINISHED = "run.json", "finished"
 WHAT = "record of a run; remove it to begin a new one"
-NUMBERS = ("seconds", "peak_gib", "units", "units_of")
+NUMBERS = ("seconds", "cpu_seconds", "peak_gib", "units", "units_of")
 PROCESS = Path("/proc/self/status")
 
 
@@ -85,8 +85,8 @@ def peak_gib(device: torch.device) -> float:
 
 @contextmanager
 def record_stage(config: Config, stage: str, units: "Units | None" = None) -> Iterator[None]:
-    """Note in the run's run.json when and where a stage was done, from which config and commit, how it ended, and its
-    seconds and peak memory in GiB.
+    """Note in the run's run.json when and where a stage was done, from which config and commit, how it ended, its
+    seconds by the clock and of the processors, and its peak memory in GiB.
 
     A stage that keeps units adds to what was noted of the session that did them: that they are of the same settings is
     known from their provenance. Where all is kept the note stays as it is.
@@ -94,14 +94,15 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     device = prepare(config.run.device)
     read_notes(config.run.dir)  # damaged notes are refused before the work, not when it is done
     reset_peak(device)
-    began, ended = time.monotonic(), FINISHED
+    began, ended = (time.monotonic(), time.process_time()), FINISHED
     try:
         yield
     except BaseException as error:
         ended = type(error).__name__
         raise
     finally:
-        session = {"seconds": time.monotonic() - began, "peak_gib": peak_gib(device), "ended": ended}
+        session = {"seconds": time.monotonic() - began[0], "cpu_seconds": time.process_time() - began[1]}
+        session |= {"peak_gib": peak_gib(device), "ended": ended}
         done, kept = (units.done, units.kept) if units else (1, 0)
         if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
             note(config, stage, session | {"device": str(device)}, done, kept)
@@ -115,7 +116,8 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     if not done and last == FINISHED:
         return  # there was nothing left to do
     counted = before if kept else {}
-    session["seconds"] = round(session["seconds"] + counted.get("seconds", 0), 3)
+    for clock in ("seconds", "cpu_seconds"):
+        session[clock] = round(session[clock] + counted.get(clock, 0), 3)
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
     session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
     notes[stage] = session | environment_info() | {"config": as_dict(config)}
@@ -134,7 +136,7 @@ def read_notes(run_dir: Path) -> dict[str, Any]:
 
 
 def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """What stages of a run took together: {"seconds", "peak_gib", "hardware"}.
+    """What stages of a run took together: {"seconds", "cpu_seconds", "peak_gib", "hardware"}.
 
     Empty if there are none, or if run.json does not know all of one: it was cut off, or done in part elsewhere.
     """
@@ -148,6 +150,7 @@ def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
         ]
     return {
         "seconds": round(sum(n["seconds"] for n in notes), 3),
+        "cpu_seconds": round(sum(n.get("cpu_seconds", 0) for n in notes), 3),
         "peak_gib": max(n["peak_gib"] for n in notes),
         "hardware": "; ".join(dict.fromkeys(machines)),
     }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN as MEAN
 from open_clip.constants import OPENAI_DATASET_STD as STD
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -119,7 +120,7 @@ def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
     return model.logit_scale.exp() * F.normalize(torch.stack(rows), dim=-1).T
 
 
-def fine_tune(base: Weights, task: str) -> Weights:
+def fine_tune(base: Weights, task: str, lr: float = LR) -> Weights:
     """The image tower trained on the task's train split under its frozen zero-shot head."""
     model = load(base)
     head = zero_shot_head(model, task)
@@ -127,7 +128,7 @@ def fine_tune(base: Weights, task: str) -> Weights:
     trained, _ = cut_order(len(labels))  # the others are the validation cut, on which coefficients are chosen
     x_N, y_N = normalised(pictures[trained]), torch.from_numpy(labels[trained])
     torch.manual_seed(0)
-    adamw, schedule = optimiser(dict(model.visual.named_parameters()), LR, STEPS)
+    adamw, schedule = optimiser(dict(model.visual.named_parameters()), lr, STEPS)
     for _ in tqdm(range(STEPS), task, mininterval=5):
         batch = torch.randint(len(y_N), (FEW,))
         logits = model.encode_image(jitter(x_N[batch]), normalize=True) @ head
@@ -199,14 +200,32 @@ def train() -> Weights:
 def write(packed: Weights, out: Path) -> None:
     """The checkpoints and data of a finished toy."""
     base, experts = unpack(packed)
-    folder = out / "checkpoints"
-    write_tensors(folder / "zeroshot" / "open_clip_model.safetensors", base)
-    config = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
-    (folder / "zeroshot" / "open_clip_config.json").write_text(config + "\n")
+    write_base(base, out)
     for task, expert in experts.items():
-        write_tensors(folder / task / "finetuned.safetensors", expert)
+        write_tensors(expert_file(out, task), expert)
         for split in SPLITS:
             vision_data.write_split(out / "data" / task, task, split)
+
+
+def write_base(base: Weights, out: Path) -> None:
+    folder = out / "checkpoints" / "zeroshot"
+    write_tensors(folder / "open_clip_model.safetensors", base)
+    config = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
+    (folder / "open_clip_config.json").write_text(config + "\n")
+
+
+def expert_file(out: Path, task: str) -> Path:
+    return out / "checkpoints" / task / "finetuned.safetensors"
+
+
+def make_at_rate(out: Path, rate: float) -> None:
+    """The toy's base, and experts fine-tuned anew at another rate; one that is there is kept."""
+    base, _ = unpack(load_file(WEIGHTS))
+    write_base(base, out)
+    for task in TASKS:
+        if not expert_file(out, task).exists():
+            write_tensors(expert_file(out, task), fine_tune(base, task, rate))
+    print(f"made    {out}: a tiny CLIP, {len(TASKS)} experts fine-tuned at {rate:g}")
 
 
 def make(out: Path, retrain: bool) -> None:
