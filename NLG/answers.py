@@ -48,6 +48,12 @@ def is_right_expression(completion: str, solution: str) -> bool:
     return normalised(stated) == normalised(boxed(solution))
 
 
+def is_right_text(completion: str, answer: str) -> bool:
+    """A short answer: the first line of the completion is it, but for case, spaces and a full stop."""
+    line, _, _ = completion.strip().partition("\n")
+    return " ".join(line.lower().removesuffix(".").split()) == answer.lower()
+
+
 def boxed(solution: str) -> str:
     """Content of the last \\boxed{…}; InputError if there is none."""
     _, found, tail = solution.rpartition("\\boxed")

@@ -20,9 +20,9 @@ from common.domain import Scored
 from common.evaluation.answers import scored
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, write_text
-from common.io.examples import first, load_records
+from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
-from NLG.answers import is_right_expression, is_right_number
+from NLG.answers import is_right_expression, is_right_number, is_right_text
 from NLG.decoders import DECODER, HEAD
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
@@ -43,7 +43,7 @@ class Task:
     hub: str = ""
     hub_configs: list[str | None] = field(default_factory=lambda: [None])
     split: str = "test"
-    train_split: str | None = None  # none of them has one here
+    train_split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ RULES = {
     ),
     "check": Rule(("prompt", "test", "entry_point"), lambda e: with_tabs(e["prompt"]), passes_check, runs_code=True),
     "asserts": Rule(("text", "test_list"), asserts_problem, passes_asserts, runs_code=True),
+    "function": Rule(("text", "test_list"), lambda e: e["text"], passes_asserts, runs_code=True),
+    "answer": Rule(
+        ("question", "answer"), lambda e: e["question"], lambda completion, e: is_right_text(completion, e["answer"])
+    ),
 }
 
 
@@ -112,11 +116,12 @@ def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: to
                 f"eval.backend {options.backend} needs whole models, {path} is an adapter; use transformers"
             )
     tokenizer = open_tokenizer(config.model, config.tests[test])
-    examples = list(examples_of(options.data, test, options.limit))
+    examples = list(examples_of(options.data, test, options.limit, options.split == "validation_cut"))
     scores, base = {}, config.model.path("base")
     for name, path in checkpoints.items():
         if options.backend == "transformers":
-            judged = judge(path, tokenizer, test, examples, options.batch_size, device, name, base)
+            dtype = scored_type(options.dtype, device)
+            judged = judge(path, tokenizer, test, examples, options.batch_size, device, name, base, dtype)
         else:
             judged = judged_by_harness(
                 path,
@@ -147,11 +152,12 @@ def judge(
     device: torch.device,
     name: str,
     base: Path | None = None,
+    dtype: str | torch.dtype = torch.float32,
 ) -> list[tuple[str, bool]]:
     """What a model answers to each example, and whether that is right; `base` is whose adapter `path` may be."""
     row = TASKS[test]
     completions = complete(
-        open_model(path, base or path, "auto" if device.type == "cuda" else torch.float32).to(device),
+        open_model(path, base or path, dtype).to(device),
         tokenizer,
         prompts_of(test, examples),
         max_new_tokens=row.max_new_tokens,
@@ -161,6 +167,11 @@ def judge(
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(zip(completions, pool.map(RULES[row.rule].is_right, completions, examples), strict=True))
+
+
+def scored_type(name: str, device: torch.device) -> str | torch.dtype:
+    """The type that models are scored in: the one that is asked for, else as stored on a GPU and float32 on a CPU."""
+    return getattr(torch, name) if name else "auto" if device.type == "cuda" else torch.float32
 
 
 def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -193,13 +204,14 @@ def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTra
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
 
 
-def examples_of(data: str, test: str, limit: int | None = None) -> datasets.Dataset:
-    """The first examples of a test set, from the folder of its name under `data` or from the hub."""
+def examples_of(data: str, test: str, limit: int | None = None, cut: bool = False) -> datasets.Dataset:
+    """The first examples of a test set or its validation cut, from the folder of its name under `data` or the hub."""
     row, root = TASKS[test], Path(data)
+    split = row.train_split if cut and row.train_split else row.split
     configs = [None] if (root.expanduser() / test).is_dir() else row.hub_configs
-    parts = [load_records(root, test, row.hub, c, row.split, RULES[row.rule].columns) for c in configs]
+    parts = [load_records(root, test, row.hub, c, split, RULES[row.rule].columns) for c in configs]
     records = datasets.concatenate_datasets(parts)
-    return first(records, limit)
+    return first(validation_cut(records) if cut else records, limit)
 
 
 def prompts_of(test: str, examples: Sequence[Example]) -> list[str]:

@@ -1,6 +1,6 @@
 """Whether models lie in the method's regime, told without a single anchor: task vectors, experts, merges.
 
-python scripts/regime.py --config configs/vision/toy.yaml
+python scripts/regime.py --config configs/vision/toy.yaml [--compare.search '{ta: {scale: [0.2,0.4]}}']
 
 Writes runs/<name>/regime/: results.json and table.md of the starts alone, and regime.json with the three conditions.
 """
@@ -30,7 +30,7 @@ def regime(config: Config, domain: Domain) -> None:
     """Measure the conditions and print them, met or not."""
     starts = ["ta", "tsv"]
     can_search = all(domain.TASKS[test].train_split for test in scored_tests(config, domain))
-    search = SEARCH if can_search else {}  # else with the coefficient that the config has
+    search = config.compare.search or (SEARCH if can_search else {})  # else with the coefficient that the config has
     alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=search)
     config = replace(config, compare=alone, run=replace(config.run, name=f"{config.run.name}/regime"))
     experiment = open_experiment(config, domain)

@@ -58,7 +58,10 @@ def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeyp
                 compare(seeds, quick)
     compare(seeds, quick)
     alone, stopped = (
-        [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds", "peak_gib", "config")} for row in rows_of(folder)]
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds", "peak_gib", "config")}
+            for row in rows_of(folder)
+        ]
         for folder in (seeds.run.dir.parent / "alone", seeds.run.dir)
     )
     assert alone == stopped

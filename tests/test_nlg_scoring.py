@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.core.errors import InputError
 from common.evaluation.answers import scored
 from NLG import scoring
-from NLG.answers import boxed, is_right_expression, is_right_number, normalised, stated_answer, stated_number
+from NLG.answers import (
+    boxed,
+    is_right_expression,
+    is_right_number,
+    is_right_text,
+    normalised,
+    stated_answer,
+    stated_number,
+)
 from NLG.generation import before, complete, open_tokenizer
 from NLG.harness import TASKS_FOLDER
 from NLG.lm_eval_tasks import rules
@@ -61,6 +70,39 @@ def test_right_numbers(completion, solution, right):
 def test_a_solution_without_a_number_is_bad_data():
     with pytest.raises(InputError, match="'five' does not end in #### and a number"):
         is_right_number("The answer is: 5", "five")
+
+
+# ---- short answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("sports", True), (" Sports.\n", True), ("sports\nand more", True), ("sports news", False), ("", False),
+        ("\n\nsports", True), ("The answer is sports", False),
+    ],
+)  # fmt: skip
+def test_a_short_answer_is_the_first_line(completion, right):
+    assert is_right_text(completion, "sports") is right
+
+
+def test_spaces_in_a_short_answer_do_not_count():
+    assert is_right_text("Ann,  Oslo, 3", "Ann, Oslo, 3") and not is_right_text("Ann, Oslo, 33", "Ann, Oslo, 3")
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("def g(n):\n    return n + 1", True),
+        ("Sure!\n```python\ndef g(n):\n    return n + 1\n```\nIt adds one.", True),
+        ("def g(n):\n    return n", False),
+        ("    return n + 1", False),
+    ],
+)
+def test_a_function_is_written_whole(completion, right):
+    example = {"text": "g(n) returns n plus 1.", "test_list": ["assert g(1) == 2"]}
+    assert RULES["function"].is_right(completion, example) is right
+    assert "assert" not in RULES["function"].problem(example), "the tests are not shown"
 
 
 # ---- expressions -----------------------------------------------------------------------------------------------------
@@ -376,3 +418,27 @@ def test_lm_eval_answers_and_judges_as_our_loop_does(test_set, tmp_path):
         found[backend] = value, (config.run.dir / "completions" / test / "llama-base.jsonl").read_text()
     assert found["lm-eval-hf"] == found["transformers"]
     assert found["transformers"][0]["Base"][1] == 2
+
+
+def test_the_validation_cut_is_the_last_tenth_of_the_training_set(tmp_path):
+    for split, size in {"train": 40, "test": 5}.items():
+        rows = [{"question": f"{split} {i}", "answer": "a"} for i in range(size)]
+        (tmp_path / "news_sections").mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "news_sections" / f"{split}-0.parquet")
+    cut = [e["question"] for e in examples_of(str(tmp_path), "news_sections", cut=True)]
+    kept = np.random.RandomState(0).permutation(40)[36:]
+    assert cut == [f"train {i}" for i in kept]
+    assert len(examples_of(str(tmp_path), "news_sections")) == 5
+    assert len(examples_of(str(tmp_path), "news_sections", limit=2, cut=True)) == 2
+
+
+def test_models_are_scored_in_the_type_that_is_asked_for(nlg_inputs, tmp_path, monkeypatch):
+    config = pico_config(nlg_inputs, tmp_path)
+    config = replace(config, eval=replace(config.eval, limit=1, allow_code_execution=True, dtype="bfloat16"))
+    opened = []
+    monkeypatch.setattr(scoring, "complete", lambda model, *of, **how: opened.append(model.dtype) or [""])
+    test = next(iter(config.tests))
+    score(config, test, {"base": config.model.path("base")}, torch.device("cpu"))
+    assert opened == [torch.bfloat16]
+    assert scoring.scored_type("", torch.device("cpu")) == torch.float32
+    assert scoring.scored_type("", torch.device("cuda")) == "auto"
