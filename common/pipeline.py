@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common.assembly import assemble, merge_start, remove_blocks
 from common.config import PRETRAINED, Config
+from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
 from common.domain import Domain
@@ -46,7 +47,10 @@ def construct(config: Config, domain: Domain) -> None:
     """Box 1: for every block and every task, make anchors whose induced gradient points along the task vector.
 
     Together, one block and one task are a unit; with anchors.together the units of one block are optimised in one go.
+    InputError if there are anchors made elsewhere.
     """
+    if config.anchors.source:
+        raise InputError(f"anchors.source names anchors made elsewhere, {config.anchors.source}: there are none to make")
     experiment = open_experiment(config, domain)
     experiment.require_moved_blocks()
     bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))

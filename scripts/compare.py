@@ -44,7 +44,8 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
             merge_alone(quiet.at_start(start), domain)
     for init in config.compare.inits:
         of_init = replace(quiet, anchors=replace(config.anchors, init=init))
-        construct(of_init, domain)
+        if not config.anchors.source:
+            construct(of_init, domain)
         for start in config.compare.starts:
             adapt(of_init.at_start(start), domain)
     score_run(config, domain, others)

@@ -4,6 +4,7 @@ python scripts/study.py tasks     --config FILE   the first 2, 4, 6, 8 tasks
 python scripts/study.py rates     --config FILE   experts tuned at other rates: when does it pay?
 python scripts/study.py scale     --config FILE   experts θ₀ + s·τ, s a quarter to 1 (vision)
 python scripts/study.py ablations --config FILE   the paper's: initialisation, shape, distances, steps, epochs
+python scripts/study.py real      --config FILE   real inputs of each block in the place of anchors (vision)
 python scripts/study.py cost      --config FILE   seconds of each row of scripts/compare.py beside its gain
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
@@ -19,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
@@ -29,6 +32,8 @@ from common.evaluation.significance import difference, scores_of
 from common.evaluation.studies import Rows, draw, table_of
 from common.experiment import open_experiment
 from common.io.checkpoints import write_text
+from common.io.examples import Sample
+from common.merging.calibration import block_params, first_block_inputs, next_block_inputs
 from common.pipeline import merge_alone
 from common.planning.regime import relative_norms
 from compare import compare
@@ -40,6 +45,7 @@ TA_SCALES = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # TA's coeffic
 SIGMAS = (1e-4, 1e-2, 1.0, 10.0)  # of Gaussian anchors
 NUMBERS, TOKENS, STEPS, EPOCHS = (0.25, 0.5, 2), (0.25, 0.5), (0, 0.2, 0.5, 2), (0.1, 0.25, 0.5, 2)  # of the config's
 DISTANCES = ("cos", "mse", "l1")
+REAL = (32, 256)  # inputs of each task
 
 
 # ---- points: (value, experiment) -------------------------------------------------------------------------------------
@@ -85,6 +91,31 @@ def of_scale(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
             merge_alone(replace(config, tasks=[task], start=start, run=alone), domain)
         experts = (trial.run.dir / "experts").absolute() / "{task}" / "merged" / "ta"
         yield scale, replace(trial, model=replace(trial.model, expert=str(experts)))
+
+
+def of_real(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
+    """The experiment with real inputs of each block in the place of anchors, so many of each task's training set.
+
+    They are what reaches the block in the expert: the best that anchors could be. Vision, where all inputs are as long.
+    """
+    if domain.NAME != "vision" or domain.calibration_task is None:
+        raise InputError("study.py real is for vision: texts are of many lengths, and anchors have one")
+    experiment = open_experiment(config, domain)
+    tests = {task: test for test, task in scored_tests(config, domain).items()}
+    for inputs in REAL:
+        point = named(config, f"real/{inputs}")
+        for task, expert in experiment.experts.items():
+            drawn = Sample(split="train", examples=inputs, batch=inputs)
+            calibration = domain.calibration_task(config, tests[task], drawn, experiment.device)
+            theta = expert.read(expert.shapes)
+            flow = first_block_inputs(calibration, theta)
+            for index, prefix in enumerate(calibration.prefixes):
+                file = point.run.dir / "inputs" / task / f"dual_anchors_layer_{index + 1}.npy"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.save(file, flow[0].x_ATD.transpose(0, 1).numpy(force=True))  # released anchors are TAD
+                flow = next_block_inputs(calibration, block_params(theta, prefix), flow)
+        source = replace(point.anchors, source=str(point.run.dir / "inputs"))
+        yield inputs, replace(point, anchors=source, compare=replace(point.compare, inits=point.compare.inits[:1]))
 
 
 def named(config: Config, name: str) -> Config:
@@ -230,7 +261,7 @@ def study(kind: str, config: Config, domain: Domain) -> None:
     print(f"\n{text}\n{folder}: rows.json and table.md")
 
 
-POINTS = {"tasks": of_tasks, "rates": of_rates, "scale": of_scale}
+POINTS = {"tasks": of_tasks, "rates": of_rates, "scale": of_scale, "real": of_real}
 KINDS = {kind: partial(along, kind) for kind in POINTS} | {"ablations": ablations, "cost": cost}
 
 if __name__ == "__main__":

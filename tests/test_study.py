@@ -5,12 +5,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import study
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
+from common.io.examples import Sample
 from helpers import change
 from NLU import domain as nlu
 from pico_grid import counting
@@ -125,6 +127,29 @@ def test_cost_is_that_of_the_start_and_of_both_stages(quick, capsys):
         assert rows["FDA (TA, Weight)"][clock] == pytest.approx(own + notes["merge ta"][clock])
     assert rows["TA"]["step"] == rows["TA"]["gain"]
     assert "Processor seconds" in capsys.readouterr().out
+
+
+def test_real_inputs_are_what_reaches_each_block_of_the_expert(quick, monkeypatch, tmp_path):
+    """By a forward pass of the whole expert, with a hook on its second block."""
+    monkeypatch.setattr(study, "REAL", (3,))
+    data = tmp_path / "with_train"
+    shutil.copytree(quick.eval.data, data)
+    for file in data.glob("*/*test*"):
+        shutil.copy(file, file.with_name(file.name.replace("test", "train")))
+    quick = change(quick, "eval", data=str(data))
+    study.study("real", quick, domain)
+    folder = quick.run.dir / "study/real"
+    (row,) = json.loads((folder / "rows.json").read_text())
+    assert row["at"] == 3 and not (folder / "3/anchors").exists(), "nothing was constructed"
+    expert = Checkpoint(quick.model.path("expert", "SVHN"))
+    model = domain.skeleton(quick.model)
+    model.load_state_dict(expert.read(expert.shapes), strict=False, assign=True)
+    task = domain.calibration_task(quick, "SVHN", Sample("train", 3, 3), torch.device("cpu"))
+    (batch,), seen = task.batches, []
+    model.visual.transformer.resblocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    model.encode_image(batch["image"])
+    kept = torch.from_numpy(np.load(folder / "3/inputs/SVHN/dual_anchors_layer_2.npy"))
+    torch.testing.assert_close(kept.transpose(0, 1), seen[0], rtol=1e-4, atol=1e-5)
 
 
 def test_experts_with_heads_are_not_scaled(nlu_config):

@@ -1,6 +1,6 @@
 """Tables and figures of scripts/study.py, from the rows that it keeps.
 
-A row of a number that is varied (tasks, rates, scale): {"at": the number, "start", "init", "norm": mean ‖τ‖/‖θ₀‖,
+A row of a number that is varied (tasks, rates, scale, real): {"at": the number, "start", "init", "norm": mean ‖τ‖/‖θ₀‖,
 "pretrained", "individual", "avg": of the start, "fda", "gain": [mean, low, high]}; of ablations: {"what", "at", "fda",
 "gain": against the own}; of cost: {"name", "avg", "seconds", "cpu_seconds", "step_seconds", "step_cpu_seconds":
 without the start's, "gain": over the pretrained model, "step": over the start, "hardware"}. Scores are fractions.
@@ -30,7 +30,7 @@ def table_of(kind: str, rows: Rows, percent: bool) -> str:
 
 def point_lines(kind: str, rows: Rows, percent: bool) -> list[list[str]]:
     """A line for each point and start."""
-    head = {"tasks": "Tasks", "scale": "Scale", "rates": "Rate"}[kind]
+    head = {"tasks": "Tasks", "scale": "Scale", "rates": "Rate", "real": "Inputs"}[kind]
     lines = [[head, "‖τ‖/‖θ₀‖", "Pretrained", "Individual", "Start", "Avg", "FDA", "Δ"]]
     for row in rows:
         values = [value(row[key], percent) for key in (PRETRAINED, "individual")]
