@@ -50,7 +50,7 @@ def construct(config: Config, domain: Domain) -> None:
     InputError if there are anchors made elsewhere.
     """
     if config.anchors.source:
-        raise InputError(f"anchors.source names anchors made elsewhere, {config.anchors.source}: there are none to make")
+        raise InputError(f"anchors.source has anchors made elsewhere, {config.anchors.source}: none are to be made")
     experiment = open_experiment(config, domain)
     experiment.require_moved_blocks()
     bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))
