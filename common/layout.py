@@ -115,6 +115,12 @@ def anchors_of(experiment: Experiment, task: str, index: int, theta_0: Params, t
     return load_anchors(file, provenance, experiment.shape).to(experiment.device)
 
 
+def require_own_anchors(config: Config) -> None:
+    """InputError if the anchors are made elsewhere: there are none to construct."""
+    if source := config.anchors.source:
+        raise InputError(f"anchors.source has anchors made elsewhere, {source}: none are to be constructed")
+
+
 def no_anchors(file: Path, config: Config) -> InputError:
     """For a unit without a file of anchors."""
     if config.anchors.source:

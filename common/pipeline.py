@@ -23,7 +23,6 @@ from torch import Tensor
 
 from common.assembly import assemble, merge_start, remove_blocks
 from common.config import PRETRAINED, Config
-from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
 from common.domain import Domain
@@ -36,7 +35,7 @@ from common.fda.matching import MatchingProblem
 from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
-from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished
+from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished, require_own_anchors
 from common.run.background import read_ahead, write_behind
 from common.run.device import threads_for
 from common.run.progress import UnitBar
@@ -49,8 +48,7 @@ def construct(config: Config, domain: Domain) -> None:
     Together, one block and one task are a unit; with anchors.together the units of one block are optimised in one go.
     InputError if there are anchors made elsewhere.
     """
-    if config.anchors.source:
-        raise InputError(f"anchors.source has anchors made elsewhere, {config.anchors.source}: none are to be made")
+    require_own_anchors(config)
     experiment = open_experiment(config, domain)
     experiment.require_moved_blocks()
     bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))

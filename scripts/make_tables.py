@@ -105,16 +105,20 @@ def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
 def gains(*files: str) -> str:
     """A line for each model that adaptation started from: its mean over the tasks in percent, and mean and Δ of FDA."""
     heads = [head for init in INITS for head in (f"FDA ({display(init)})", "Δ")]
-    lines: list[Sequence[str]] = [["Toy", "Start", "Avg", *heads]]
+    lines: list[Sequence[str]] = [["Model", "Start", "Avg", *heads]]
     for file in files:
         rows, tasks, _ = rows_of(file)
         average = {name: values[-1] for name, values in values_by_name(rows, tasks).items()}
         drawn = scores_of(rows, tasks)
         for start in dict.fromkeys(row["start"] for row in rows if row["method"] == "fda"):
             cells = [text for init in INITS for text in gain_cells(average, drawn, start, init)]
-            toy = Path(file).parts[0]
-            lines.append([toy, display(start), cell(average[display(start)], percent=True), *cells])
+            lines.append([model_of(file), display(start), cell(average[display(start)], percent=True), *cells])
     return aligned(lines)
+
+
+def model_of(file: str) -> str:
+    """The toy's domain, or the name of a file that is of another model."""
+    return Path(file).parts[0] if Path(file).stem in ("demo", "toy") else Path(file).stem
 
 
 def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start: str, init: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ python scripts/study.py rates     --config FILE   experts tuned at other rates: 
 python scripts/study.py scale     --config FILE   experts θ₀ + s·τ, s a quarter to 1 (vision)
 python scripts/study.py ablations --config FILE   the paper's: initialisation, shape, distances, steps, epochs
 python scripts/study.py real      --config FILE   real inputs of each block in the place of anchors (vision)
-python scripts/study.py cost      --config FILE   seconds of each row of scripts/compare.py beside its gain
+python scripts/study.py cost      --config FILE   seconds of each row of compare's own run beside its gain
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
 for each point, rows.json and table.md, of rates and scale also figure.png. A point that is there already is kept. Rates
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ SIGMAS = (1e-4, 1e-2, 1.0, 10.0)  # of Gaussian anchors
 NUMBERS, TOKENS, STEPS, EPOCHS = (0.25, 0.5, 2), (0.25, 0.5), (0, 0.2, 0.5, 2), (0.1, 0.25, 0.5, 2)  # of the config's
 DISTANCES = ("cos", "mse", "l1")
 REAL = (32, 256)  # inputs of each task
+CLOCKS = ("seconds", "cpu_seconds")
 
 
 # ---- points: (value, experiment) -------------------------------------------------------------------------------------
@@ -222,28 +224,31 @@ def ablations(config: Config, domain: Domain) -> Rows:
 
 
 def cost(config: Config, domain: Domain) -> Rows:
-    """A row for each merged model: its mean, gain over the pretrained model and over its start, and what it took.
+    """A row for each merged model of compare's own run: its mean, its gains over the pretrained model and over its
+    start, and what it took, each the mean over the seeds.
 
     The seconds of an FDA row are those of its start, the anchors and the adaptation together.
     """
-    point = named(config, "cost")
-    compare(point, domain)
-    results, tasks = results_of(point, domain)
-    scores, rows = scores_of(results, tasks), []
-    by_name = {row_name(row): row for row in results if row["method"] not in (PRETRAINED, "individual")}
-    for name, row in by_name.items():
-        if row.get("label") or "seconds" not in row:
-            continue
+    compare(config, domain)
+    results, tasks = results_of(config, domain)
+    scores, made = scores_of(results, tasks), []
+    timed = {row_name(row): row for row in results if "cpu_seconds" in row and not row["label"]}
+    spent = {name: {clock: mean_cost(results, name, clock) for clock in CLOCKS} for name in timed}
+    for name, row in timed.items():
         start = display(row["start"]) if row["method"] == "fda" else display(PRETRAINED)
         gains = {
             key: difference(scores[name], scores[of]) for key, of in (("gain", display(PRETRAINED)), ("step", start))
         }
-        before = by_name.get(start, {})
-        spent = {key: row[key] + before.get(key, 0) for key in ("seconds", "cpu_seconds")}
-        step = {f"step_{key}": row[key] for key in spent}
-        made = {"name": name, "avg": mean_of(scores[name]), "hardware": row["hardware"], **spent, **step}
-        rows.append(made | {key: list(gain) for key, gain in gains.items() if gain})
-    return rows
+        line = {"name": name, "avg": mean_of(scores[name]), "hardware": row["hardware"]}
+        line |= {clock: spent[name][clock] + spent.get(start, {}).get(clock, 0) for clock in CLOCKS}
+        line |= {f"step_{clock}": spent[name][clock] for clock in CLOCKS}
+        made.append(line | {key: list(gain) for key, gain in gains.items() if gain})
+    return made
+
+
+def mean_cost(results: Sequence[Row], name: str, clock: str) -> float:
+    """What the models of a name took, on average over the seeds."""
+    return fmean({row.get("seed"): row[clock] for row in results if row_name(row) == name and clock in row}.values())
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_cost_is_that_of_the_start_and_of_both_stages(quick, capsys):
     folder = quick.run.dir / "study/cost"
     rows = {row["name"]: row for row in json.loads((folder / "rows.json").read_text())}
     assert list(rows) == ["TA", "FDA (Pretrained, Weight)", "FDA (TA, Weight)"]
-    notes = json.loads((folder / "run.json").read_text())
+    notes = json.loads((quick.run.dir / "run.json").read_text())
     stages = ["construct weight", "adapt fda-ta-weight"]
     for clock in ("seconds", "cpu_seconds"):
         own = sum(notes[stage][clock] for stage in stages)

@@ -175,7 +175,7 @@ def test_released_anchors_are_used_in_place(pico_config, tmp_path):
             x_TAD = np.random.default_rng(layer).normal(size=(5, 4, 16)).astype(np.float32)
             np.save(tmp_path / "released" / task / f"dual_anchors_layer_{layer}.npy", x_TAD)
     adapt(change(pico_config, "anchors", source=str(tmp_path / "released")), domain)
-    with pytest.raises(InputError, match=r"anchors made elsewhere, .*released: none are to be made"):
+    with pytest.raises(InputError, match=r"anchors made elsewhere, .*released: none are to be constructed"):
         construct(change(pico_config, "anchors", source=str(tmp_path / "released")), domain)
     missing = tmp_path / "released" / "SVHN" / "dual_anchors_layer_2.npy"
     missing.write_bytes(missing.read_bytes()[:-40])

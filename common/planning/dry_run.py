@@ -18,7 +18,15 @@ from common.experiment import Experiment, open_inputs
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
-from common.layout import RunLayout, anchor_settings, fit_settings, is_finished, merge_settings, no_anchors
+from common.layout import (
+    RunLayout,
+    anchor_settings,
+    fit_settings,
+    is_finished,
+    merge_settings,
+    no_anchors,
+    require_own_anchors,
+)
 from common.planning.cost import (
     GIB,
     arithmetic,
@@ -121,7 +129,8 @@ def check_moved_blocks(experiment: Experiment, domain: Domain) -> None:
 
 
 def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
-    """Anchors that are there already were made with these settings."""
+    """There are anchors to make, and those that are there already were made with these settings."""
+    require_own_anchors(experiment.config)
     layout = RunLayout(experiment.config)
     for task, index in product(experiment.config.tasks, experiment.blocks):
         file = layout.anchor_file(task, index)
