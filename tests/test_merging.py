@@ -48,6 +48,8 @@ DEFAULTS = {
     "iso_cts": {"common_fraction": 0.8, "scale": 1.0, "others": None},
     "wudi": {"lr": 1e-5, "steps": 300, "scale": 1.0, "others": 0.0},
     "wudi_exact": {"rtol": None, "scale": 1.0, "others": 0.0},
+    "swudi": {"time": 1300.0, "share": 0.65, "scale": 1.0, "others": 0.0},
+    "swudi_a": {"rank": "energy", "scale": 1.0, "others": 0.0},
     "doge_ta": {"eta": 0.07, "subspace": 6, "density": 0.3, "steps": 400, "lr": 1e-4, "others": 0.0},
     "opcm": {"alpha": 0.5},
     "widen": {"ratio": 1.0, "calibration": 1.0},
@@ -66,6 +68,8 @@ KEEPS_ONE_TASK = {
     "tsv": {},
     "wudi": {},
     "wudi_exact": {},
+    "swudi": {},
+    "swudi_a": {},
     "opcm": {},
     "widen": {},
 }
@@ -99,8 +103,8 @@ def some_tasks(method, tasks, **settings):
 def test_one_task_gives_its_task_vector(method):
     base, deltas = task_vectors(1)
     merged = merge(method, base, deltas, KEEPS_ONE_TASK[method])
-    for name in MATRICES if method in ("wudi", "wudi_exact") else SHAPES:
-        exact = method not in ("tsv", "wudi_exact", "opcm")
+    for name in MATRICES if "wudi" in method else SHAPES:
+        exact = method not in ("tsv", "wudi_exact", "swudi", "swudi_a", "opcm")
         assert_close(merged[name], deltas[0][name], rtol=0, atol=0 if exact else 1e-7)
 
 
@@ -376,6 +380,13 @@ def test_names_and_types_are_refused_before_anything_is_loaded(method, hyper, se
         ("wudi", {"lr": 0}, "wudi: lr must be above 0 and steps at least 0, they are 0 and 300"),
         ("wudi", {"steps": -1}, "wudi: lr must be above 0 and steps at least 0, they are 1e-05 and -1"),
         ("wudi_exact", {"rtol": 1.0}, r"wudi_exact: rtol must lie in \[0, 1\), it is 1.0"),
+        ("swudi", {"share": 0.0}, r"swudi: share must lie in \(0, 1\], it is 0.0"),
+        ("swudi", {"time": -1.0}, "swudi: time must be at least 0, it is -1.0"),
+        (
+            "swudi_a",
+            {"rank": "best"},
+            "swudi_a: rank is one of energy, .*, not 'best'",
+        ),
         ("slerp", {}, "slerp: it merges two models, there are 3 tasks"),
         ("ties", {"density": 0}, r"ties: density must lie in \(0, 1\], it is 0"),
         ("dare_ta", {"drop": 1}, r"dare: drop must lie in \[0, 1\), it is 1"),

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
@@ -11,6 +12,7 @@ from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
 from common.merging.registry import merge
+from common.merging.swudi import filtered
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
 from helpers import assert_close
@@ -384,6 +386,59 @@ def test_wudi_exact_cuts_off_directions_below_rtol():
     assert_close(merge("wudi_exact", {"w": tau}, [{"w": tau}], {"rtol": 1e-3})["w"], [[1, 0], [0, 0]])
 
 
+def pieces(taus):
+    """Z and Y of the objective ‖M Z − Y‖², and the eigenvalues λ of Z Zᵀ, falling, with their vectors, by an SVD."""
+    z = np.hstack([tau.T / norm(tau) for tau in taus])
+    y = np.hstack([tau @ tau.T / norm(tau) for tau in taus])
+    v, s, _ = np.linalg.svd(z)
+    return z, y, np.concatenate([s**2, np.zeros(len(v) - len(s))]), v
+
+
+EFFECTIVE_RANKS = {
+    "energy": lambda s: np.ceil(s.sum() ** 2 / (s**2).sum()),
+    "participation": lambda s: np.ceil((s**2).sum() ** 2 / (s**4).sum()),
+    "entropy": lambda s: np.ceil(np.exp(-sum(p * np.log(p) for p in s**2 / (s**2).sum()))),
+    "gavish_donoho": lambda s: max(1, (s > 2.858 * np.median(s)).sum()),  # of a square matrix, by their table
+}
+
+
+@pytest.mark.parametrize("rank", EFFECTIVE_RANKS)
+def test_swudi_a_is_the_minimum_over_its_leading_directions(rank):
+    """Over X with M = Σ τᵢ + X V_Kᵀ, by plain least squares; K counted from singular values."""
+    base, deltas = task_vectors(3, {"w": (9, 9)}, dtype=torch.float64)
+    deltas = [{"w": delta["w"] * torch.logspace(0, -2, 9, dtype=torch.float64)} for delta in deltas]
+    taus = stack64(deltas, "w")
+    z, y, eigenvalues, v = pieces(taus)
+    k = int(EFFECTIVE_RANKS[rank](np.sqrt(eigenvalues)))
+    assert 1 <= k < 9
+    total, leading = taus.sum(axis=0), v[:, :k]
+    x = np.linalg.lstsq((leading.T @ z).T, (y - total @ z).T, rcond=None)[0].T
+    assert_close(merge("swudi_a", base, deltas, {"rank": rank})["w"], total + x @ leading.T, rtol=1e-6, atol=1e-10)
+
+
+def test_swudi_a_of_full_rank_is_wudi_exact():
+    base, deltas = task_vectors(3, {"w": (12, 4)}, dtype=torch.float64)
+    exact = merge("wudi_exact", base, deltas, {})["w"]
+    full = filtered([delta["w"] for delta in deltas], lambda eigenvalues, shape: torch.ones_like(eigenvalues))
+    assert_close(full, exact, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 12)], ids=str)
+def test_swudi_is_gradient_flow_from_the_sum(shape):
+    """Against the matrix exponential: M(t) − M* = (Σ τᵢ − M*) exp(−C t), along a share of the eigenvectors."""
+    base, deltas = task_vectors(3, {"w": shape}, dtype=torch.float64)
+    taus = stack64(deltas, "w")
+    z, _, _, v = pieces(taus)
+    total, minimum = taus.sum(axis=0), wudi_by_least_squares(taus)
+    flown = minimum + (total - minimum) @ scipy.linalg.expm(-3.0 * z @ z.T)
+    merged = merge("swudi", base, deltas, {"time": 3.0, "share": 1.0})["w"]
+    assert_close(merged, flown, rtol=1e-5, atol=1e-9)
+    half = merge("swudi", base, deltas, {"time": 3.0, "share": 0.5})["w"]
+    leading = v[:, : shape[1] // 2]
+    assert_close(half, total + (flown - total) @ leading @ leading.T, rtol=1e-5, atol=1e-9)
+    assert_close(merge("swudi", base, deltas, {"time": 0.0})["w"], total)
+
+
 def test_regression_mean_is_the_least_squares_fit_to_all_experts_outputs():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(3, 20, 6)), rng.normal(size=(3, 4, 6))
@@ -588,7 +643,7 @@ def test_wudi_moves_matrices_only_and_takes_no_step_when_told_none():
         assert_close(merged[name], 0.5 * start)
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi", "wudi_exact", "doge_ta"])
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi", "wudi_exact", "swudi", "swudi_a", "doge_ta"])
 @pytest.mark.parametrize(("others", "factor"), [(None, 1 / 3), (0.0, 0.0), (1, 1.0), (0.3, 0.3)])
 def test_what_is_no_matrix_is_scaled_as_asked(method, others, factor):
     base, deltas = task_vectors(3)

@@ -81,6 +81,8 @@ METHODS: dict[str, Method] = {
     "iso_cts": Method("iso:iso_cts", "Iso-CTS", "Iso-C with directions of each task"),
     "wudi": Method("wudi:wudi", "WUDI", "least interference with each task vector", "blocks"),
     "wudi_exact": Method("wudi_exact:wudi_exact", "WUDI (exact)", "minimum of WUDI in closed form", "blocks"),
+    "swudi": Method("swudi:swudi", "SWUDI", "WUDI along shared directions, by time", "blocks"),
+    "swudi_a": Method("swudi:swudi_a", "SWUDI-A", "WUDI along leading shared directions", "blocks"),
     "doge_ta": Method("doge:doge_ta", "DOGE TA", "TA after reconciling the task vectors", "blocks"),
     "opcm": Method("opcm:opcm", "OPCM", "one by one, orthogonal parts alone"),
     "widen": Method("widen:widen", "WIDEN", "columns weighed by length and direction"),
