@@ -39,6 +39,7 @@ COST = {
     "hardware",
 }  # of one machine on one day: pages and their rows leave them out
 INITS = ("gauss", "weight")
+MODELS = {"minilm": "MiniLM", "smollm": "SmolLM2"}  # by file; those of a toy go by its domain
 
 
 def main() -> None:
@@ -104,21 +105,19 @@ def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
 
 def gains(*files: str) -> str:
     """A line for each model that adaptation started from: its mean over the tasks in percent, and mean and Δ of FDA."""
-    heads = [head for init in INITS for head in (f"FDA ({display(init)})", "Δ")]
+    used = {row["init"] for file in files for row in rows_of(file)[0]}
+    inits = [init for init in INITS if init in used]
+    heads = [head for init in inits for head in (f"FDA ({display(init)})", "Δ")]
     lines: list[Sequence[str]] = [["Model", "Start", "Avg", *heads]]
     for file in files:
         rows, tasks, _ = rows_of(file)
         average = {name: values[-1] for name, values in values_by_name(rows, tasks).items()}
         drawn = scores_of(rows, tasks)
         for start in dict.fromkeys(row["start"] for row in rows if row["method"] == "fda"):
-            cells = [text for init in INITS for text in gain_cells(average, drawn, start, init)]
-            lines.append([model_of(file), display(start), cell(average[display(start)], percent=True), *cells])
+            cells = [text for init in inits for text in gain_cells(average, drawn, start, init)]
+            model = MODELS.get(Path(file).stem, Path(file).parts[0])
+            lines.append([model, display(start), cell(average[display(start)], percent=True), *cells])
     return aligned(lines)
-
-
-def model_of(file: str) -> str:
-    """The toy's domain, or the name of a file that is of another model."""
-    return Path(file).parts[0] if Path(file).stem in ("demo", "toy") else Path(file).stem
 
 
 def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start: str, init: str) -> tuple[str, str]:
