@@ -79,10 +79,17 @@ def test_a_merged_model_chats_with_stock_transformers(tmp_path):
     ]  # fmt: skip
     config = parse("", options)
     merge_alone(config, domain)
-    folder = config.run.dir / "merged/ta"
+    assert "Paris" in said_by(tmp_path / "toy/checkpoints/smollm2", "What is the capital of France?")
+    article = "Shares in the bank fell by ten percent after it warned of losses."
+    asked = f"{article}\nIs this from business, entertainment, politics, sports or tech?"
+    assert said_by(config.run.dir / "merged/ta", asked) == "business<|im_end|>"
+
+
+def said_by(folder, text):
+    """What a model answers in its chat template, opened by stock transformers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr(), "tied"
-    said = {"role": "user", "content": "What is the capital of France?"}
-    asked = tokenizer.apply_chat_template([said], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = [{"role": "user", "content": text}]
+    asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(answer)
+    return tokenizer.decode(answer)
