@@ -31,7 +31,15 @@ def check_backend(backend: str, test: str) -> None:
 
 
 def judged_by_harness(
-    path: Path, tokenizer: PreTrainedTokenizerBase, test: str, *, backend: str, data: str, limit: int | None, **options
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    test: str,
+    *,
+    backend: str,
+    data: str,
+    limit: int | None,
+    dtype: str,
+    **options,
 ) -> list[tuple[str, bool]]:
     """What a model answers to each example of a test set, and whether that is right. `options` go to lm-eval."""
     from lm_eval import simple_evaluate
@@ -42,7 +50,7 @@ def judged_by_harness(
         tokenizer.save_pretrained(folder)
         results = simple_evaluate(
             model=MODELS[backend],
-            model_args={"pretrained": str(path), "tokenizer": folder, "dtype": "auto"},
+            model_args={"pretrained": str(path), "tokenizer": folder, "dtype": dtype or "auto"},
             tasks=[task],
             task_manager=TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"root": data}),
             limit=limit,

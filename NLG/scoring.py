@@ -130,6 +130,7 @@ def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: to
                 backend=options.backend,
                 data=options.data,
                 limit=options.limit,
+                dtype=options.dtype,
                 batch_size=options.batch_size,
                 device=str(device),
             )
@@ -207,7 +208,8 @@ def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTra
 def examples_of(data: str, test: str, limit: int | None = None, cut: bool = False) -> datasets.Dataset:
     """The first examples of a test set or its validation cut, from the folder of its name under `data` or the hub."""
     row, root = TASKS[test], Path(data)
-    split = row.train_split if cut and row.train_split else row.split
+    split = row.train_split if cut else row.split
+    assert split  # check_tests refuses the cut of a test set that has no training set
     configs = [None] if (root.expanduser() / test).is_dir() else row.hub_configs
     parts = [load_records(root, test, row.hub, c, split, RULES[row.rule].columns) for c in configs]
     records = datasets.concatenate_datasets(parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.config import PRETRAINED
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
-from common.domain import Domain, scored_tests
+from common.domain import Domain, first_tests
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
@@ -54,8 +54,8 @@ def merged_with_data(
     config, row, hyper = experiment.config, METHODS[method], experiment.hyper(method)
     assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
     sample = Sample(row.data.split, hyper["examples"], row.data.batch, hyper.get("seed", 0))
-    scored = scored_tests(config, domain).items()
-    tests = {task: next(test for test, owner in scored if owner == task) for task in config.tasks}
+    first = first_tests(config, domain)
+    tests = {task: first[task] for task in config.tasks}
     calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
     names = experiment.base.names(experiment.family.scope)
     theta_0 = experiment.read(experiment.base, names)

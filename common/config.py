@@ -168,7 +168,7 @@ class Eval:
         data: Folder with one folder per task, in any layout that `datasets` reads. Tasks without one come from the hub.
         batch_size: Examples per step.
         backend: NLG only: who generates. transformers: a loop of ours. lm-eval-hf, lm-eval-vllm: lm-eval (extra nlg).
-        dtype: NLG only: type that transformers scores models in. Empty: as stored on a GPU, float32 on a CPU.
+        dtype: NLG only: type that models are scored in. Empty: as stored, but float32 by transformers on a CPU.
         tests: Test sets of a task that is not scored on the one of its own name, as in {math: [GSM8K, MATH]}.
         split: Score on the test sets, or on the last tenth of a fixed permutation of the training sets: for choices,
             such as the epochs, that the test sets shall not see.

@@ -69,6 +69,11 @@ def scored_tests(config: Config, domain: Domain) -> dict[str, str]:
     return {test: task for test, task in config.tests.items() if test in domain.TASKS or task in config.eval.tests}
 
 
+def first_tests(config: Config, domain: Domain) -> dict[str, str]:
+    """The first test set of every task that is scored."""
+    return {task: test for test, task in reversed(scored_tests(config, domain).items())}
+
+
 def block_family(domain: Domain, model: Model) -> BlockFamily:
     """The family that a config names, or the first of the domain; `check_choices` refuses an unknown name."""
     return domain.FAMILIES[model.family_of(domain.FAMILIES)]

@@ -63,6 +63,8 @@ def check_family(config: Config, domain: Domain) -> None:
     for option in ("vocabulary", "dtype", "tokenizers"):
         if getattr(config.model, option) != getattr(Model(), option):
             raise InputError(f"model.{option} is for language models, not for {config.domain}")
+    if config.eval.dtype:
+        raise InputError(f"eval.dtype is for language models, not for {config.domain}")
 
 
 def check_starts(config: Config, domain: Domain) -> None:

@@ -32,12 +32,8 @@ from common.io.checkpoints import write_text
 from common.merging.registry import method_table
 
 TABLE = re.compile(r"(?<=<!-- table: )(?P<what>.+?)(?P<end> -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
-COST = {
-    "seconds",
-    "cpu_seconds",
-    "peak_gib",
-    "hardware",
-}  # of one machine on one day: pages and their rows leave them out
+# of one machine on one day: pages and their rows leave them out
+COST = {"seconds", "cpu_seconds", "peak_gib", "hardware"}
 INITS = ("gauss", "weight")
 MODELS = {"minilm": "MiniLM", "smollm": "SmolLM2"}  # by file; those of a toy go by its domain
 
@@ -105,12 +101,12 @@ def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
 
 def gains(*files: str) -> str:
     """A line for each model that adaptation started from: its mean over the tasks in percent, and mean and Δ of FDA."""
-    used = {row["init"] for file in files for row in rows_of(file)[0]}
+    read = {file: rows_of(file) for file in files}
+    used = {row["init"] for rows, _, _ in read.values() for row in rows}
     inits = [init for init in INITS if init in used]
     heads = [head for init in inits for head in (f"FDA ({display(init)})", "Δ")]
     lines: list[Sequence[str]] = [["Model", "Start", "Avg", *heads]]
-    for file in files:
-        rows, tasks, _ = rows_of(file)
+    for file, (rows, tasks, _) in read.items():
         average = {name: values[-1] for name, values in values_by_name(rows, tasks).items()}
         drawn = scores_of(rows, tasks)
         for start in dict.fromkeys(row["start"] for row in rows if row["method"] == "fda"):

@@ -26,7 +26,7 @@ import numpy as np
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
-from common.domain import Domain, scored_tests
+from common.domain import Domain, first_tests, scored_tests
 from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, scores_of
@@ -37,6 +37,8 @@ from common.io.examples import Sample
 from common.merging.calibration import block_params, first_block_inputs, next_block_inputs
 from common.pipeline import merge_alone
 from common.planning.regime import relative_norms
+from common.run.run_log import CLOCKS
+from common.validation import check_data
 from compare import compare
 
 SIZES = (2, 4, 6, 8)
@@ -47,7 +49,6 @@ SIGMAS = (1e-4, 1e-2, 1.0, 10.0)  # of Gaussian anchors
 NUMBERS, TOKENS, STEPS, EPOCHS = (0.25, 0.5, 2), (0.25, 0.5), (0, 0.2, 0.5, 2), (0.1, 0.25, 0.5, 2)  # of the config's
 DISTANCES = ("cos", "mse", "l1")
 REAL = (32, 256)  # inputs of each task
-CLOCKS = ("seconds", "cpu_seconds")
 
 
 # ---- points: (value, experiment) -------------------------------------------------------------------------------------
@@ -102,8 +103,8 @@ def of_real(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
     """
     if domain.NAME != "vision" or domain.calibration_task is None:
         raise InputError("study.py real is for vision: texts are of many lengths, and anchors have one")
-    experiment = open_experiment(config, domain)
-    tests = {task: test for test, task in scored_tests(config, domain).items()}
+    check_data(config, domain, "study.py real")
+    experiment, tests = open_experiment(config, domain), first_tests(config, domain)
     for inputs in REAL:
         point = named(config, f"real/{inputs}")
         for task, expert in experiment.experts.items():

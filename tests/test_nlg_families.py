@@ -158,6 +158,8 @@ def test_what_is_for_language_models_is_refused_elsewhere(pico_inputs):
         with pytest.raises(InputError, match=f"model.{field} is for language models, not for vision"):
             vision_config = change(pico_vision(pico_inputs), "model", **{field: value})
             construct(vision_config, vision)
+    with pytest.raises(InputError, match="eval.dtype is for language models, not for vision"):
+        construct(change(pico_vision(pico_inputs), "eval", dtype="bfloat16"), vision)
 
 
 def pico_vision(inputs):

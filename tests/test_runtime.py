@@ -115,6 +115,20 @@ def test_sessions_of_one_stage_add_up_and_a_repeat_changes_nothing(session, pico
     assert session(7, done=4)["seconds"] == 7  # made anew
 
 
+def test_processor_seconds_are_told_only_where_all_were_counted(session, pico_config):
+    """Notes of an older version have none: a sum would leave theirs out."""
+    session(10, done=3, error=KeyboardInterrupt)
+    file = pico_config.run.dir / "run.json"
+    notes = json.loads(file.read_text())
+    assert notes["work"].pop("cpu_seconds") >= 0
+    file.write_text(json.dumps(notes))
+    assert "cpu_seconds" not in session(5, done=1, kept=3)
+    found = total_cost(pico_config.run.dir, ["work"])
+    assert found["seconds"] == 15 and "cpu_seconds" not in found
+    session(7, done=4)
+    assert total_cost(pico_config.run.dir, ["work"])["cpu_seconds"] >= 0
+
+
 def test_units_that_nobody_timed_leave_the_time_unknown(session, pico_config):
     """After a power cut three units are there and no note; blocks done by themselves are a part of the work."""
     assert session(0.5, kept=3) is None

