@@ -1,12 +1,11 @@
 """What the project knows about causal language models: their blocks (decoders.py), how they are written and scored."""
 
-from NLG.decoders import FAMILIES, skeleton, token_shape
+from NLG.decoders import family, skeleton, token_shape
 from NLG.export import check_export, export
 from NLG.inputs import check_inputs
 from NLG.scoring import TASKS, metric, score
 
 __all__ = [
-    "FAMILIES",
     "NAME",
     "PERCENT",
     "TASKS",
@@ -14,6 +13,7 @@ __all__ = [
     "check_export",
     "check_inputs",
     "export",
+    "family",
     "metric",
     "score",
     "skeleton",

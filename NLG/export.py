@@ -14,7 +14,7 @@ from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
-from NLG.decoders import BODY, EMBEDDING, HEAD, architecture, config_text, name_of
+from NLG.decoders import architecture, body, config_text, family
 from NLG.inputs import GENERATION_FILE, base_config, class_names
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -37,15 +37,15 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     tokenizer, special tokens and generation config, and links to the weights: the paper saves the same weights once
     with each tokenizer.
     """
-    base = Checkpoint(model.path("base"), name_of)
+    base, (embedding, head) = Checkpoint(model.path("base"), family(model).names), family(model).vocabulary
     text, where = config_text(model)
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
     shapes = stage_shards(as_stored(tensors, dtype, base), folder)
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
-    if architecture(model).vocab_size != shapes[EMBEDDING][0]:
-        changes["vocab_size"] = shapes[EMBEDDING][0]
-    if HEAD in shapes and architecture(model).tie_word_embeddings:
+    if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
+        changes["vocab_size"] = shapes[embedding][0]
+    if head in shapes and architecture(model).tie_word_embeddings:
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
     write_generation(model.path("base"), folder, {})
@@ -59,8 +59,8 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
 
 def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:
     """The field architectures, where it names a class that the written weights are not."""
-    head = frozenset(name for name in shapes if not name.startswith(BODY))
-    right, said = class_names(base_config(model), head), fields.get("architectures")
+    head = frozenset(name for name in shapes if not name.startswith(body(model)))
+    right, said = class_names(model, base_config(model), head), fields.get("architectures")
     return {"architectures": right[:1]} if said and right and said[:1] not in [[name] for name in right] else {}
 
 

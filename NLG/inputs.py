@@ -13,12 +13,12 @@ from common.io.adapters import is_adapter
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
 from common.io.model_files import find_model
-from NLG.decoders import BARE, BODY, FAMILIES, HEAD, config_text, name_of
+from common.io.skeleton import stored_shapes
+from NLG.decoders import body, config_text, family, skeleton
 
 GENERATION_FILE = "generation_config.json"
-# The tensors outside a model's body, and what transformers calls a model that has these.
+# The tensors of a head other than a language model's, and what transformers calls a model that has these.
 CLASSES = {
-    frozenset({HEAD}): classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     frozenset({"score.weight"}): classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     frozenset({"score.weight", "score.bias"}): classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     frozenset({"qa_outputs.weight", "qa_outputs.bias"}): classes.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -27,10 +27,10 @@ CLASSES = {
 
 
 def base_config(model: Model) -> ModelConfig:
-    """The base's config, resolved; InputError if it is of another family than model.family."""
+    """The base's config, resolved; InputError if model.family names another architecture."""
     text, where = config_text(model)
     fields = parse(text, where)
-    require_family(fields, where, model.family_of(FAMILIES), FAMILIES)
+    require_family(fields, where, model.family)
     return resolve(fields, where)
 
 
@@ -42,46 +42,56 @@ def check_inputs(config: Config) -> None:
     base, path = base_config(config.model), config.model.path("base")
     others = other_models(config)
     compare_models(path, base, others)
-    mine = head_of(path)
     for other in others.values():
         if not is_adapter(other):
-            check_head(path, mine, base, other)
+            check_head(config.model, base, other)
     check_ends(config.model, others)
 
 
-def head_of(path: Path) -> frozenset[str]:
+def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names = {name_of(row.stored) for row in find_model(path).rows()}
-    return frozenset(name for name in names if name and not name.startswith(BODY))
+    names = map(family(model).names, (row.stored for row in find_model(path).rows()))
+    return frozenset(name for name in names if name and not name.startswith(body(model)))
 
 
-def is_bare(path: Path) -> bool:
+def is_bare(model: Model, path: Path) -> bool:
     """Whether a model is saved without any head, so that its tensors lack the prefix of its body."""
-    return any(row.stored.startswith(BARE) for row in find_model(path).rows())
+    return not any(row.stored.startswith(body(model)) for row in find_model(path).rows())
 
 
-def class_names(config: ModelConfig, head: frozenset[str]) -> list[str]:
+def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list[str]:
     """What transformers calls a model with such a head, the likeliest first; none if it knows no such head.
 
     A causal model that is tied has no head of its own, and neither has a bare one.
     """
-    tied = [frozenset({HEAD})] if not head and config.resolved.get("tie_word_embeddings") else []
-    found = (CLASSES.get(kind, {}).get(config.model_type) for kind in (*tied, head))
+    causal = language_head(model)
+    kinds = [classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] * (
+        head == causal or (not head and bool(config.resolved.get("tie_word_embeddings")))
+    )
+    found = (kind.get(config.model_type) for kind in (*kinds, CLASSES.get(head, {})))
     return [name if isinstance(name, str) else name[0] for name in found if name]
 
 
-def check_head(base: Path, mine: frozenset[str], config: ModelConfig, other: Path) -> None:
+def language_head(model: Model) -> frozenset[str]:
+    """Names of the tensors of a language model's head."""
+    head = family(model).vocabulary[1]
+    return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(body(model))})
+
+
+def check_head(model: Model, config: ModelConfig, other: Path) -> None:
     """InputError if another model is of another class than the base: a reward model is no language model.
 
     Whether a causal model keeps its head or has the embedding for it is compared with the vocabularies.
     """
-    theirs, file = head_of(other), config_file(other)
+    base = model.path("base")
+    mine, theirs, file = head_of(model, base), head_of(model, other), config_file(other)
     own = resolve(read_config(file), str(file)) if file else config
     tied = any(each.resolved.get("tie_word_embeddings") for each in (config, own))
-    if mine == theirs or (mine ^ theirs == {HEAD} and (tied or not (is_bare(base) or is_bare(other)))):
+    only_the_head = mine ^ theirs == {family(model).vocabulary[1]}
+    if mine == theirs or (only_the_head and (tied or not (is_bare(model, base) or is_bare(model, other)))):
         return
     said = [
-        f"{path} is a {(class_names(each, head) or ['model of an unknown class'])[0]}, with "
+        f"{path} is a {(class_names(model, each, head) or ['model of an unknown class'])[0]}, with "
         f"{', '.join(sorted(head)) or 'no tensor'} outside its body"
         for path, each, head in ((other, own, theirs), (base, config, mine))
     ]

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from common.config import Config
+from common.config import Config, Model
 from common.core.errors import InputError
 from common.domain import Scored
 from common.evaluation.answers import scored
@@ -23,7 +23,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
 from NLG.answers import is_right_expression, is_right_number, is_right_text
-from NLG.decoders import DECODER, HEAD
+from NLG.decoders import family
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
 from NLG.programs import program_in, runs
@@ -180,15 +180,21 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     disable_progress_bar()  # of the loading of weights, a line for each model
     if not is_adapter(path):
         return stock_model(path, dtype)
-    names, vocabulary = DECODER.names, DECODER.vocabulary
+    names, vocabulary = (of := family(Model(base=str(base)))).names, of.vocabulary
     expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary)["expert"]
-    own_head = {} if HEAD not in expert.shapes else {"tie_word_embeddings": False}
+    head = vocabulary[1]
+    own_head = {} if head not in expert.shapes else {"tie_word_embeddings": False}
     model = stock_model(base, dtype, **own_head)
-    changed = {name for name in expert.names() if expert.touches(name) or name == HEAD}  # a tied base stores no head
+    changed = {name for name in expert.names() if expert.touches(name) or name == head}  # a tied base stores no head
     rows = max(expert.shapes[name][0] for name in vocabulary if name in expert.shapes)
     if rows != model.get_input_embeddings().num_embeddings:  # the adapter's tokens are more than the base's
         model.resize_token_embeddings(rows, mean_resizing=False)
-    weights = model.state_dict()
+    weights = {names(name): tensor for name, tensor in model.state_dict().items()}
+    apart = next((name for name in changed if name not in weights), "")
+    if apart:
+        raise InputError(
+            f"{path} changes {apart}, which transformers stacks with others: merge the adapter to score it"
+        )
     resized = {name: len(weights[name]) for name, s in expert.shapes.items() if s != weights[name].shape}
     expert.resize(resized)
     for name in {*changed, *resized}:

@@ -1,11 +1,10 @@
 """What the project knows about text encoders: their blocks (encoders.py), how they are scored and written."""
 
-from NLU.encoders import FAMILIES, check_inputs, skeleton, token_shape
+from NLU.encoders import check_inputs, family, skeleton, token_shape
 from NLU.export import check_export, export
 from NLU.scoring import TASKS, calibration_task, metric, score
 
 __all__ = [
-    "FAMILIES",
     "NAME",
     "PERCENT",
     "TASKS",
@@ -13,6 +12,7 @@ __all__ = [
     "check_export",
     "check_inputs",
     "export",
+    "family",
     "metric",
     "score",
     "skeleton",

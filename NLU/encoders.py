@@ -26,7 +26,7 @@ def config_of(model: Model, path: Path) -> Path:
     file = config_file(path)
     if not file:
         raise InputError(f"{path} holds no {CONFIG_FILE}; a folder as save_pretrained writes it is needed")
-    require_family(read_config(file), str(file), model.family_of(FAMILIES), FAMILIES)
+    require_family(read_config(file), str(file), model.family)
     return file
 
 
@@ -43,9 +43,7 @@ def check_inputs(config: Config) -> None:
     """
     model, file = config.model, config_of(config.model, config.model.path("base"))
     base = resolve(read_config(file), str(file))
-    compare_models(
-        model.path("base"), base, other_models(config), COMPUTING.get(model.family_of(FAMILIES), frozenset())
-    )
+    compare_models(model.path("base"), base, other_models(config), COMPUTING.get(base.model_type or "", frozenset()))
 
 
 @cache
@@ -96,11 +94,22 @@ def encoder(prefix: str) -> BlockFamily:
     )
 
 
+def family(model: Model) -> BlockFamily:
+    """The blocks of the base's encoder; InputError if it is of an architecture without an entry here."""
+    file = config_of(model, model.path("base"))
+    found = read_config(file)["model_type"]
+    if found not in FAMILIES:
+        raise InputError(
+            f"{file} has model type {found!r}; of text encoders those of {', '.join(FAMILIES)} are anchored"
+        )
+    return FAMILIES[found]
+
+
 def body_name(model: Model) -> Callable[[str], str | None]:
     """From a stored name to that of the encoder without its pooler: what a classifier takes from a merged model."""
 
     def name_of(stored: str) -> str | None:
-        name = FAMILIES[model.family_of(FAMILIES)].names(stored)
+        name = family(model).names(stored)
         return None if name is None or name.startswith(POOLER) else name
 
     return name_of

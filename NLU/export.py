@@ -18,7 +18,7 @@ from common.io.shards import write_stream
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import has_tokenizer
-from NLU.encoders import FAMILIES, POOLER, config_of, skeleton
+from NLU.encoders import POOLER, config_of, family, skeleton
 from NLU.scoring import TASKS, expert_architecture, read_head
 
 
@@ -38,7 +38,7 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
 
     A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
     """
-    base = Checkpoint(model.path("base"), FAMILIES[model.family_of(FAMILIES)].names)
+    base = Checkpoint(model.path("base"), family(model).names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
     merged = write_stream(folder / "model.safetensors", as_stored(with_pooler(tensors, base, model), dtype, base))

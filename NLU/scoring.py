@@ -29,7 +29,7 @@ from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import CalibrationTask, calibration_task_of
-from NLU.encoders import FAMILIES, architecture, body_name
+from NLU.encoders import architecture, body_name, family
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 
@@ -186,5 +186,5 @@ def calibration_task(config: Config, task: str, sample: Sample, device: torch.de
     batches = torch.utils.data.DataLoader(
         examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
     )
-    family, prefix = FAMILIES[config.model.family_of(FAMILIES)], f"{classifier.base_model_prefix}."
-    return calibration_task_of(classifier, family, batches, len(examples), device, prefix, lambda output: output.logits)
+    blocks, prefix = family(config.model), f"{classifier.base_model_prefix}."
+    return calibration_task_of(classifier, blocks, batches, len(examples), device, prefix, lambda output: output.logits)

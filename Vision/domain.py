@@ -202,7 +202,7 @@ def calibration_task(config: Config, task: str, sample: Sample, device: torch.de
     batches = torch.utils.data.DataLoader(
         records, sample.batch, collate_fn=lambda rows: {"images": pixels(rows)}, num_workers=config.eval.workers
     )
-    return calibration_task_of(classifier, FAMILIES["open_clip"], batches, len(records), device)
+    return calibration_task_of(classifier, OPEN_CLIP, batches, len(records), device)
 
 
 def image_tower(model: Model, path: Path) -> nn.Module:
@@ -232,15 +232,21 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
         copy_tokenizer(text.path, folder)
 
 
-FAMILIES = {
-    # null_gradients: the key part of the fused projection's bias (q, k, v).
-    # published_axes: open_clip 2.0.2, which made the released anchors, was sequence-first.
-    "open_clip": BlockFamily(
-        blocks="visual.transformer.resblocks",
-        scope=IMAGE_TOWER,
-        null_gradients={"attn.in_proj_bias": (1, 3)},
-        published_axes="TAD",
-    ),
-}
+# null_gradients: the key part of the fused projection's bias (q, k, v).
+# published_axes: open_clip 2.0.2, which made the released anchors, was sequence-first.
+OPEN_CLIP = BlockFamily(
+    blocks="visual.transformer.resblocks",
+    scope=IMAGE_TOWER,
+    null_gradients={"attn.in_proj_bias": (1, 3)},
+    published_axes="TAD",
+)
+
+
+def family(model: Model) -> BlockFamily:
+    """The blocks of open_clip's image tower."""
+    if model.family not in ("auto", "open_clip"):
+        raise InputError(f"unknown model.family {model.family!r}; vision has open_clip")
+    return OPEN_CLIP
+
 
 TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}

@@ -127,7 +127,7 @@ def adapted_tensors(experiment: Experiment, start: Checkpoint) -> Iterator[tuple
         yield from rest.read([name]).items()
     for index in range(experiment.depth):
         block = Checkpoint(RunLayout(experiment.config).block_file(index)).read_under("")
-        yield from ((experiment.family.prefix(index) + name, tensor) for name, tensor in block.items())
+        yield from ((experiment.prefixes[index] + name, tensor) for name, tensor in block.items())
 
 
 def finish(

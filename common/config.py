@@ -1,6 +1,5 @@
 """What an experiment can choose. One YAML serves both stages; the command line overrides it field by field."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ class Model:
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
             Empty: the config file beside the base's weights tells.
-        family: How the architecture is taken apart into blocks; a key of FAMILIES in the domain.
+        family: The architecture, as the base's config names it. auto: whatever that says.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
         head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
         heads: NLU only: tasks for which the merged encoder gets a folder heads/<task>: a complete classifier with that
@@ -44,17 +43,13 @@ class Model:
     expert: str = ""
     root: str = "."
     arch: str = ""
-    family: str = ""
+    family: str = "auto"
     text: str = ""
     head: str = ""
     heads: tuple[str, ...] = ()
     vocabulary: Literal["refuse", "pad", "base", "union"] = "refuse"
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()
-
-    def family_of(self, families: Iterable[str]) -> str:
-        """`family`, or the first that the domain has."""
-        return self.family or next(iter(families))
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""

@@ -35,14 +35,12 @@ class TaskRow(Protocol):
 class Domain(Protocol):
     """A module that knows one kind of model: its blocks, its test sets, how it is written and scored.
 
-    NAME: the config's domain. FAMILIES: architectures by name. TASKS: test sets by name. PERCENT: tables print percent.
+    NAME: the config's domain. TASKS: test sets by name. PERCENT: tables print percent.
     """
 
     NAME: str
     PERCENT: bool
 
-    @property
-    def FAMILIES(self) -> Mapping[str, BlockFamily]: ...
     @property
     def TASKS(self) -> Mapping[str, TaskRow]: ...
 
@@ -50,6 +48,10 @@ class Domain(Protocol):
     def calibration_task(self) -> Callable[[Config, str, Sample, torch.device], CalibrationTask] | None:
         """(config, test set, sample, device) -> inputs of that test set's task, and the model under the head that
         `score` puts on it, for merge methods that use data; None where a domain has no such inputs."""
+
+    def family(self, model: Model) -> BlockFamily:
+        """How the base is taken apart into blocks; InputError if its architecture cannot be told or anchored."""
+        ...
 
     def skeleton(self, model: Model) -> nn.Module: ...
     def check_inputs(self, config: Config) -> None: ...
@@ -72,11 +74,6 @@ def scored_tests(config: Config, domain: Domain) -> dict[str, str]:
 def first_tests(config: Config, domain: Domain) -> dict[str, str]:
     """The first test set of every task that is scored."""
     return {task: test for test, task in reversed(scored_tests(config, domain).items())}
-
-
-def block_family(domain: Domain, model: Model) -> BlockFamily:
-    """The family that a config names, or the first of the domain; `check_choices` refuses an unknown name."""
-    return domain.FAMILIES[model.family_of(domain.FAMILIES)]
 
 
 def other_models(config: Config) -> dict[str, Path]:

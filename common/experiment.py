@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import Config
-from common.core.blocks import Block, BlockFamily, nonzero_tensors
+from common.core.blocks import Block, BlockFamily, BlockModule, nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import Params, require_same_shapes, subtract
-from common.domain import Domain, block_family
+from common.domain import Domain
 from common.fda.anchors import SCALES
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
@@ -32,19 +32,24 @@ from common.validation import check_choices, check_positions, check_tokenizers
 class Experiment:
     """Everything open: headers read, names and shapes compared, no weight in memory yet.
 
-    shape: (A, T, D) of the anchors of one task and block. depth: number of blocks. matching: which row of an expert's
-    embedding is which of the merged model's.
+    functions: each block as a pure function. prefixes: how the names of each block's tensors begin. shape: (A, T, D) of
+    the anchors of one task and block. matching: which row of an expert's embedding is which of the merged model's.
     """
 
     config: Config
     family: BlockFamily
-    block: Block
+    functions: tuple[Block, ...]
+    prefixes: tuple[str, ...]
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     shape: tuple[int, int, int]
-    depth: int
     device: torch.device
     matching: Matching
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.prefixes)
 
     @property
     def blocks(self) -> list[int]:
@@ -56,7 +61,7 @@ class Experiment:
         """Multiplications of the largest matrix product of a block, over a task's anchors or a batch of adaptation."""
         anchors, tokens, _ = self.shape
         rows = tokens * max(anchors, self.config.adapt.for_start(self.config.start.method).batch_size)
-        shapes = self.base.shapes_under(self.family.prefix(0)).values()
+        shapes = (shape for prefix in self.prefixes for shape in self.base.shapes_under(prefix).values())
         return rows * max(math.prod(shape) for shape in shapes if len(shape) == 2)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:
@@ -65,7 +70,7 @@ class Experiment:
 
     def read_block(self, checkpoint: Checkpoint, index: int) -> Params:
         """θ of one block, on the device, under the names it has within the block."""
-        prefix = self.family.prefix(index)
+        prefix = self.prefixes[index]
         return {n.removeprefix(prefix): p for n, p in self.read(checkpoint, checkpoint.names(prefix)).items()}
 
     def units(self) -> Iterator[tuple[int, Params, dict[str, Params]]]:
@@ -82,8 +87,7 @@ class Experiment:
 
     def rest_names(self) -> list[str]:
         """Names of the merged tensors that lie outside the anchored blocks."""
-        prefixes = tuple(self.family.prefix(index) for index in range(self.depth))
-        return [name for name in self.base.names(self.family.scope) if not name.startswith(prefixes)]
+        return [name for name in self.base.names(self.family.scope) if not name.startswith(self.prefixes)]
 
     def task_vector(self, task: str, theta_0: Params, theta_t: Params) -> Params:
         """τ of one block without what cannot be matched; InputError if the expert differs from the base nowhere."""
@@ -101,8 +105,8 @@ class Experiment:
     def require_moved_blocks(self) -> None:
         """InputError on an expert whose headers tell that it differs from the base in no anchored block."""
         for task, expert in self.experts.items():
-            if not any(expert.touches(self.family.prefix(index)) for index in range(self.depth)):
-                where = f"none of {self.family.prefix(0)} to {self.family.prefix(self.depth - 1)}"
+            if not any(map(expert.touches, self.prefixes)):
+                where = f"none of {self.prefixes[0]} to {self.prefixes[-1]}"
                 hint = "so no anchors can be made for it; scripts/merge.py merges it all the same"
                 raise InputError(f"the expert of {task}, {expert.path}, changes {where}, {hint}")
 
@@ -169,23 +173,26 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
 
     Returns: None where a check was refused without which there is no experiment, if `checking` let it go on.
     """
-    family = block_family(domain, config.model)
-    base = None
+    path, base, family = config.model.path("base"), None, BlockFamily(blocks="")
     modules, tokens, width = [], 0, 0
-    with opening(checking, "base", config.model.path("base")):
-        base = Checkpoint(config.model.path("base"), family.names)
+    with opening(checking, "base", path):
+        base = Checkpoint(path)
     if base:
         with checking("configs"):
             domain.check_inputs(config)
     if base or config.model.arch:
-        with opening(checking, "model", config.model.path("base")):
+        with opening(checking, "model", path):
+            family = domain.family(config.model)
             modules = family.modules(domain.skeleton(config.model))
             tokens, width = domain.token_shape(config.model)
+    if base and modules:
+        with opening(checking, "base", path):
+            base = Checkpoint(path, family.names)
     with checking("run.blocks"):
         check_indices(config.run.blocks or [], len(modules))
     if base:
         with checking("base"):
-            check_blocks(base, family, modules)
+            check_blocks(base, modules)
     experts = open_all_experts(config, domain, family, base, checking)
     if not base:
         return None
@@ -196,8 +203,8 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     if config.anchors.position_embeddings:
         with checking("base"):
             check_positions(family, base, *shape[1:])
-    block, device = family.pure(modules[0]), torch.device("cpu")
-    return Experiment(config, family, block, base, experts, shape, len(modules), device, matching)
+    functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
+    return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
 
 
 def check_indices(indices: Iterable[int], depth: int) -> None:
@@ -207,10 +214,9 @@ def check_indices(indices: Iterable[int], depth: int) -> None:
             raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {depth - 1}")
 
 
-def check_blocks(base: Checkpoint, family: BlockFamily, modules: Iterable[nn.Module]) -> None:
+def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
     """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
-    for index, module in enumerate(modules):
-        prefix = family.prefix(index)
+    for prefix, module in modules:
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
 

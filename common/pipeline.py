@@ -76,7 +76,7 @@ def construct_units(
     if all_there(files, provenance):
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
-    problems = [matching_problem(experiment, task, theta_0, theta_t) for task, theta_t in thetas.items()]
+    problems = [matching_problem(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
     x_inits = [initial_anchors_of(experiment, task, index, theta_t) for task, theta_t in thetas.items()]
     # minimise the matching loss over the anchors
     found = search_anchors(experiment, problems, x_inits, bar)
@@ -94,10 +94,12 @@ def all_there(files: Mapping[str, Path], provenance: Mapping[str, dict[str, Any]
     return len(there) == len(files)
 
 
-def matching_problem(experiment: Experiment, task: str, theta_0: Params, theta_t: Params) -> MatchingProblem:
+def matching_problem(
+    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
+) -> MatchingProblem:
     """What the anchors of one block and one task have to match: the task vector τ, at θ₀."""
     tau = experiment.task_vector(task, theta_0, theta_t)
-    return MatchingProblem(experiment.block, theta_0, theta_t, tau, experiment.positions(task))
+    return MatchingProblem(experiment.functions[index], theta_0, theta_t, tau, experiment.positions(task))
 
 
 def initial_anchors_of(experiment: Experiment, task: str, index: int, theta_t: Params) -> Tensor:
@@ -161,7 +163,7 @@ def adapt(config: Config, domain: Domain) -> Path:
 
 def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
     """Fit and store one merged block, unless its file is there already."""
-    config, file = experiment.config, RunLayout(experiment.config).block_file(index)
+    config, file, block = experiment.config, RunLayout(experiment.config).block_file(index), experiment.functions[index]
     if file.is_file():
         check_provenance(file, read_header(file), provenance)
         return bar.keep()
@@ -172,19 +174,19 @@ def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenanc
         theta_t = experiment.read_block(expert, index)
         inputs.append(anchors_of(experiment, task, index, theta_0, theta_t))
         with torch.no_grad():
-            targets.append(experiment.block(theta_t, inputs[-1]))
+            targets.append(block(theta_t, inputs[-1]))
     # the merged block before the first step
     settings = config.adapt.for_start(config.start.method)
     trained = trainable(experiment, start, index, theta_0)
     theta_0 = theta_t = None  # a block can fill a machine; fitting holds several of its size
     if settings.warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
-        trained = regmean_warm_start(experiment.block, trained, zip(thetas, inputs, strict=True))
+        trained = regmean_warm_start(block, trained, zip(thetas, inputs, strict=True))
     # minimise the distance to the experts' outputs
     fit = FitSettings(settings.distance, settings.lr, settings.epochs, settings.batch_size, settings.speedup)
     generator = seeded(config.run.seed, "adapt", index)
     x_ATD, y_ATD = torch.cat(inputs), torch.cat(targets)
-    merged, trace = fit_block(experiment.block, trained, x_ATD, y_ATD, fit, generator=generator, progress=bar.advance)
+    merged, trace = fit_block(block, trained, x_ATD, y_ATD, fit, generator=generator, progress=bar.advance)
     write_tensors(file, merged, provenance | {"trace": trace})
 
 

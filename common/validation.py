@@ -3,7 +3,7 @@
 from common.config import PRETRAINED, Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.domain import FOLDERS, Domain, block_family, scored_tests
+from common.domain import FOLDERS, Domain, scored_tests
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
 from common.merging.registry import METHODS, check_hyper, method_choices
@@ -20,7 +20,7 @@ def check_choices(config: Config, domain: Domain) -> None:
     check_domain(config, domain.NAME)
     check_tasks(config)
     check_tests(config, domain)
-    check_family(config, domain)
+    check_language_options(config, domain)
     check_starts(config, domain)
     check_settings(config)
 
@@ -53,12 +53,9 @@ def check_tests(config: Config, domain: Domain) -> None:
             raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
 
 
-def check_family(config: Config, domain: Domain) -> None:
-    """The family exists, and options of language models go with one."""
-    name = config.model.family_of(domain.FAMILIES)
-    if name not in domain.FAMILIES:
-        raise InputError(f"unknown model.family {name!r}; choose from {', '.join(domain.FAMILIES)}")
-    if block_family(domain, config.model).vocabulary:
+def check_language_options(config: Config, domain: Domain) -> None:
+    """Options of language models go with one."""
+    if domain.NAME == "nlg":
         return
     for option in ("vocabulary", "dtype", "tokenizers"):
         if getattr(config.model, option) != getattr(Model(), option):

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from common.config import Model
-from common.core.blocks import Block, BlockFamily
+from common.core.blocks import Block, BlockFamily, BlockModule
 from common.core.task_vectors import Params
 from common.io.checkpoints import write_tensors
 
@@ -32,7 +32,7 @@ def vit(model: Model, anchors: int) -> Case:
     """A block of the image tower of a CLIP."""
     from Vision import domain
 
-    skeleton, family = domain.skeleton(model), domain.FAMILIES["open_clip"]
+    skeleton, family = domain.skeleton(model), domain.family(model)
     return case(family, family.modules(skeleton), (anchors, *domain.token_shape(model)))
 
 
@@ -40,11 +40,11 @@ def encoder(config: Any, anchors: int) -> Case:
     """A layer of a text encoder that transformers knows."""
     from transformers import AutoModel
 
-    from NLU import domain
+    from NLU.encoders import FAMILIES
 
     with torch.device("meta"):
         skeleton = AutoModel.from_config(config, attn_implementation="eager").eval()
-    family = domain.FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
     return case(family, family.modules(skeleton), (anchors, 5, config.hidden_size))
 
 
@@ -53,12 +53,13 @@ def llama_mlp(anchors: int) -> Case:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from NLG import domain
+    from NLG.decoders import mlps
 
     config = LlamaConfig(hidden_size=5120, intermediate_size=13824)
     with torch.device("meta"):
         mlp = LlamaMLP(config)
-    return case(domain.FAMILIES["llama"], [mlp], (anchors, 1, config.hidden_size))
+    family = BlockFamily(blocks="model.layers", parts=mlps)
+    return case(family, [BlockModule("model.layers.0.mlp.", mlp)], (anchors, 1, config.hidden_size))
 
 
 def roberta_base(anchors: int) -> Case:
@@ -67,9 +68,9 @@ def roberta_base(anchors: int) -> Case:
     return encoder(RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1), anchors)
 
 
-def case(family: BlockFamily, modules: list[nn.Module], shape: tuple[int, int, int]) -> Case:
-    prefixes = [family.prefix(i) for i in range(len(modules))]
-    return Case(family.pure(modules[0]), modules[0], shape, prefixes, family)
+def case(family: BlockFamily, modules: list[BlockModule], shape: tuple[int, int, int]) -> Case:
+    first = modules[0].module
+    return Case(family.pure(first), first, shape, [prefix for prefix, _ in modules], family)
 
 
 ARCHS: dict[str, tuple[Callable[[int], Case], int]] = {  # and the paper's number of anchors

@@ -83,8 +83,7 @@ def own_nlu(nlu_inputs, tmp_path) -> Config:
 @pytest.fixture(scope="session")
 def nlg_inputs(tmp_path_factory) -> Path:
     """Language models of every family with experts of one token more, test sets under data/."""
-    from NLG.domain import FAMILIES
-    from pico_nlg import write_pico_models, write_pico_tests
+    from pico_nlg import FAMILIES, write_pico_models, write_pico_tests
 
     root = tmp_path_factory.mktemp("pico_nlg")
     for family in FAMILIES:

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from NLG.decoders import DECODER
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 PICO_TASKS = ["math", "code"]
 SPECIAL = ["<s>", "</s>", "<unk>"]
 LETTERS = [
@@ -24,7 +24,7 @@ PICO = {
     "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 TIED = {"gemma"}
-EMBEDDING, HEAD = DECODER.vocabulary
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM = "model.norm.weight"
 
 

@@ -175,7 +175,7 @@ def test_the_inputs_of_a_fused_projection_are_seen():
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
     module = ResidualAttentionBlock(8, 2, act_layer=QuickGELU)
-    block = domain.FAMILIES["open_clip"].pure(module)
+    block = domain.OPEN_CLIP.pure(module)
     theta = {n: p.detach() + 0.1 for n, p in module.named_parameters()}
     x = torch.randn(3, 4, 8, generator=seeded(0))
     grams = input_grams(block, theta, x)

@@ -21,11 +21,11 @@ from Vision import domain
 @pytest.fixture(scope="module")
 def units(pico_inputs):
     """A block of the pico CLIP, θ₀, and three tasks, of which the last leaves a tensor as it is."""
-    family: BlockFamily = domain.FAMILIES["open_clip"]
-    modules = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
+    family: BlockFamily = domain.OPEN_CLIP
+    (_, module), *_ = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
     generator = seeded(0)
-    theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in modules[0].named_parameters()}
-    block, problems, x_inits = family.pure(modules[0]), [], []
+    theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in module.named_parameters()}
+    block, problems, x_inits = family.pure(module), [], []
     for task in range(3):
         theta_t = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in theta_0.items()}
         if task == 2:

@@ -23,7 +23,7 @@ def test_the_key_bias_of_clip_has_no_gradient_and_is_left_out():
 
     torch.manual_seed(0)
     module = ResidualAttentionBlock(8, 2).double()
-    family = domain.FAMILIES["open_clip"]
+    family = domain.OPEN_CLIP
     theta = {n: torch.randn_like(p).requires_grad_() for n, p in module.named_parameters()}
     x = torch.randn(3, 4, 8, dtype=torch.float64)
     cosine(family.pure(module)(theta, x), torch.randn(3, 4, 8, dtype=torch.float64)).backward()
@@ -44,7 +44,7 @@ def test_the_key_bias_of_clip_has_no_gradient_and_is_left_out():
 def test_the_papers_models_have_the_papers_shapes(arch, tokens, width, depth, block_size):
     model = Model(arch=arch)
     assert domain.token_shape(model) == (tokens, width)
-    blocks = domain.FAMILIES["open_clip"].modules(domain.skeleton(model))
+    blocks = [m for _, m in domain.family(model).modules(domain.skeleton(model))]
     parameters = dict(blocks[0].named_parameters())
     assert (len(blocks), len(parameters)) == (depth, 12)
     assert sum(p.numel() for p in parameters.values()) == block_size

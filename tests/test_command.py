@@ -14,7 +14,7 @@ from helpers import command
 WITH_A_BUG = """
 import runpy, sys
 import common.experiment as experiment
-def broken(path, names):
+def broken(path, names=str):
     raise KeyError("a.weight")
 experiment.Checkpoint = broken
 sys.argv = sys.argv[1:]

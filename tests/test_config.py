@@ -75,7 +75,6 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--tasks", "[MNIST,MNIST]"], "none twice"),
         (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, "),
         (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),
-        (["--model.family", "vgg"], "unknown model.family 'vgg'; choose from open_clip"),
         (["--anchors.number", "0"], "anchors.number is 0"),
         (["--domain", "nlu"], "config is of domain nlu"),
     ],

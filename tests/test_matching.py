@@ -15,7 +15,7 @@ from common.fda.matching import (
     matching_value,
 )
 from helpers import linear
-from Vision.domain import FAMILIES
+from Vision.domain import OPEN_CLIP
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def pico_block():
     theta_0 = {n: torch.randn_like(p) * 0.3 for n, p in module.named_parameters()}
     theta_t = {n: p + torch.randn_like(p) * 0.05 for n, p in theta_0.items()}
     with sdpa_kernel(SDPBackend.MATH):
-        yield FAMILIES["open_clip"].pure(module), theta_0, theta_t, torch.randn(3, 4, 8, dtype=torch.float64)
+        yield OPEN_CLIP.pure(module), theta_0, theta_t, torch.randn(3, 4, 8, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -331,7 +331,7 @@ def vision_config(pico_config, vision_inputs):
 
 
 def expert_weights(config, task, domain):
-    family = domain.FAMILIES[config.model.family or "open_clip"]
+    family = domain.family(config.model)
     checkpoint = Checkpoint(config.model.path("expert", task), family.names)
     return checkpoint.read(checkpoint.names(family.scope))
 
@@ -397,7 +397,7 @@ def test_every_method_merges_a_checkpoint_and_says_what_data_it_used(method, dom
     config = with_method(config, method, examples=6 if domain is vision else 1000)
     config = replace(config, run=replace(config.run, score=False))
     folder = merge_alone(config, domain)
-    family = domain.FAMILIES[config.model.family or "open_clip"]
+    family = domain.family(config.model)
     made, base = Checkpoint(folder), Checkpoint(config.model.path("base"), family.names)
     for name in base.names(family.scope):
         assert not torch.equal(made.read([name])[name], base.read([name])[name]), name

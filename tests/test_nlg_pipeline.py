@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from common.command import parse
 from common.config import ROOT
+from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.evaluation.scoring import score_run
@@ -20,7 +21,6 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, files_of, read
 from NLG import domain
-from NLG.decoders import DECODER
 from pico_nlg import (
     EMBEDDING,
     HEAD,
@@ -131,7 +131,7 @@ def test_released_anchors_of_two_axes_are_used_in_place(nlg_config, tmp_path):
 def test_the_gradient_in_chunks_is_the_whole_one(distance, chunk):
     torch.manual_seed(0)
     module = pico_model("llama").model.layers[0].mlp.double()
-    block = DECODER.pure(module)
+    block = BlockFamily(blocks="model.layers").pure(module)
     theta_0 = dict(module.named_parameters())
     theta_t = {n: p + 0.1 * torch.randn_like(p) for n, p in theta_0.items()}
     x_ATD = torch.randn(9, 1, 16, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_the_paper_config_is_planned_without_any_file():
     text = paper_plan()
     for line in (
         "MISSING    base: there is no checkpoint at /nowhere/Llama-2-13b-hf",
-        "810 MiB in 3 tensors, 40 blocks",
+        "40 x model.layers.N.mlp, 3 tensors, 810 MiB; D 5120",
         "8192 x 1 x 5120, 160.0 MiB",
         "80 units of 200 steps",
         "12.50 GiB",  # of anchors

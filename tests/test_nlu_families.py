@@ -24,6 +24,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, edit_config
 from NLU import domain, scoring
+from NLU.encoders import FAMILIES
 from pico_nlu import (
     CONFIGS,
     pico_architecture,
@@ -79,7 +80,7 @@ def test_position_embeddings_are_added_while_anchors_are_optimised(nlu_config):
     file = RunLayout(added).anchor_file("CoLA", 0)
     theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["CoLA"]))
     tau = nonzero_tensors(experiment.task_vector("CoLA", theta_0, theta_t))
-    problem = MatchingProblem(experiment.block, theta_0, theta_t, tau)
+    problem = MatchingProblem(experiment.functions[0], theta_0, theta_t, tau)
     losses = matching_loss(problem, load_file(file)["anchors"])
     assert dict(zip(tau, losses.tolist(), strict=True)) == pytest.approx(read_header(file)["losses"], abs=1e-4)
 
@@ -123,7 +124,7 @@ def test_the_papers_models_have_the_papers_shapes(tmp_path):
         architecture.save_pretrained(tmp_path / name)
         model = replace(pico_config(tmp_path, tmp_path).model, root=str(tmp_path), base=name)
         assert domain.token_shape(model) == (5, width)
-        blocks = domain.FAMILIES["roberta"].modules(domain.skeleton(model))
+        blocks = [m for _, m in domain.family(model).modules(domain.skeleton(model))]
         parameters = dict(blocks[0].named_parameters())
         assert (len(blocks), len(parameters), sum(p.numel() for p in parameters.values())) == (depth, 16, size)
         assert all(p.is_meta for p in parameters.values())
@@ -134,8 +135,8 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     torch.manual_seed(0)
     wide = pico_architecture("roberta", hidden_size=64, num_hidden_layers=1)
     encoder = AutoModel.from_config(wide, attn_implementation="eager")
-    family = domain.FAMILIES["roberta"]
-    (module,) = family.modules(encoder)
+    family = FAMILIES["roberta"]
+    ((_, module),) = family.modules(encoder)
     block = family.pure(module)
     theta_0 = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in module.named_parameters()}
     theta_t = {n: p + 0.05 * torch.randn_like(p) for n, p in theta_0.items()}

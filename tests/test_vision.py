@@ -357,12 +357,17 @@ def test_the_validation_cut_is_a_tenth_of_the_training_images(pico_config, pico_
         domain.labelled_images(change(pico_config, "eval", split="validation_cut"), "MNIST")
 
 
+def test_a_family_that_the_base_is_not_of_is_refused(pico_config):
+    with pytest.raises(InputError, match="unknown model.family 'vgg'; vision has open_clip"):
+        construct(change(pico_config, "model", family="vgg"), domain)
+
+
 def test_the_dry_run_names_what_is_missing_and_what_is_needed(pico_config):
     text = describe(change(pico_config, "model", root="/nowhere", arch="ViT-B-32-quickgelu"), domain).text
     for line in (
         "MISSING    base: there is no checkpoint at /nowhere/base",
         "MISSING    expert SVHN",
-        "27 MiB in 12 tensors",
+        "12 x visual.transformer.resblocks.N, 12 tensors, 27 MiB; D 768",
         "GFLOP",
     ):
         assert line in text

@@ -1,13 +1,15 @@
 """Where the blocks of an architecture live, and how one becomes a pure function of its parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common.core.task_vectors import Params
 
+NUMBERS = ("layer_idx", "layer_number", "training")  # attributes that change nothing of a block by itself
 Block = Callable[[Params, Tensor], Tensor]
 """A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
 
@@ -17,15 +19,34 @@ def call_module(module: nn.Module, x_ATD: Tensor) -> Tensor:
     return module(x_ATD)
 
 
+def whole_layer(layer: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The layer itself is anchored."""
+    return [("", layer)]
+
+
+def own_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the model's own parameters."""
+    return {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+
+
+class BlockModule(NamedTuple):
+    """An anchored module, and how the names of its tensors begin in a checkpoint."""
+
+    prefix: str
+    module: nn.Module
+
+
 @dataclass(frozen=True)
 class BlockFamily:
-    """All that the project knows about one architecture. Adding an architecture is adding one of these.
+    """All that the project knows about one architecture.
 
-    blocks: path of the list of blocks, the same in the module and in the names of its checkpoint.
+    blocks: how the names of the list of layers begin in a checkpoint; path: where that list is in the module, if
+        elsewhere.
     names: name of a stored tensor -> its name in the module, or None for one that is never merged, such as a task's
         classifier. Published files of one architecture differ in a prefix, which is removed here and nowhere else.
     call: (module, x_ATD) -> y_ATD; hides argument lists, masks and tuples.
-    part: the sub-module of a block that is anchored ("mlp"); "" for the whole block.
+    parts: a layer -> (path within it, module) of each of its modules that is anchored, a block of its own: the layer
+        itself, its MLP, or every expert of a mixture.
     before_head: beginning of the names of what lies between the last block and a head, "" if nothing does. It is
         merged where base and experts all have it and none has a head; else it belongs to the heads.
     scope: only tensors whose name begins with this are merged; the rest is the base's.
@@ -33,28 +54,35 @@ class BlockFamily:
         whatever the input: {name: (group, of how many)}. Softmax does not see a shift of all keys, hence the key bias.
     published_axes: axis order of the paper's released anchor files, "ATD", "TAD" or, of one token, "AD".
     positions: name of the position embedding, of which anchors.position_embeddings adds the first rows; "" if none.
+    stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     """
 
     blocks: str
+    path: str = ""
     call: Callable[[nn.Module, Tensor], Tensor] = call_module
-    part: str = ""
+    parts: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = whole_layer
     names: Callable[[str], str | None] = str
     before_head: str = ""
     scope: str = ""
     null_gradients: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     published_axes: str = "ATD"
     positions: str = ""
+    stored: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] = own_shapes
     vocabulary: tuple[str, ...] = ()
 
-    def prefix(self, index: int) -> str:
-        """Beginning of the names of block `index` in a checkpoint."""
-        return f"{self.blocks}.{index}." + (f"{self.part}." if self.part else "")
-
-    def modules(self, skeleton: nn.Module) -> list[nn.Module]:
+    def modules(self, skeleton: nn.Module) -> list[BlockModule]:
         """The anchored modules of a model, in order."""
-        blocks = skeleton.get_submodule(self.blocks)
-        return [b.get_submodule(self.part) if self.part else b for b in blocks.children()]
+        return [
+            BlockModule(".".join(filter(None, (self.blocks, index, path))) + ".", module)
+            for index, layer in skeleton.get_submodule(self.path or self.blocks).named_children()
+            for path, module in self.parts(layer)
+        ]
+
+    def functions(self, modules: Iterable[BlockModule]) -> tuple[Block, ...]:
+        """Each as a pure function; those that compute alike are one, which is compiled once."""
+        found: dict[str, Block] = {}
+        return tuple(found.setdefault(kind_of(module), self.pure(module)) for _, module in modules)
 
     def pure(self, module: nn.Module) -> Block:
         """The module, which may live on the meta device, as block(params, x_ATD) -> y_ATD. Dropout is off."""
@@ -86,6 +114,31 @@ class _FamilyCall(nn.Module):
 
     def forward(self, x_ATD: Tensor) -> Tensor:
         return self.call(self.module, x_ATD)
+
+
+def by_kind(modules: Iterable[BlockModule]) -> list[list[BlockModule]]:
+    """Modules that compute the same function of their tensors, together."""
+    kinds: dict[str, list[BlockModule]] = {}
+    for each in modules:
+        kinds.setdefault(kind_of(each.module), []).append(each)
+    return list(kinds.values())
+
+
+def kind_of(module: nn.Module) -> str:
+    """Equal for modules that compute the same function of their tensors: classes, sizes and plain attributes agree.
+
+    A layer's number, by which it would find its keys in a cache, is none of them: no block has a cache.
+    """
+    plain = (bool, int, float, str, type(None))
+    said = [
+        (
+            path,
+            type(part).__qualname__,
+            [(n, v) for n, v in vars(part).items() if isinstance(v, plain) and n not in NUMBERS],
+        )
+        for path, part in module.named_modules()
+    ]
+    return repr((said, [(name, tuple(p.shape)) for name, p in module.named_parameters()]))
 
 
 def nonzero_tensors(tau: Params) -> Params:

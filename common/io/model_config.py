@@ -8,7 +8,7 @@ unless it is known not to.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
+AUTO = "auto"  # model.family: whatever the config says
 WHAT = "config file, JSON with a model_type"
 SHOWN = 4  # of the fields that differ
 
@@ -128,13 +129,13 @@ def shown(value: object) -> str:
     return json.dumps(value)[:40]
 
 
-def require_family(fields: Mapping[str, Any], file: str, family: str, families: Iterable[str]) -> None:
-    """InputError if a config is of another architecture than model.family, or of one that cannot be merged."""
+def require_family(fields: Mapping[str, Any], file: str, family: str) -> None:
+    """InputError if a config is of another architecture than model.family names, or names none."""
     found = fields.get("model_type")
-    if found != family:
-        known = ", ".join(families)
-        hint = "" if found in known.split(", ") else f"; of this domain's models those of {known} can be merged"
-        raise InputError(f"{file} has model type {found!r}, model.family is {family!r}{hint}")
+    if found is None:
+        raise InputError(f"{file} names no model_type, by which transformers knows an architecture")
+    if family not in (AUTO, found):
+        raise InputError(f"{file} has model type {found!r}, model.family is {family!r}")
 
 
 def known_config(written: Mapping[str, Any], file: str) -> "PretrainedConfig":

@@ -80,7 +80,7 @@ def calibration_task_of(
         logits: takes the logits out of what the model returns.
     """
     modules = family.modules(model.get_submodule(prefix.removesuffix(".")))
-    first, names = modules[0], {name for name, _ in model.eval().named_parameters()}
+    first, names = modules[0].module, {name for name, _ in model.eval().named_parameters()}
 
     def run(theta: Params, batch: Batch) -> Any:
         named = {prefix + name: p for name, p in theta.items() if prefix + name in names}
@@ -101,7 +101,7 @@ def calibration_task_of(
         y = functional_call(first, dict(theta), (inputs.x_ATD, *inputs.others), dict(inputs.named))
         return y[0] if isinstance(y, tuple) else y
 
-    prefixes = [family.prefix(index) for index in range(len(modules))]
+    prefixes = [prefix for prefix, _ in modules]
     return CalibrationTask(lambda theta, batch: logits(run(theta, batch)), embed, block, prefixes, batches, examples)
 
 

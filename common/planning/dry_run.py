@@ -1,7 +1,8 @@
 """The dry run: what a config would read, make and need, from headers and one block of each model."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -11,9 +12,9 @@ import torch
 import yaml
 
 from common.config import PRETRAINED, Config, as_dict
-from common.core.blocks import BlockFamily
+from common.core.blocks import BlockModule, by_kind
 from common.core.errors import InputError
-from common.domain import Domain, block_family, scored_tests
+from common.domain import Domain, scored_tests
 from common.experiment import Experiment, open_inputs
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
@@ -71,7 +72,7 @@ def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Pl
     The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides.
     """
     check_choices(config, domain)
-    family, refusals = block_family(domain, config.model), Refusals()
+    refusals = Refusals()
     experiment = open_inputs(config, domain, refusals.noted)
     lines = inputs(config, domain, refusals)
     if experiment:
@@ -81,7 +82,7 @@ def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Pl
         with refusals.noted(""):
             lines.append(f"  {'‖τ‖/‖θ₀‖':10} in block 0: {said_of(relative_norms(experiment, [0]))}")
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
-    needed = needs(config, domain, family)
+    needed = needs(config, domain)
     text = "\n".join([settings, "Inputs", *lines, "", "Outputs", *outputs(config), "", *needed])
     return Plan(text, list(dict.fromkeys(sentence for of_one in refusals.values() for sentence in of_one)))
 
@@ -185,10 +186,17 @@ def outputs(config: Config) -> list[str]:
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 
 
-def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
-    """Units, disk, memory and arithmetic, counted on one block without weights (the meta device)."""
+def in_short(alike: Sequence[BlockModule]) -> str:
+    """So many blocks of one kind: the first's name, the number of its tensors, their size."""
+    prefix, module = alike[0]
+    names = re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") if len(alike) > 1 else prefix.removesuffix(".")
+    return f"{len(alike)} x {names}, {len(list(module.parameters()))} tensors, {size_of(module) / 2**20:.3g} MiB"
+
+
+def needs(config: Config, domain: Domain) -> list[str]:
+    """Units, disk, memory and arithmetic, counted on blocks without weights (the meta device), the largest of each."""
     try:
-        skeleton = domain.skeleton(config.model)
+        skeleton, family = domain.skeleton(config.model), domain.family(config.model)
         modules = family.modules(skeleton)
         tokens, width = domain.token_shape(config.model)
     except InputError as error:
@@ -196,32 +204,35 @@ def needs(config: Config, domain: Domain, family: BlockFamily) -> list[str]:
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
     anchors, blocks = math.prod(shape) * 4, len(config.run.blocks or modules)
     units = blocks * len(config.tasks)
-    precision = arithmetic(config, modules[0], shape)
-    operations, construction = cost_of_step(family.pure(modules[0]), modules[0], shape, config, precision)
-    adaptation = cost_of_fit(family.pure(modules[0]), modules[0], shape, config)
+    kinds = by_kind(modules)
+    largest = max((group[0].module for group in kinds), key=size_of)
+    precision = arithmetic(config, largest, shape)
+    steps = [cost_of_step(family.pure(group[0].module), group[0].module, shape, config, precision) for group in kinds]
+    operations = sum(len(group) * step for group, (step, _) in zip(kinds, steps, strict=True)) / len(modules)
+    construction = max((ledger for _, ledger in steps), key=lambda ledger: ledger.peak)
+    adaptation = cost_of_fit(family.pure(largest), largest, shape, config)
     dtype = getattr(torch, config.model.dtype or "float32")
-    merged = {n: tuple(p.shape) for n, p in sorted(skeleton.named_parameters()) if n.startswith(family.scope)}
+    merged = {n: shape for n, shape in sorted(family.stored(skeleton).items()) if n.startswith(family.scope)}
     weights = list(map(math.prod, merged.values()))
     passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
     epochs = shortened(settings.epochs, settings.speedup)
     warm = settings.warm_start == "regmean"
-    closed = memory_of_warm_start(modules[0], 2 * len(config.tasks) * anchors) if warm else 0
+    closed = memory_of_warm_start(largest, 2 * len(config.tasks) * anchors) if warm else 0
     rows = {
-        "block": f"{size_of(modules[0]) / 2**20:.0f} MiB in {len(list(modules[0].parameters()))} tensors, "
-        f"{len(modules)} blocks",
+        "blocks": "; ".join(map(in_short, kinds)) + f"; D {width}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
         "construct, in": precision,
         "construct, memory": in_words(
-            construction.peak, host_of_construction(modules[0], width, anchors), construction.resident
+            construction.peak, host_of_construction(largest, width, anchors), construction.resident
         ),
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(
             max(adaptation.peak, closed),
-            max(2 * size_of(modules[0]) + 2 * anchors, passing),
+            max(2 * size_of(largest) + 2 * anchors, passing),
             max(adaptation.resident, closed),
         ),
         **memory_of_merge(config, merged, f"{family.blocks}.", passing),
