@@ -14,7 +14,8 @@ from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
-from NLG.decoders import architecture, body, config_text, family
+from common.io.unstacked import stacked
+from NLG.decoders import architecture, body, config_text, family, skeleton
 from NLG.inputs import GENERATION_FILE, base_config, class_names
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -41,10 +42,12 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     text, where = config_text(model)
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
-    shapes = stage_shards(as_stored(tensors, dtype, base), folder)
+    whole = stacked(tensors, family(model).stored(skeleton(model)), family(model).pieces)
+    shapes = stage_shards(as_stored(whole, dtype, base), folder)
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
-        changes["vocab_size"] = shapes[embedding][0]
+        rows = {"vocab_size": shapes[embedding][0]}
+        changes |= {"text_config": fields["text_config"] | rows} if "text_config" in fields else rows
     if head in shapes and architecture(model).tie_word_embeddings:
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)

@@ -18,6 +18,7 @@ from NLG.decoders import body, config_text, family, skeleton
 
 GENERATION_FILE = "generation_config.json"
 # The tensors of a head other than a language model's, and what transformers calls a model that has these.
+LANGUAGE = [classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
 CLASSES = {
     frozenset({"score.weight"}): classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     frozenset({"score.weight", "score.bias"}): classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -65,9 +66,8 @@ def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list
     A causal model that is tied has no head of its own, and neither has a bare one.
     """
     causal = language_head(model)
-    kinds = [classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] * (
-        head == causal or (not head and bool(config.resolved.get("tie_word_embeddings")))
-    )
+    tied = not head and config.resolved.get("tie_word_embeddings")
+    kinds = LANGUAGE if head == causal or tied else []
     found = (kind.get(config.model_type) for kind in (*kinds, CLASSES.get(head, {})))
     return [name if isinstance(name, str) else name[0] for name in found if name]
 

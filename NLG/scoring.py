@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from common.config import Config, Model
@@ -23,7 +23,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
 from NLG.answers import is_right_expression, is_right_number, is_right_text
-from NLG.decoders import family
+from NLG.decoders import architecture, family, opener_of
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
 from NLG.programs import program_in, runs
@@ -208,7 +208,8 @@ def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTra
     fields: of its config.json, with other values.
     """
     renamings = Checkpoint(folder).unwrapped.renamings()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
+    opener = opener_of(architecture(Model(base=str(folder))))
+    return opener.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
 
 
 def examples_of(data: str, test: str, limit: int | None = None, cut: bool = False) -> datasets.Dataset:

@@ -19,6 +19,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
 from common.io.tokens import write_with_more
+from common.io.unstacked import unstacked
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, is_finished, merge_provenance, read_provenance
 from common.merging.registry import METHODS, merge
 from common.run.run_log import record_stage
@@ -41,7 +42,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
             else:
                 tensors = merged_tensors(experiment, method)
             finish(experiment, domain, tensors, folder, provenance)
-    return Checkpoint(folder)
+    return unstacked(Checkpoint(folder), experiment.family.pieces)
 
 
 def merged_with_data(
@@ -106,6 +107,7 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     pretrained, so that its gain can be told from that of the rest.
     """
     folder = start.path.with_name(f"{start.path.name}-{SAME_REST.replace(' ', '-')}")
+    start = unstacked(start, experiment.family.pieces)
     inputs = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
     provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
     if is_finished(folder, provenance):

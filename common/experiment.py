@@ -21,6 +21,7 @@ from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
 from common.io.heads import leave_to_heads, open_experts, open_like
 from common.io.matched import Matching
+from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
 from common.merging.registry import hyperparameters
 from common.run.device import prepare
@@ -113,7 +114,7 @@ class Experiment:
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
         path = Path(self.config.start.checkpoint).expanduser()
-        start = open_like(self.base, path, self.family.names, self.family.vocabulary)
+        start = unstacked(open_like(self.base, path, self.family.names, self.family.vocabulary), self.family.pieces)
         if self.config.model.vocabulary != "refuse":
             names = [name for name in self.family.vocabulary if name in self.base.shapes]
             start.resize({name: self.base.shapes[name][0] for name in names})
@@ -192,7 +193,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
         check_indices(config.run.blocks or [], len(modules))
     if base:
         with checking("base"):
-            check_blocks(base, modules)
+            check_blocks(unstacked(base, family.pieces), modules)
     experts = open_all_experts(config, domain, family, base, checking)
     if not base:
         return None
@@ -264,6 +265,8 @@ def compare_experts(
     Returns: base and experts with the same rows for the same tokens, and how these were matched.
     """
     leave_to_heads(family.before_head, base, experts.values())
+    base = unstacked(base, family.pieces)
+    experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
     matching = Matching(0)
     with checking("model.vocabulary"):
         base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)

@@ -11,6 +11,7 @@ from the repository's root and names of rows:
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
     study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
     methods                the merge methods
+    architectures nlg      what is anchored of each architecture that the tests merge, found in a pico model of it
 """
 
 import argparse
@@ -22,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from common.config import ROOT
+from common.config import ROOT, Model
 from common.core.errors import InputError
+from common.domain import FOLDERS
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
 from common.evaluation.significance import Scores, difference, findings, scores_of
 from common.evaluation.studies import table_of
@@ -144,7 +146,27 @@ def studied(file: str) -> str:
     return table_of(Path(file).stem, rows, import_module(f"{Path(file).parts[0]}.domain").PERCENT)
 
 
-KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods}
+def architectures(domain: str) -> str:
+    """A line for each name that anchored modules have, and the architectures that have it."""
+    sys.path.append(str(ROOT / "tests"))
+    from transformers import logging as transformers_logging
+
+    from pico_decoders import DECODERS, fields_of
+
+    transformers_logging.set_verbosity_error()  # of pico configs it warns that their numbers are odd
+    of = import_module(f"{FOLDERS[domain]}.domain")
+    found: dict[str, list[str]] = {}
+    for kind in DECODERS:
+        model = Model(arch=json.dumps(fields_of(kind)))
+        prefixes = [prefix for prefix, _ in of.family(model).modules(of.skeleton(model))]
+        named = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") for prefix in prefixes)
+        found.setdefault(", ".join(f"`{name}`" for name in named), []).append(f"`{kind}`")
+    lines = [(named, ", ".join(kinds)) for named, kinds in found.items()]
+    head = ("Anchored", "Architectures (`model_type`)")
+    return "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n"
+
+
+KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods, "architectures": architectures}
 
 if __name__ == "__main__":
     main()

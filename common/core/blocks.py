@@ -29,6 +29,25 @@ def own_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
 
 
+class Piece(NamedTuple):
+    """A part of a stored tensor: the name that it has by itself, its place in a stack, its rows if not all, and whether
+    it is stored as (inputs, outputs), where a linear map is (outputs, inputs)."""
+
+    name: str
+    place: int | None = None
+    rows: slice | None = None
+    turned: bool = False
+
+
+Pieces = Callable[[str, tuple[int, ...]], Iterable[Piece]]
+"""From the name and shape of a stored tensor to its pieces; none of one that is taken as it is stored."""
+
+
+def no_pieces(name: str, shape: tuple[int, ...]) -> Iterable[Piece]:
+    """Of architectures that stack and turn nothing."""
+    return ()
+
+
 class BlockModule(NamedTuple):
     """An anchored module, and how the names of its tensors begin in a checkpoint."""
 
@@ -55,6 +74,7 @@ class BlockFamily:
     published_axes: axis order of the paper's released anchor files, "ATD", "TAD" or, of one token, "AD".
     positions: name of the position embedding, of which anchors.position_embeddings adds the first rows; "" if none.
     stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
+    pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     """
 
@@ -69,6 +89,7 @@ class BlockFamily:
     published_axes: str = "ATD"
     positions: str = ""
     stored: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] = own_shapes
+    pieces: Pieces = no_pieces
     vocabulary: tuple[str, ...] = ()
 
     def modules(self, skeleton: nn.Module) -> list[BlockModule]:

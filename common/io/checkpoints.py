@@ -114,6 +114,16 @@ class Checkpoint:
                 raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
         return tensors
 
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things of a kind that are stacked in a tensor, in float32; no other is in memory."""
+        if name not in self.rows:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        with opened(self.rows[name].file) as handle:
+            tensor = handle.get_slice(self.rows[name].stored)[index].to(torch.float32, copy=True)
+        if not is_finite(tensor):
+            raise InputError(f"{self.rows[name].file}: the tensor {name} holds NaN or Inf at {index}")
+        return tensor
+
     def read_under(self, prefix: str) -> Params:
         """All tensors whose name begins with `prefix`, the prefix taken off."""
         return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}

@@ -237,6 +237,10 @@ class LoraCheckpoint(Checkpoint):
             tensor.flatten(1).addmm_(b, a, alpha=factors.scale)
         return with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
 
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things that are stacked in a tensor; all of them are in memory for it."""
+        return self.read([name])[name][index].clone()
+
     def fingerprint(self) -> str:
         """Identifies adapter and base."""
         files = [self.path / CONFIG_FILE, self.path / WEIGHT_FILE, *surroundings(self.path)]

@@ -46,6 +46,10 @@ class MatchedExpert(Checkpoint):
         """The named tensors in float32, matched where they have a row for every token."""
         return {name: self.placed(name) if name in self.matched else self.own.read([name])[name] for name in names}
 
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things that are stacked in a tensor; none of them has a row for every token."""
+        return self.own.read_at(name, index)
+
     def placed(self, name: str) -> Tensor:
         """The base's tensor with the expert's rows in their places."""
         theta, own = self.base.read([name])[name], self.own.read([name])[name]
@@ -77,6 +81,10 @@ class JoinedBase(Checkpoint):
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32, with the rows of all tokens where they have one for each."""
         return {name: self.filled(name) if name in self.joined else self.own.read([name])[name] for name in names}
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things that are stacked in a tensor; none of them has a row for every token."""
+        return self.own.read_at(name, index)
 
     def filled(self, name: str) -> Tensor:
         """The base's tensor and the rows of the tokens that it lacks."""

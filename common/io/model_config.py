@@ -9,7 +9,6 @@ unless it is known not to.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,9 +145,15 @@ def known_config(written: Mapping[str, Any], file: str) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**deepcopy(dict(written)))  # it writes into what it is given
+        own = json.loads(json.dumps(written), object_hook=special_float)  # a copy: it writes into what it is given
+        return AutoConfig.for_model(**own)
     except Exception as error:  # whatever the class of an architecture makes of any value
         raise InputError(f"{file} is no config of a model that transformers knows: {one_line(error)}") from error
+
+
+def special_float(fields: dict[str, Any]) -> Any:
+    """A number that JSON has no word for, as transformers writes it: {"__float__": "Infinity"}."""
+    return float(fields["__float__"]) if fields.keys() == {"__float__"} else fields
 
 
 def resolve(written: Mapping[str, Any], file: str) -> ModelConfig:

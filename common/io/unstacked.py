@@ -1,0 +1,101 @@
+"""Checkpoints that keep many matrices in one tensor, or keep them turned, read one at a time; and the way back."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from common.core.blocks import Piece, Pieces
+from common.core.errors import InputError
+from common.core.task_vectors import Params
+from common.io.checkpoints import Checkpoint
+
+
+class Unstacked(Checkpoint):
+    """A checkpoint whose stacks are taken apart as they are read, so that no more than a piece is in memory."""
+
+    def __init__(self, own: Checkpoint, pieces: Pieces):
+        self.own, self.path, self.left_out = own, own.path, own.left_out
+        self.stacks: dict[str, tuple[str, Piece]] = {}
+        self.shapes = {}
+        for name, shape in own.shapes.items():
+            of_name = list(pieces(name, shape))
+            for piece in of_name:
+                self.stacks[piece.name] = name, piece
+                self.shapes[piece.name] = part_of(shape, piece)
+            if not of_name:
+                self.shapes[name] = shape
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32."""
+        return {name: self.read_piece(name) if name in self.stacks else self.own.read([name])[name] for name in names}
+
+    def read_piece(self, name: str) -> Tensor:
+        """One piece of a stack."""
+        stack, piece = self.stacks[name]
+        tensor = self.own.read([stack])[stack] if piece.place is None else self.own.read_at(stack, piece.place)
+        tensor = tensor if piece.rows is None else tensor[piece.rows].clone()
+        return tensor.T.contiguous() if piece.turned else tensor
+
+    def touches(self, prefix: str) -> bool:
+        """Whether a tensor whose name begins so may differ from the base's."""
+        stacks = {stack for name, (stack, _) in self.stacks.items() if name.startswith(prefix)}
+        return self.own.touches(prefix) or any(map(self.own.touches, stacks))
+
+    def resize(self, rows: Mapping[str, int]) -> None:
+        """From now on the named matrices have so many rows."""
+        self.own.resize(rows)
+        self.shapes |= {name: self.own.shapes[name] for name in rows.keys() & self.own.shapes.keys()}
+
+    def fingerprint(self) -> str:
+        """Identifies the checkpoint as it is stored."""
+        return self.own.fingerprint()
+
+
+def part_of(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+    """The shape of a piece of a stored tensor."""
+    shape = shape if piece.place is None else shape[1:]
+    shape = shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *shape[1:])
+    return shape[::-1] if piece.turned else shape
+
+
+def unstacked(checkpoint: Checkpoint, pieces: Pieces) -> Checkpoint:
+    """The checkpoint with its stacks taken apart; itself if it has none."""
+    has_any = any(True for name, shape in checkpoint.shapes.items() for _ in pieces(name, shape))
+    return Unstacked(checkpoint, pieces) if has_any else checkpoint
+
+
+def stacked(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces
+) -> Iterator[tuple[str, Tensor]]:
+    """Put the pieces of each stack together again; all else passes as it is.
+
+    Args:
+        tensors: Named tensors in any order; a stack is in memory from its first piece to its last.
+        shapes: {name: shape} of the checkpoint that is written.
+        pieces: What its stacks are made of.
+    Raises: InputError if a stack lacks a piece at the end.
+    """
+    places = {
+        piece.name: (name, piece) for name, shape in shapes.items() for piece in pieces(name, shape) if not piece.rows
+    }
+    begun: dict[str, Tensor] = {}
+    left: dict[str, int] = {}
+    for name, tensor in tensors:
+        if name not in places:
+            yield name, tensor
+            continue
+        stack, piece = places[name]
+        tensor = tensor.T.contiguous() if piece.turned else tensor
+        if piece.place is None:
+            yield stack, tensor
+            continue
+        if stack not in begun:
+            begun[stack], left[stack] = torch.empty(shapes[stack], dtype=tensor.dtype), math.prod(shapes[stack][:1])
+        begun[stack][piece.place] = tensor
+        left[stack] -= 1
+        if not left[stack]:
+            yield stack, begun.pop(stack)
+    if begun:
+        raise InputError(f"the stack {next(iter(begun))} lacks {left[next(iter(begun))]} of its parts")

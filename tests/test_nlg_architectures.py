@@ -1,0 +1,177 @@
+"""Language models of every architecture of pico_decoders.yaml, from stock models to stock models and back."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from common.core.errors import InputError
+from common.core.task_vectors import subtract
+from common.experiment import open_experiment
+from common.fda.matching import MatchingProblem, matching_loss
+from common.io.checkpoints import Checkpoint
+from common.io.unstacked import Unstacked
+from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import describe
+from helpers import change
+from NLG import domain
+from NLG.decoders import opener_of
+from pico_decoders import DECODERS, fields_of
+from pico_nlg import PICO_TASKS, pico_config, pico_tokenizer, save
+
+
+def write_models(root, kind, **fields):
+    """A base and two experts near it; returns the stock models by name."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**fields_of(kind) | fields)
+    models = {name: opener_of(config).from_config(config, dtype=torch.float32).eval() for name in ("base", *PICO_TASKS)}
+    base = {n: noisy(t, 0.2) for n, t in models["base"].state_dict().items()}
+    for name, model in models.items():
+        model.load_state_dict({n: noisy(t, 0.1) for n, t in base.items()} if name != "base" else base)
+        save(model, pico_tokenizer(), root / name)
+    return models
+
+
+def noisy(tensor, scale):
+    return tensor + scale * torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+
+
+def config_of(root):
+    config = pico_config(root, root / "runs")
+    model = {"root": str(root), "family": "auto", "vocabulary": "refuse", "tokenizers": ()}
+    return change(change(config, "model", **model), "run", score=False)
+
+
+def stock(folder):
+    config = AutoConfig.from_pretrained(folder)
+    return opener_of(config).from_pretrained(folder, dtype=torch.float32)
+
+
+def stock_answer(model, path, x_ATD):
+    """What the stock module of a block answers: its MLP, or one expert of a mixture's stack."""
+    number = re.search(r"experts\.(\d+)\.$", path)
+    if number is None:
+        return model.get_submodule(path.removesuffix("."))(x_ATD)
+    experts, tokens = model.get_submodule(path[: number.start()] + "experts"), x_ATD.flatten(0, 1)
+    chosen = torch.full((len(tokens), 1), int(number[1]))
+    return experts(tokens, chosen, torch.ones(len(tokens), 1)).view_as(x_ATD)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_what_is_merged_is_what_the_stock_models_give(kind, tmp_path):
+    """Every block computes what the stock module does, a matching loss is what plain autograd gives on that, TA is TA
+    of the stock models' tensors, and stock transformers opens what FDA makes."""
+    models, config = write_models(tmp_path, kind), config_of(tmp_path)
+    experiment = open_experiment(config, domain)
+    places = domain.family(config.model).modules(domain.skeleton(config.model))
+    inside = own_paths(config, experiment.prefixes)
+    x_ATD = torch.randn(3, 1, 16)
+    for index, path in enumerate(inside):
+        theta_0 = experiment.read_block(experiment.base, index)
+        expected = stock_answer(models["base"], path, x_ATD)
+        torch.testing.assert_close(experiment.functions[index](theta_0, x_ATD), expected, atol=1e-5, rtol=1e-5)
+    assert len(places) == experiment.depth >= 2
+    tensors = len(experiment.read_block(experiment.base, 0))
+    assert plain_loss(models, inside[0], x_ATD, tensors) == pytest.approx(our_loss(experiment, x_ATD), abs=1e-5)
+    construct(config, domain)
+    adapted = stock(adapt(config, domain))
+    assert adapted(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    merged, states = stock(config.run.dir / "merged" / "ta").state_dict(), [m.state_dict() for m in models.values()]
+    for name, base in states[0].items():
+        expected = base + 0.5 * sum(expert[name] - base for expert in states[1:]) if base.is_floating_point() else base
+        torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
+    assert any(not torch.equal(adapted.state_dict()[n], merged[n]) for n in merged)
+
+
+def own_paths(config, prefixes):
+    """Where blocks are in the model itself, whose names can be others than the checkpoint's."""
+    family = domain.family(config.model)
+    inside = [re.sub(f"^{re.escape(family.blocks)}", family.path or family.blocks, prefix) for prefix in prefixes]
+    return [path.replace(".block_sparse_moe.", ".mlp.") for path in inside]
+
+
+def our_loss(experiment, x_ATD):
+    theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["math"]))
+    problem = MatchingProblem(experiment.functions[0], theta_0, theta_t, subtract(theta_t, theta_0))
+    return matching_loss(problem, x_ATD).mean().item()
+
+
+def plain_loss(models, path, x_ATD, tensors):
+    """Mean over a block's tensors of one minus the cosine of −τ and the gradient of the outputs' cosine distance."""
+    base, expert = models["base"], models["math"]
+    target = stock_answer(expert, path, x_ATD).detach()
+    loss = (1 - F.cosine_similarity(stock_answer(base, path, x_ATD), target, dim=-1)).sum()
+    number, place = re.search(r"experts\.(\d+)\.$", path), re.sub(r"experts\.\d+\.$", "experts.", path)
+    names = [n for n, _ in base.named_parameters() if n.startswith(place)]
+    parameters = dict(base.named_parameters())
+    losses = []
+    for name, gradient in zip(names, torch.autograd.grad(loss, [parameters[n] for n in names]), strict=True):
+        tau = expert.get_parameter(name).detach() - parameters[name].detach()
+        pairs = [(tau, gradient)] if number is None else [(tau[int(number[1])], gradient[int(number[1])])]
+        if number and tensors > len(names):  # the checkpoint keeps gate and up apart
+            pairs = list(zip(*(p.chunk(1 + name.endswith("gate_up_proj")) for p in pairs[0]), strict=True))
+        losses += [1 + F.cosine_similarity(t.flatten(), g.flatten(), dim=0).item() for t, g in pairs]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "mixtral"])
+def test_stacks_on_disk_are_read_one_expert_at_a_time(kind, tmp_path):
+    """A checkpoint that keeps the model's own stacks merges into the same model as one that keeps experts apart."""
+    models, config = write_models(tmp_path, kind), config_of(tmp_path)
+    apart = stock(merge_alone(config, domain)).state_dict()
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name, save_original_format=False)
+    stacked = change(config, "run", name="stacked")
+    assert isinstance(open_experiment(stacked, domain).base, Unstacked)
+    merged = stock(merge_alone(stacked, domain)).state_dict()
+    assert all(torch.equal(apart[name], merged[name]) for name in apart)
+    construct(stacked, domain)
+    assert stock(adapt(stacked, domain))(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_of_a_stack_of_64_experts_one_is_in_memory(tmp_path):
+    """gpt-oss keeps all experts of a layer in a tensor; a unit reads an expert of base and model, no stack."""
+    write_models(tmp_path, "gpt_oss", num_local_experts=64, hidden_size=64, intermediate_size=64)
+    experiment = open_experiment(config_of(tmp_path), domain)
+    assert experiment.depth == 128
+    stack = Checkpoint(tmp_path / "base").shapes["model.layers.0.mlp.experts.gate_up_proj"]
+    theta_0 = experiment.read_block(experiment.base, 77)
+    assert {name: tuple(p.shape) for name, p in theta_0.items()} == {
+        "gate_up_proj": stack[:0:-1], "gate_up_proj_bias": stack[2:], "down_proj": (64, 64), "down_proj_bias": (64,),
+    }  # fmt: skip
+    whole = Checkpoint(tmp_path / "base").read(["model.layers.1.mlp.experts.gate_up_proj"])
+    assert torch.equal(theta_0["gate_up_proj"], whole["model.layers.1.mlp.experts.gate_up_proj"][13].T)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in theta_0.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("opt", r"a layer of OPTForCausalLM is made of self_attn, .*: there is no MLP among them \(mlp, feed_forward"),
+        ("bloom", r"the mlp of a layer of BloomForCausalLM does not take a token of width 16 to one: "),
+        ("bert", "a layer of BertLMHeadModel is made of attention, intermediate, output: there is no MLP"),
+        ("t5", "transformers cannot build the model of"),
+    ],
+)
+def test_what_cannot_be_anchored_is_refused_by_its_class(kind, message, tmp_path):
+    (tmp_path / "base").mkdir()
+    fields = fields_of("llama") | {"model_type": kind}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields | {"n_layer": 2, "n_head": 2, "dropout": 0.0}))
+    save_file({"model.x": torch.zeros(2, 2)}, tmp_path / "base" / "model.safetensors")
+    for task in PICO_TASKS:
+        save_file({"model.x": torch.ones(2, 2)}, tmp_path / f"{task}.safetensors")
+    config = change(config_of(tmp_path), "model", expert="{task}.safetensors")
+    with pytest.raises(InputError, match=message):
+        construct(config, domain)
+
+
+def test_the_dry_run_says_what_was_found(tmp_path):
+    write_models(tmp_path, "deepseek_v3")
+    text = describe(config_of(tmp_path), domain).text
+    assert "1 x model.layers.0.mlp, 3 tensors" in text
+    assert "4 x model.layers.N.mlp.experts.N, 3 tensors" in text
+    assert "1 x model.layers.1.mlp.shared_experts, 3 tensors" in text and "; D 16" in text
