@@ -121,7 +121,8 @@ def refuse_other_layouts(path: Path, config: Path | None) -> None:
     called = f" ({kind} in {config.name})" if config and kind else timm_name(path)
     layout = begun[0] if begun else "Hugging Face's layout of a model"
     own = any(name.startswith(OTHER_TOWERS) for name in names)
-    then = "only such a tower can be merged" if own else "take the same model as open_clip saves it"
+    served = "take the same model as open_clip saves it, or a CLIP or SigLIP of transformers"
+    then = "only such a tower can be merged" if own else served
     raise InputError(
         f"{path} holds {layout}{called}; vision anchors the blocks of open_clip's VisionTransformer, whose tensors are "
         f"called visual.transformer.resblocks.…: {then}"

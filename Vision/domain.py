@@ -1,19 +1,16 @@
-"""What the project knows about CLIP: its blocks, its tasks, how a model is opened, written and scored."""
+"""What the project knows about image classifiers made of CLIPs: their tasks, and how models are scored.
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+How a model is opened and written is known by the library that it is of: open_clip_models.py or hf_models.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain
 from pathlib import Path
+from typing import Protocol, cast
 
 import datasets
-import open_clip
 import torch
 import yaml
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -23,18 +20,13 @@ from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import Scored
 from common.evaluation.answers import scored
-from common.io.checkpoints import Checkpoint, write_text
+from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
-from common.io.lora import open_checkpoint
-from common.io.shards import write_stream
-from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import copy_tokenizer
 from common.merging.calibration import CalibrationTask, calibration_task_of
-from Vision.clip_config import check_inputs as check_inputs  # a part of the domain
-from Vision.clip_config import clip_file, config_text
+from Vision import hf_models, open_clip_models
+from Vision.clip_config import clip_file
 
 NAME = "vision"
-IMAGE_TOWER = "visual."
 PERCENT = True  # tables print percent
 
 
@@ -55,82 +47,67 @@ class Task:
     test_size: int | None = None
 
 
-def architecture(model: Model) -> str:
-    """The name by which open_clip knows the architecture; InputError if neither the config nor the base tells it."""
-    if model.arch:
-        return model.arch
-    file = clip_file(model.path("base"))
-    if file:
-        return f"local-dir:{file.parent}"
-    raise InputError(
-        f"{model.path('base')} holds no open_clip_config.json; model.arch can name it, as in ViT-B-32-quickgelu"
-    )
+class Library(Protocol):
+    """A module that opens and writes the models of one library."""
+
+    def skeleton(self, model: Model) -> nn.Module: ...
+    def family(self, model: Model) -> BlockFamily: ...
+    def token_shape(self, model: Model) -> tuple[int, int]: ...
+    def check_inputs(self, config: Config) -> None: ...
+    def check_export(self, model: Model) -> None: ...
+    def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
+    def preprocessing(self, model: Model) -> Callable[[list[dict]], Tensor]: ...
+    def text_directions(self, model: Model, classes: Sequence[str], templates: Sequence[str]) -> Tensor: ...
+    def image_tower(self, model: Model, path: Path) -> nn.Module: ...
+    def Tower(self, model: Model) -> nn.Module: ...
 
 
-@cache
-def skeleton(model: Model, device: str = "meta") -> nn.Module:
-    """The CLIP model without its weights; on the meta device it takes no memory."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # open_clip warns that the weights are random
-    try:
-        with torch.device(device):
-            clip = open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
-    except InputError:
-        raise
-    except Exception as error:  # whatever open_clip makes of a config
-        file = clip_file(model.path("base"))
-        where = f"model.arch {model.arch!r}" if model.arch or not file else str(file)
-        raise InputError(f"open_clip cannot build {where}: {' '.join(str(error).split())}") from error
-    finally:
-        logging.root.setLevel(level)
-    if not isinstance(clip.visual, VisionTransformer):
-        raise InputError(
-            f"the image tower of {architecture(model)} is open_clip's {type(clip.visual).__name__}; vision anchors the "
-            "blocks of its VisionTransformer, visual.transformer.resblocks"
-        )
-    return clip
+def library(model: Model) -> Library:
+    """That of the base: transformers' where the config.json beside its weights says so, else open_clip's."""
+    base = model.path("base")
+    hugging_face = not model.arch and not clip_file(base) and hf_models.is_served(base)
+    return cast(Library, hf_models if hugging_face else open_clip_models)
+
+
+def skeleton(model: Model) -> nn.Module:
+    """The model without its weights, on the meta device."""
+    return library(model).skeleton(model)
+
+
+def family(model: Model) -> BlockFamily:
+    """The blocks of the image tower."""
+    return library(model).family(model)
 
 
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a block of the image tower sees."""
-    tokens, width = skeleton(model).get_parameter("visual.positional_embedding").shape
-    return tokens, width
+    return library(model).token_shape(model)
 
 
-def text_checkpoint(model: Model) -> Checkpoint:
-    """The checkpoint that has the text tower: the base, or what model.text names."""
-    wanted = [name for name in skeleton(model).state_dict() if not name.startswith(IMAGE_TOWER)]
-    tried = []
-    for which in ("base", "text"):
-        if getattr(model, which):
-            checkpoint = Checkpoint(model.path(which))
-            missing = [name for name in wanted if name not in checkpoint.shapes]
-            if not missing:
-                return checkpoint
-            tried.append(f"{checkpoint.path} lacks {missing[0]}")
-    raise InputError(f"no text tower: {'; '.join(tried)}; model.text can name a checkpoint of the whole CLIP model")
+def check_inputs(config: Config) -> None:
+    """Compare the base's config with that of every other model; InputError if one makes another function of weights."""
+    library(config.model).check_inputs(config)
+
+
+def check_export(model: Model) -> None:
+    """InputError if a merged model could not be written."""
+    library(model).check_export(model)
+
+
+def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write a merged model as the library of the base opens it, the text tower included."""
+    library(model).export(model, tensors, folder)
 
 
 def zero_shot_head(model: Model, task: str) -> Tensor:
-    """The classifier of a task, (classes, embedding): the head file if there is one, else made from the text tower.
-
-    Every class name fills all templates; the normalised text embeddings are averaged, normalised again and scaled by
-    the logit scale (Radford et al. 2021).
-    """
+    """The classifier of a task, (classes, embedding): the head file if there is one, else made from the text tower."""
     classes = TASKS[task].classes
     if model.head and model.path("head", task).is_file():
         head = Checkpoint(model.path("head", task)).read(["weight"])["weight"]
         if len(head) != len(classes):
             raise InputError(f"{model.path('head', task)} has {len(head)} classes, the task {task} has {len(classes)}")
         return head
-    text = text_checkpoint(model)
-    clip = skeleton(model, "cpu")
-    clip.load_state_dict(text.read(n for n in text.shapes if not n.startswith(IMAGE_TOWER)), strict=False)
-    templates = [lambda c, t=t: t.replace("{c}", c) for t in TASKS[task].templates]
-    tokenizer = open_clip.get_tokenizer(architecture(model))
-    with torch.no_grad():
-        directions = open_clip.build_zero_shot_classifier(clip, tokenizer, classes, templates)
-        return directions.T * clip.logit_scale.exp()
+    return library(model).text_directions(model, classes, TASKS[task].templates)
 
 
 def metric(task: str) -> str:
@@ -153,9 +130,10 @@ def labelled_images(config: Config, task: str) -> datasets.Dataset:
 @torch.no_grad()
 def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
     """Top-1 accuracy in [0, 1] and number of test images, for several models in one pass over the images."""
-    pixels = preprocessing(config.model)
+    library_of = library(config.model)
+    pixels = library_of.preprocessing(config.model)
     head = zero_shot_head(config.model, task).to(device)
-    towers = {name: image_tower(config.model, path).to(device) for name, path in checkpoints.items()}
+    towers = {name: library_of.image_tower(config.model, path).to(device) for name, path in checkpoints.items()}
     right: dict[str, list[Tensor]] = {name: [] for name in towers}
     records = labelled_images(config, task)
 
@@ -173,12 +151,6 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
     return {name: scored(torch.cat(hits).numpy()) for name, hits in right.items()}
 
 
-def preprocessing(model: Model) -> Callable[[list[dict]], Tensor]:
-    """From records with an image each to what the image tower sees of them."""
-    preprocess = image_transform_v2(PreprocessCfg(**skeleton(model).visual.preprocess_cfg), is_train=False)
-    return lambda rows: torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])
-
-
 def classified(features: Tensor, head: Tensor) -> Tensor:
     """The logits of image features under a zero-shot head."""
     return F.normalize(features, dim=-1) @ head.T
@@ -187,66 +159,27 @@ def classified(features: Tensor, head: Tensor) -> Tensor:
 class Classifier(nn.Module):
     """An image tower without weights under a task's head; its tensors have the names of the checkpoint."""
 
-    def __init__(self, visual: nn.Module, head: Tensor):
+    def __init__(self, tower: nn.Module, head: Tensor):
         super().__init__()
-        self.visual, self.head = visual, head
+        self.head = head
+        for name, part in tower.named_children():
+            self.add_module(name, part)
+        self.encode = type(tower).forward
 
     def forward(self, images: Tensor) -> Tensor:
-        return classified(self.visual(images), self.head)
+        return classified(self.encode(self, images), self.head)
 
 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The images of a task and its classifier, for merge methods that use data."""
-    records, pixels = load_sample(config.eval, task, TASKS[task], ("image",), sample), preprocessing(config.model)
-    classifier = Classifier(deepcopy(skeleton(config.model).visual), zero_shot_head(config.model, task).to(device))
+    library_of = library(config.model)
+    records = load_sample(config.eval, task, TASKS[task], ("image",), sample)
+    pixels = library_of.preprocessing(config.model)
+    classifier = Classifier(library_of.Tower(config.model), zero_shot_head(config.model, task).to(device))
     batches = torch.utils.data.DataLoader(
         records, sample.batch, collate_fn=lambda rows: {"images": pixels(rows)}, num_workers=config.eval.workers
     )
-    return calibration_task_of(classifier, OPEN_CLIP, batches, len(records), device)
-
-
-def image_tower(model: Model, path: Path) -> nn.Module:
-    """The image tower with the weights of one checkpoint."""
-    tower = deepcopy(skeleton(model).visual)
-    weights = open_checkpoint(path, model.path("base")).read_under(IMAGE_TOWER)
-    tower.load_state_dict(weights, assign=True)
-    return tower
-
-
-def check_export(model: Model) -> None:
-    """InputError if a merged model could not be written because no text tower is at hand."""
-    text_checkpoint(model)
-
-
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
-    names, text, base = skeleton(model).state_dict(), text_checkpoint(model), Checkpoint(model.path("base"))
-    image = filter(lambda named: named[0] in names, tensors)
-    rest = ((name, text.read([name])[name]) for name in names if not name.startswith(IMAGE_TOWER))
-    dtype = output_type(base, {})
-    surroundings = config_text(model, skeleton(model).visual.preprocess_cfg)
-    stored = chain(as_stored(image, dtype, base), as_stored(rest, dtype, text))
-    write_stream(folder / "open_clip_model.safetensors", stored, names)
-    write_text(folder / "open_clip_config.json", surroundings)  # a weight that is refused leaves nothing
-    if text.path.is_dir():
-        copy_tokenizer(text.path, folder)
-
-
-# null_gradients: the key part of the fused projection's bias (q, k, v).
-# published_axes: open_clip 2.0.2, which made the released anchors, was sequence-first.
-OPEN_CLIP = BlockFamily(
-    blocks="visual.transformer.resblocks",
-    scope=IMAGE_TOWER,
-    null_gradients={"attn.in_proj_bias": (1, 3)},
-    published_axes="TAD",
-)
-
-
-def family(model: Model) -> BlockFamily:
-    """The blocks of open_clip's image tower."""
-    if model.family not in ("auto", "open_clip"):
-        raise InputError(f"unknown model.family {model.family!r}; vision has open_clip")
-    return OPEN_CLIP
+    return calibration_task_of(classifier, library_of.family(config.model), batches, len(records), device)
 
 
 TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}

@@ -13,6 +13,7 @@ import torch
 from common.config import Model
 from common.io.checkpoints import write_tensors
 from Vision import domain
+from Vision.open_clip_models import IMAGE_TOWER
 
 
 def make(arch: str, tasks: list[str], out: Path, spread: float) -> None:
@@ -21,7 +22,7 @@ def make(arch: str, tasks: list[str], out: Path, spread: float) -> None:
     base = domain.skeleton(Model(arch=arch), "cpu").state_dict()
     write_tensors(out / "zeroshot.safetensors", base)
     for task in tasks:
-        tower = {n: t + spread * torch.randn_like(t) for n, t in base.items() if n.startswith(domain.IMAGE_TOWER)}
+        tower = {n: t + spread * torch.randn_like(t) for n, t in base.items() if n.startswith(IMAGE_TOWER)}
         write_tensors(out / task / "finetuned.safetensors", tower)
         print(out / task)
 

@@ -23,6 +23,7 @@ from common.pipeline import adapt, construct
 from common.planning.cost import Ledger, memory_of_warm_start
 from helpers import linear
 from Vision import domain
+from Vision.open_clip_models import OPEN_CLIP
 
 UNUSED = {"unused": torch.ones(3)}
 
@@ -175,7 +176,7 @@ def test_the_inputs_of_a_fused_projection_are_seen():
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
     module = ResidualAttentionBlock(8, 2, act_layer=QuickGELU)
-    block = domain.OPEN_CLIP.pure(module)
+    block = OPEN_CLIP.pure(module)
     theta = {n: p.detach() + 0.1 for n, p in module.named_parameters()}
     x = torch.randn(3, 4, 8, generator=seeded(0))
     grams = input_grams(block, theta, x)

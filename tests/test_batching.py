@@ -16,12 +16,13 @@ from common.fda.matching import MatchingProblem
 from common.io.checkpoints import read_header
 from common.pipeline import adapt, construct
 from Vision import domain
+from Vision.open_clip_models import OPEN_CLIP
 
 
 @pytest.fixture(scope="module")
 def units(pico_inputs):
     """A block of the pico CLIP, θ₀, and three tasks, of which the last leaves a tensor as it is."""
-    family: BlockFamily = domain.OPEN_CLIP
+    family: BlockFamily = OPEN_CLIP
     (_, module), *_ = family.modules(domain.skeleton(Model(root=str(pico_inputs / "clip"), base="base")))
     generator = seeded(0)
     theta_0 = {n: 0.3 * torch.randn(p.shape, generator=generator) for n, p in module.named_parameters()}

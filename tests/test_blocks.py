@@ -7,6 +7,7 @@ from common.config import Model
 from common.core.blocks import BlockFamily, nonzero_tensors
 from common.fda.matching import cosine
 from Vision import domain
+from Vision.open_clip_models import OPEN_CLIP
 
 
 def test_without_null_gradients_clears_one_group_of_rows():
@@ -23,7 +24,7 @@ def test_the_key_bias_of_clip_has_no_gradient_and_is_left_out():
 
     torch.manual_seed(0)
     module = ResidualAttentionBlock(8, 2).double()
-    family = domain.OPEN_CLIP
+    family = OPEN_CLIP
     theta = {n: torch.randn_like(p).requires_grad_() for n, p in module.named_parameters()}
     x = torch.randn(3, 4, 8, dtype=torch.float64)
     cosine(family.pure(module)(theta, x), torch.randn(3, 4, 8, dtype=torch.float64)).backward()

@@ -15,7 +15,7 @@ from common.fda.matching import (
     matching_value,
 )
 from helpers import linear
-from Vision.domain import OPEN_CLIP
+from Vision.open_clip_models import OPEN_CLIP
 
 
 @pytest.fixture

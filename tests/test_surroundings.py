@@ -217,8 +217,8 @@ def test_other_layouts_of_images_are_called_what_they_are(own_clip):
     root, config = own_clip
     for names, fields, message in (
         ("visual.trunk.blocks.0.x", {}, "an image tower of timm; .* only such a tower can be merged"),
-        ("vision_model.encoder.x", {"model_type": "clip", "architectures": ["CLIPModel"]}, r"layout .*\(CLIPModel in"),
-        ("embeddings.x", {"model_type": "clip_vision_model"}, r"layout of a model \(clip_vision_model in config.json"),
+        ("vision_model.encoder.x", {"model_type": "x_clip", "architectures": ["XCLIP"]}, r"layout .*\(XCLIP in"),
+        ("embeddings.x", {"model_type": "dinov2"}, r"layout of a model \(dinov2 in config.json"),
     ):
         for file in (root / "base").iterdir():
             file.unlink()

@@ -1,5 +1,6 @@
 """Where the blocks of an architecture live, and how one becomes a pure function of its parameters."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +18,23 @@ Block = Callable[[Params, Tensor], Tensor]
 def call_module(module: nn.Module, x_ATD: Tensor) -> Tensor:
     """The ordinary call: one batch-first tensor in, one out."""
     return module(x_ATD)
+
+
+def call_alone(module: nn.Module, x_ATD: Tensor) -> Tensor:
+    """A layer that needs its hidden states alone: no mask, and whatever else it may be given is not; the first of its
+    outputs, in releases of transformers that return several."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    missing = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    y = module(x_ATD, **missing)
+    return y[0] if isinstance(y, tuple) else y
+
+
+KEY_BIASES = ("k_proj.bias", "key.bias", "k_lin.bias")
+
+
+def key_biases(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """The tensors of a layer that are the bias of its keys alone, as null_gradients has them."""
+    return {name: (0, 1) for name, _ in layer.named_parameters() if name.endswith(KEY_BIASES)}
 
 
 def whole_layer(layer: nn.Module) -> Iterable[tuple[str, nn.Module]]:
