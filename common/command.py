@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain
+from common.io.hub import headers_only
 from common.planning.dry_run import Plan, describe
 from common.validation import check_domain
 
@@ -44,7 +45,8 @@ def run(
         check_domain(config, name or config.domain)
         domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         if config.dry_run:
-            planned = plan(config, domain)
+            with headers_only():
+                planned = plan(config, domain)
             print(planned.text, flush=True)
             if planned.refusals:
                 raise InputError("\nerror: ".join(planned.refusals))

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.core.places import path_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "presets"
 PRETRAINED = "pretrained"  # the start that is no merge
@@ -19,7 +21,8 @@ class Model:
     """The checkpoints to merge.
 
     Args:
-        base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it.
+        base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it;
+            or a place on the hub, hf://org/name[@revision][/path], as all paths here and anchors.source may be.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
@@ -53,7 +56,7 @@ class Model:
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""
-        return Path(self.root).expanduser() / for_task(getattr(self, name), task)
+        return path_of(for_task(getattr(self, name), task), self.root)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Anchors:
     def path(self, task: str) -> Path:
         """Folder of the anchors of one task under `source`, "~" expanded."""
         template = self.source if "{" in self.source else f"{self.source}/{{task}}"
-        return Path(for_task(template, task)).expanduser()
+        return path_of(for_task(template, task))
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Start:
     method: str = "pretrained"
     checkpoint: str = ""
     hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint is, "~" expanded."""
+        return path_of(self.checkpoint)
 
 
 @dataclass(frozen=True)

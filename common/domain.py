@@ -80,5 +80,5 @@ def other_models(config: Config) -> dict[str, Path]:
     """Path of every model that is compared with the base, if it is there: the experts, and a start made elsewhere."""
     paths = {task: config.model.path("expert", task) for task in config.tasks}
     if config.start.checkpoint:
-        paths["start.checkpoint"] = Path(config.start.checkpoint).expanduser()
+        paths["start.checkpoint"] = config.start.path
     return {name: path for name, path in paths.items() if path.exists()}

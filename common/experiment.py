@@ -113,7 +113,7 @@ class Experiment:
 
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
-        path = Path(self.config.start.checkpoint).expanduser()
+        path = self.config.start.path
         start = unstacked(open_like(self.base, path, self.family.names, self.family.vocabulary), self.family.pieces)
         if self.config.model.vocabulary != "refuse":
             names = [name for name in self.family.vocabulary if name in self.base.shapes]

@@ -19,6 +19,7 @@ from common.experiment import Experiment, open_inputs
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
+from common.io.hub import is_stand_in
 from common.layout import (
     RunLayout,
     anchor_settings,
@@ -80,7 +81,9 @@ def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Pl
             with refusals.noted(""):
                 check(experiment, domain)
         with refusals.noted(""):
-            lines.append(f"  {'‖τ‖/‖θ₀‖':10} in block 0: {said_of(relative_norms(experiment, [0]))}")
+            fetched = not any(is_stand_in(c.path) for c in (experiment.base, *experiment.experts.values()))
+            said = said_of(relative_norms(experiment, [0])) if fetched else "not known before the weights are fetched"
+            lines.append(f"  {'‖τ‖/‖θ₀‖':10} in block 0: {said}")
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
     needed = needs(config, domain)
     text = "\n".join([settings, "Inputs", *lines, "", "Outputs", *outputs(config), "", *needed])
@@ -92,7 +95,7 @@ def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
     lines = [checkpoint_line("base", config.model.path("base"), False, refusals)]
     lines += [checkpoint_line(f"expert {t}", config.model.path("expert", t), True, refusals) for t in config.tasks]
     if config.start.checkpoint:
-        lines.append(checkpoint_line("start", Path(config.start.checkpoint).expanduser(), False, refusals))
+        lines.append(checkpoint_line("start", config.start.path, False, refusals))
     if config.model.text:
         lines.append(checkpoint_line("text tower", config.model.path("text"), False, refusals))
     for task in config.tasks:

@@ -1,0 +1,22 @@
+"""From what a config calls a place to a path: a path is one, and what begins with scheme:// is had by its resolver."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.core.errors import InputError
+
+RESOLVERS: dict[str, Callable[[str], Path]] = {}
+"""{scheme: from the whole text to a local path}; common/io/hub.py has that of hf://."""
+
+
+def path_of(text: str, root: str = ".") -> Path:
+    """The local path that a text means, relative to `root` if it is none by itself, "~" expanded.
+
+    Raises: InputError if nothing resolves its scheme, or what resolves it cannot.
+    """
+    scheme, sign, _ = text.partition("://")
+    if not sign:
+        return Path(root).expanduser() / Path(text).expanduser()
+    if scheme not in RESOLVERS:
+        raise InputError(f"{text}: unknown scheme {scheme!r}; choose from {', '.join(RESOLVERS)}, or name a path")
+    return RESOLVERS[scheme](text)

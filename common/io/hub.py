@@ -1,0 +1,270 @@
+"""Models, anchors and data of the Hugging Face hub wherever a path goes: hf://[datasets/]org/name[@revision][/path].
+
+Only the files of a model that are read are fetched, into the hub's own cache and by its own rules (token, endpoint,
+offline). A branch or tag is looked up once and all files are those of its commit, which is in their path. Of a pickle
+nothing is executed: it is fetched only where there is no safetensors file, and turned into one beside the cache.
+Under `headers_only` no weight is fetched: files of their size stand in for them, with their own headers.
+"""
+
+import re
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.core.errors import InputError
+from common.core.places import RESOLVERS
+from common.io.conversion import convert, target_of
+from common.io.model_files import INDEX_FILE, MODEL_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+
+SCHEME = "hf"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_READ = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors", ".md", ".png", ".jpg", ".tflite", ".ot")
+FIRST = 2**17  # bytes of a file in which most headers end
+_STATE = {"headers_only": False}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder in a repository of the hub; kind is its repo_type."""
+
+    text: str
+    kind: str
+    repo: str
+    revision: str
+    path: str
+
+
+@contextmanager
+def headers_only() -> Iterator[None]:
+    """Fetch no weight in this block, for a dry run."""
+    before, _STATE["headers_only"] = _STATE["headers_only"], True
+    try:
+        yield
+    finally:
+        _STATE["headers_only"] = before
+
+
+def parse(text: str) -> Place:
+    """What a text says; InputError if it is no hf://org/name[@revision][/path]."""
+    found = re.fullmatch(r"hf://(datasets/)?([\w.-]+/[\w.-]+?)(?:@(refs/pr/\d+|[\w.-]+))?(?:/(.*))?", text)
+    if not found:
+        raise InputError(f"{text} is no place on the hub; write hf://org/name, with @revision and /path as need be")
+    kind, repo, revision, path = found.groups()
+    return Place(text, "dataset" if kind else "model", repo, revision or "main", (path or "").strip("/"))
+
+
+def resolve(text: str) -> Path:
+    """The local path of a place on the hub, with the files that are read of it."""
+    return _resolved(text, _STATE["headers_only"])
+
+
+@cache
+def _resolved(text: str, headers: bool) -> Path:
+    place = parse(text)
+    commit, sizes = listing(place)
+    wanted = files_wanted(place, sizes)
+    if headers:
+        return stand_ins(place, commit, {name: sizes[name] for name in wanted})
+    folder = fetched(place, commit, wanted)
+    pickles = [name for name in wanted if name.endswith(PICKLES)]
+    if not pickles:
+        return folder / place.path
+    made = folder.parent.parent / "converted" / commit
+    for name in pickles:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        convert(folder / name, target_of(made / name), float32=False)
+    for name in set(wanted) - set(pickles):
+        link = made / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(folder / name)
+    return target_of(made / place.path) if place.path.endswith(PICKLES) else made / place.path
+
+
+def listing(place: Place) -> tuple[str, dict[str, int]]:
+    """The commit of a place's revision, and the sizes of all files there; of what is in the cache if offline."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{place.text}: the hub at {constants.ENDPOINT}"
+    try:
+        info = HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision, files_metadata=True)
+    except GatedRepoError as error:
+        raise InputError(f"{where} gates {place.repo}; accept its terms there, then `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{where} has no revision {place.revision!r} of {place.repo}") from error
+    except RepositoryNotFoundError as error:
+        other = "a data set is hf://datasets/org/name; " if place.kind == "model" else ""
+        then = f"{other}`hf auth login` if it is private"
+        raise InputError(f"{where} has no {place.kind} {place.repo}; {then}") from error
+    except HFValidationError as error:
+        raise InputError(f"{place.text} is no place on the hub: {' '.join(str(error).split())}") from error
+    except Exception as error:  # offline mode, or whatever the transport raises where there is no network
+        return cached(place, cause_of(error))
+    files = getattr(info, "siblings", None) or []
+    return str(info.sha), {file.rfilename: file.size or 0 for file in files}
+
+
+def cached(place: Place, why: str) -> tuple[str, dict[str, int]]:
+    """The same of what the hub's cache has of a place; InputError, saying why the hub was not asked, if it has none."""
+    from huggingface_hub import constants, snapshot_download
+
+    known: dict[str, Any] = {"repo_type": place.kind, "revision": place.revision}
+    try:
+        folder = Path(snapshot_download(place.repo, local_files_only=True, **known))
+    except Exception as error:
+        raise InputError(
+            f"{place.text}: the hub at {constants.ENDPOINT} cannot be asked ({why}), and its cache in "
+            f"{constants.HF_HUB_CACHE} has no {place.repo}@{place.revision}"
+        ) from error
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return folder.name, {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[str]:
+    """The files of a place that are read: itself, or of a folder its weights and the small files beside them.
+
+    Raises: InputError if there is nothing of that name, or no weights there.
+    """
+    if place.path in sizes:
+        beside = str(PurePosixPath(place.path).with_name(OPEN_CLIP_CONFIG))
+        return [place.path, *([beside] if beside in sizes else [])]
+    start = f"{place.path}/" if place.path else ""
+    names = [name.removeprefix(start) for name in sizes if name.startswith(start)]
+    here = [name for name in names if "/" not in name]
+    weights = weights_of(here)
+    if not weights and names and not here:
+        weights = [name for name in names if name.endswith(".npy")]  # a folder of folders, as anchors are released
+    if not weights:
+        near = sorted(here if names else {name.split("/")[0] for name in sizes})[:8]
+        where = place.text if names else f"{place.repo}@{place.revision}"
+        raise InputError(f"{place.text} holds no weights; {where} has {', '.join(near) or 'nothing'}")
+    small = [name for name in here if not name.endswith((*NOT_READ, ".npy"))]
+    return [start + name for name in dict.fromkeys([*weights, *small])]
+
+
+def weights_of(names: Sequence[str]) -> list[str]:
+    """Of the files in a folder those that stock libraries open: safetensors, pickles only where there are none."""
+    safe = [name for name in names if name.endswith(".safetensors")]
+    own = [name for name in OPEN_CLIP_FILES if name in safe]
+    shards = [name for name in safe if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    if OPEN_CLIP_CONFIG in names and own:
+        return own[:1]
+    if MODEL_FILE in safe:
+        return [MODEL_FILE]
+    if INDEX_FILE in names and shards:
+        return [INDEX_FILE, *shards]
+    anchors = [name for name in names if name.endswith(".npy")]
+    single = [name for name in ("open_clip_pytorch_model.bin", "pytorch_model.bin") if name in names]
+    return safe or anchors or single[:1]
+
+
+def fetched(place: Place, commit: str, wanted: Sequence[str]) -> Path:
+    """The cache's folder of a commit, with the files that are wanted; InputError if one cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"repo_type": place.kind, "allow_patterns": list(wanted)}
+    try:
+        if all_cached(place, commit, wanted):
+            return Path(snapshot_download(place.repo, revision=commit, local_files_only=True, **options))
+        folder = Path(snapshot_download(place.repo, revision=place.revision, **options))  # by name: for later, offline
+        if folder.name == commit:
+            return folder
+        return Path(snapshot_download(place.repo, revision=commit, **options))  # the branch has moved since
+    except Exception as error:
+        said = f"{place.text} could not be fetched ({cause_of(error)}); the same command goes on from there"
+        raise InputError(said) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """What an error began with, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return " ".join(str(error).split())[:200] or repr(error)
+
+
+def all_cached(place: Place, commit: str, wanted: Sequence[str]) -> bool:
+    """Whether the cache has every file of a commit that is wanted."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = (try_to_load_from_cache(place.repo, name, revision=commit, repo_type=place.kind) for name in wanted)
+    return all(isinstance(file, str) for file in kept)
+
+
+# ---- headers without weights -----------------------------------------------------------------------------------------
+
+
+@cache
+def stand_in_folder() -> tempfile.TemporaryDirectory:
+    """Where files stand in for weights that are not fetched, until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="fda-headers-")
+
+
+def is_stand_in(path: Path) -> bool:
+    """Whether a path is one where only headers are true."""
+    return stand_in_folder.cache_info().currsize > 0 and path.is_relative_to(stand_in_folder().name)
+
+
+def stand_ins(place: Place, commit: str, sizes: dict[str, int]) -> Path:
+    """A folder with the files of a place: small ones as they are, of weights the header alone, in a file of their size
+    that takes no room."""
+    folder = Path(stand_in_folder().name) / place.kind / place.repo / commit
+    pickles = [name for name in sizes if name.endswith(PICKLES)]
+    if pickles:
+        raise InputError(f"{place.text}: {pickles[0]} is a pickle, whose tensors are not known before it is fetched")
+    small = [name for name in sizes if not name.endswith((".safetensors", ".npy"))]
+    whole = fetched(place, commit, small) if small else folder
+    for name, size in sizes.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            continue
+        if name in small:
+            file.symlink_to(whole / name)
+            continue
+        begin = header_of(place, commit, name) if name.endswith(".safetensors") else b""
+        with open(file, "wb") as handle:
+            handle.write(begin)
+            handle.truncate(size)
+    return folder / place.path
+
+
+def header_of(place: Place, commit: str, name: str) -> bytes:
+    """The beginning of a safetensors file up to the end of its header, by requests of ranges of it."""
+    import httpx2 as httpx
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(place.repo, name, repo_type=place.kind, revision=commit)
+
+    def read(first: int, last: int) -> bytes:
+        wanted = {**build_hf_headers(), "range": f"bytes={first}-{last}"}
+        with get_session().stream("GET", url, headers=wanted, follow_redirects=True) as answer:
+            hf_raise_for_status(answer)
+            got = b""
+            for piece in answer.iter_bytes():
+                got += piece
+                if len(got) > last - first:  # a server that knows no ranges sends all
+                    break
+        return got[: last - first + 1]
+
+    try:
+        begin = read(0, FIRST - 1)
+        length = 8 + struct.unpack("<Q", begin[:8])[0]
+        return begin[:length] if length <= len(begin) else begin + read(len(begin), length - 1)
+    except (httpx.HTTPError, OSError, struct.error) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{place.text}: the header of {name} could not be read ({said})") from error
+
+
+RESOLVERS[SCHEME] = resolve

@@ -1,0 +1,174 @@
+"""The hub wherever a path goes: fetched into its cache, headers alone in a dry run, every failure one sentence."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+
+import pico_hub
+from common.config import Model
+from common.core.errors import InputError
+from common.core.places import path_of
+from common.io import hub as hub_module
+from common.io.checkpoints import Checkpoint
+from common.io.hub import headers_only, parse
+from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import describe
+from helpers import change, files_of
+from NLG import domain
+from pico_hub import COMMIT
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with pico_hub.running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        for function in (hub_module._resolved, hub_module.stand_in_folder):
+            function.cache_clear()
+        yield server
+
+
+@pytest.fixture
+def from_hub(hub, nlg_inputs, nlg_config):
+    """A config whose models are on the hub, and the same with local ones."""
+    for name in ("base", "math", "code"):
+        hub.add(f"pico/{name}", nlg_inputs / "llama" / name)
+    model = {"base": "hf://pico/base@main", "expert": "hf://pico/{task}"}
+    return change(change(nlg_config, "model", **model), "run", name="hub"), nlg_config
+
+
+def test_models_of_the_hub_merge_as_local_ones_do(hub, from_hub):
+    remote, local = from_hub
+    for config in (remote, local):
+        construct(config, domain)
+        adapt(config, domain)
+    assert files_of(remote.run.dir / "merged", "*.safetensors") == files_of(local.run.dir / "merged", "*.safetensors")
+    assert f"/snapshots/{COMMIT}" in str(remote.model.path("base"))
+    asked = len(hub.asked)
+    merge_alone(remote, domain)
+    assert len(hub.asked) == asked, "what is fetched is fetched once"
+
+
+def test_a_dry_run_reads_headers_and_no_weight(hub, from_hub):
+    remote, local = from_hub
+    with headers_only():
+        plan = describe(remote, domain)
+    assert not plan.refusals and "not known before the weights are fetched" in plan.text
+    assert "2 x model.layers.N.mlp, 3 tensors" in plan.text
+    sizes = {name: len(data) for name, data in hub.repos["models/pico/base"].items()}
+    weights = [name for name in hub.sent if name.endswith(".safetensors")]
+    assert weights == ["model.safetensors"] and sizes["model.safetensors"] > 10_000
+    assert not list((remote.run.dir.parent / "hub").rglob("*.safetensors"))
+    with headers_only():
+        found, real = Checkpoint(remote.model.path("base")), Checkpoint(local.model.path("base"))
+    assert found.shapes == real.shapes
+
+
+def test_a_header_longer_than_the_first_request_is_read(hub, monkeypatch, tmp_path, from_hub):
+    remote, _ = from_hub
+    monkeypatch.setattr(hub_module, "FIRST", 64)
+    with headers_only():
+        assert Checkpoint(remote.model.path("base")).shapes
+    assert hub.sent["model.safetensors"] < len(hub.repos["models/pico/base"]["model.safetensors"]) / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "hf://pico/nothing",
+            "has no model pico/nothing; a data set is hf://datasets/org/name; `hf auth login` if it is",
+        ),
+        ("hf://pico/base@v2", "has no revision 'v2' of pico/base"),
+        ("hf://pico/base/sub", "holds no weights; pico/base@main has .*config.json"),
+        ("hf://pico/gated", "gates pico/gated; accept its terms there"),
+        ("hf://pico", "is no place on the hub; write hf://org/name"),
+        ("s3://a/b", "unknown scheme 's3'; choose from hf"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(hub, from_hub, text, said):
+    remote, _ = from_hub
+    hub.gated.add("models/pico/gated")
+    with pytest.raises(InputError, match=said) as refusal:
+        construct(change(remote, "model", base=text), domain)
+    assert "\n" not in str(refusal.value)
+
+
+def test_without_a_network_the_cache_is_what_there_is(hub, from_hub, monkeypatch):
+    remote, _ = from_hub
+    first = merge_alone(remote, domain)
+    hub_module._resolved.cache_clear()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert merge_alone(remote, domain) == first
+    with pytest.raises(InputError, match=r"hf://pico/other: the hub at .* cannot be asked .* has no pico/other@main"):
+        merge_alone(change(remote, "model", expert="hf://pico/other"), domain)
+
+
+def test_a_connection_that_breaks_in_the_middle_is_resumed(hub, from_hub):
+    remote, local = from_hub
+    hub.breaks = 9_000
+    try:
+        folder = remote.model.path("base")
+    except InputError as error:
+        assert "the same command goes on from there" in str(error)
+        folder = remote.model.path("base")
+    ours, theirs = (
+        f.read_bytes() for f in (folder / "model.safetensors", local.model.path("base") / "model.safetensors")
+    )
+    assert ours == theirs
+
+
+def test_a_size_that_is_a_lie_is_refused(hub, from_hub):
+    remote, _ = from_hub
+    hub.lies.add("model.safetensors")
+    with pytest.raises(InputError, match="hf://pico/base@main could not be fetched .Consistency check failed"):
+        remote.model.path("base")
+
+
+def test_pickles_are_fetched_only_where_nothing_else_is(hub, tmp_path, nlg_inputs):
+    source = tmp_path / "pickled"
+    source.mkdir()
+    weights = Checkpoint(nlg_inputs / "llama" / "base").read_under("")
+    torch.save(weights, source / "pytorch_model.bin")
+    (source / "config.json").write_text((nlg_inputs / "llama" / "base" / "config.json").read_text())
+    hub.add("pico/pickled", source)
+    folder = path_of("hf://pico/pickled")
+    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(torch.equal(t, weights[n]) for n, t in Checkpoint(folder).read_under("").items())
+    with headers_only(), pytest.raises(InputError, match="pytorch_model.bin is a pickle, whose tensors are not known"):
+        path_of("hf://pico/pickled")
+    (source / "model.safetensors").write_bytes((nlg_inputs / "llama" / "base" / "model.safetensors").read_bytes())
+    hub.add("pico/both", source)
+    assert "converted" not in str(path_of("hf://pico/both")) and not list(path_of("hf://pico/both").glob("*.bin"))
+
+
+def test_anchors_are_taken_from_a_data_set(hub, tmp_path, nlg_config):
+    released = tmp_path / "released"
+    for task in nlg_config.tasks:
+        (released / "weight" / task).mkdir(parents=True)
+        for layer in (1, 2):
+            np.save(released / "weight" / task / f"dual_anchors_layer_{layer}.npy", np.ones((12, 16), np.float32))
+    hub.add("pico/anchors", released, "datasets")
+    config = change(nlg_config, "anchors", source="hf://datasets/pico/anchors/weight")
+    assert adapt(config, domain).is_dir()
+
+
+def test_places_are_read_as_they_are_written():
+    place = parse("hf://datasets/org/na-me_1@refs/pr/3/a/b.npy")
+    assert (place.kind, place.repo, place.revision, place.path) == ("dataset", "org/na-me_1", "refs/pr/3", "a/b.npy")
+    place = parse("hf://org/clip-vit-base-patch32_sun397")
+    assert (place.kind, place.repo, place.revision, place.path) == (
+        "model",
+        "org/clip-vit-base-patch32_sun397",
+        "main",
+        "",
+    )
+    assert (
+        Model(base="~/x", root="/r").path("base").is_absolute() and replace(Model(), base="b").path("base").name == "b"
+    )
