@@ -21,8 +21,8 @@ class Model:
     """The checkpoints to merge.
 
     Args:
-        base: Checkpoint of the pretrained model: a .safetensors file, or a folder as open_clip or Hugging Face save it;
-            or a place on the hub, hf://org/name[@revision][/path], as all paths here and anchors.source may be.
+        base: Checkpoint of the pretrained model: a .safetensors file, a folder as open_clip or Hugging Face save it, or a
+            place on the hub, hf://org/name[@revision][/path], as every path here and anchors.source may be.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
@@ -30,16 +30,13 @@ class Model:
         family: The architecture, as the base's config names it. auto: whatever that says.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
         head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
-        heads: NLU only: tasks for which the merged encoder gets a folder heads/<task>: a complete classifier with that
-            expert's head and a link to the encoder.
+        heads: NLU only: tasks that get heads/<task>, a classifier of that expert's head and a link to the encoder.
         vocabulary: NLG only: what becomes of tokens that the base lacks; rows are matched by token, by number where a
-            tokenizer.json is missing, and an expert changes no token that it lacks. refuse: none has more rows than
-            the base; pad: the base's missing rows begin as the mean of its own; base: they are left out; union: every
-            token of any model gets a row, which begins as the mean over the experts that have it, and the merged
-            tokenizer is written.
+            tokenizer.json is missing. refuse: none has more rows than the base; pad: the base's missing rows begin as
+            the mean of its own; base: they are left out; union: every token of any model gets a row, which begins as
+            the mean over the experts that have it, and the merged tokenizer is written.
         dtype: NLG only: type of the merged weights. Empty: the base's.
-        tokenizers: NLG only: tasks for which the merged model gets a folder of its own, with that expert's tokenizer
-            and links to the weights. The model's own folder has the base's tokenizer.
+        tokenizers: NLG only: tasks that get a folder with that expert's tokenizer and links to the weights.
     """
 
     base: str = ""
@@ -56,7 +53,11 @@ class Model:
 
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""
-        return path_of(for_task(getattr(self, name), task), self.root)
+        return path_of(self.named(name, task), self.root)
+
+    def named(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> str:
+        """One of the paths as the config writes it, for a task."""
+        return for_task(getattr(self, name), task)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Anchors:
         steps: Its steps.
         stop_loss: End a unit when its mean matching loss is this or less; looked at every 20 steps. Unset: never.
         patience: End a unit after so many steps without getting 1 % better. Unset: never.
-        together: Optimise the tasks of a block in one go, which small blocks on a GPU gain from: eager, or compiled by
-            that backend of torch.compile. In memory are all tasks; the result is the same to rounding.
+        together: Optimise the tasks of a block in one go, all in memory, which small blocks on a GPU gain from: eager,
+            or compiled by that backend of torch.compile. The result is the same to rounding.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
         position_embeddings: Add the first rows of the expert's position embeddings to what a block sees of an anchor.
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
@@ -102,9 +103,8 @@ class Anchors:
     source: str = ""
 
     def path(self, task: str) -> Path:
-        """Folder of the anchors of one task under `source`, "~" expanded."""
-        template = self.source if "{" in self.source else f"{self.source}/{{task}}"
-        return path_of(for_task(template, task))
+        """Folder of the anchors of one task under `source`."""
+        return path_of(for_task(self.source if "{" in self.source else f"{self.source}/{{task}}", task))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Start:
 
     Args:
         method: pretrained, or a merge method.
-        checkpoint: A merged checkpoint made elsewhere to take instead of making one; `method` then just names it.
+        checkpoint: A merged checkpoint made elsewhere, to take instead; `method` then just names it.
         hyper: Hyperparameters of each method, as in {ta: {scale: 0.3}}.
     """
 
@@ -123,7 +123,7 @@ class Start:
 
     @property
     def path(self) -> Path:
-        """Where the checkpoint is, "~" expanded."""
+        """Where the checkpoint is."""
         return path_of(self.checkpoint)
 
 

@@ -26,6 +26,7 @@ from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
 from common.domain import Domain
+from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
 from common.experiment import Experiment, open_experiment
 from common.fda.adaptation import FitSettings, Trainable, coefficients, fit_block, own_weights, regmean_warm_start
@@ -129,7 +130,7 @@ def search_anchors(
     )
 
     def progress(step: int, loss: float) -> None:
-        bar.advance(len(problems) * step / config.steps, loss)
+        bar.advance(len(problems) * step / max(1, config.steps), loss)
 
     if config.together != "no":
         return optimise_together(problems, x_inits, settings, compiler=config.together, progress=progress)
@@ -158,6 +159,7 @@ def adapt(config: Config, domain: Domain) -> Path:
             assemble(experiment, domain, start, provenance)
     if config.run.score:
         score_run(config, domain)
+    write_cards(config, domain)
     return folder
 
 
@@ -217,4 +219,5 @@ def merge_alone(config: Config, domain: Domain) -> Path:
     start = merge_start(experiment, domain)
     if config.run.score:
         score_run(config, domain)
+    write_cards(config, domain)
     return start.path

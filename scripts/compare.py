@@ -11,6 +11,7 @@ from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
+from common.evaluation.cards import write_cards
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import SPLIT, candidates, choose_hyperparameters, held_out
@@ -49,6 +50,7 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
         for start in config.compare.starts:
             adapt(of_init.at_start(start), domain)
     score_run(config, domain, others)
+    write_cards(config, domain)
 
 
 def runs_of(config: Config) -> list[Config]:

@@ -1,7 +1,17 @@
 """Score the pretrained model, the experts and every merged model of a run; write results.json, a table and figures."""
 
 from common.command import run
+from common.config import Config
+from common.domain import Domain
+from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
 
+
+def evaluate(config: Config, domain: Domain) -> None:
+    """Score the run, and put the scores into the cards of its models."""
+    score_run(config, domain)
+    write_cards(config, domain)
+
+
 if __name__ == "__main__":
-    run(score_run, None, __doc__)
+    run(evaluate, None, __doc__)

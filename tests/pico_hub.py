@@ -130,6 +130,8 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 repo = f"{said.get('organization')}/{said['name']}"
                 hub.repos.setdefault(f"{said.get('type', 'model')}s/{repo}", {})
                 return self.say({"url": f"{hub.url}/{repo}", "id": repo, "private": said.get("private", False)})
+            if path == "/api/validate-yaml":
+                return self.say({"errors": [], "warnings": []})
             if path.endswith("/preupload/main"):
                 modes = [
                     {"path": f["path"], "uploadMode": "lfs" if f["size"] > LARGE else "regular", "shouldIgnore": False}

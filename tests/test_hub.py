@@ -1,14 +1,15 @@
 """The hub wherever a path goes: fetched into its cache, headers alone in a dry run, every failure one sentence."""
 
-from dataclasses import replace
+import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 import pico_hub
-from common.config import Model
+from common.config import ROOT, Model
 from common.core.errors import InputError
 from common.core.places import path_of
 from common.io import hub as hub_module
@@ -20,6 +21,8 @@ from helpers import change, files_of
 from NLG import domain
 from pico_hub import COMMIT
 
+publish = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "publish.py")))
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
@@ -29,6 +32,7 @@ def hub(monkeypatch, tmp_path):
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         for function in (hub_module._resolved, hub_module.stand_in_folder):
             function.cache_clear()
         yield server
@@ -169,6 +173,50 @@ def test_places_are_read_as_they_are_written():
         "main",
         "",
     )
-    assert (
-        Model(base="~/x", root="/r").path("base").is_absolute() and replace(Model(), base="b").path("base").name == "b"
-    )
+    assert Model(base="~/x", root="/r").path("base").is_absolute() and Model(base="b").path("base").name == "b"
+
+
+def test_a_merged_model_is_pushed_with_its_card(hub, from_hub, monkeypatch):
+    remote, _ = from_hub
+    config = change(change(remote, "start", method="ta"), "run", score=True)
+    construct(config, domain)
+    adapt(config, domain)
+    publish.publish("merged/fda-ta-weight", "pico/merged", True, "", config, domain)
+    files = hub.repos["models/pico/merged"]
+    folder = config.run.dir / "merged" / "fda-ta-weight"
+    assert files["model.safetensors.index.json"] and files["config.json"] and files["tokenizer.json"]
+    weights = next(name for name in files if name.startswith("model-") and name.endswith(".safetensors"))
+    assert files[weights] == (folder / weights).read_bytes()
+    text = files["README.md"].decode()
+    data = ModelCard(text).data
+    assert data.base_model == ["pico/base", "pico/math", "pico/code"] and data.library_name == "transformers"
+    assert "merge" in data.tags and data.license is None
+    for part in (
+        "FDA (TA, Weight)",
+        "without data of their tasks",
+        "| Pretrained",
+        "| arithmetic",
+        "steps: 5",
+        "torch ",
+    ):
+        assert part in text
+    assert str(config.run.dir) not in text and "/tmp" not in text
+    again = path_of("hf://pico/merged")
+    assert Checkpoint(again).shapes == Checkpoint(folder).shapes
+
+
+def test_anchors_that_are_pushed_are_taken_from_there(hub, from_hub, capsys):
+    remote, _ = from_hub
+    construct(remote, domain)
+    ours = adapt(remote, domain)
+    publish.publish("anchors/weight", "pico/made", False, "", remote, domain)
+    assert "dual_anchors_layer_2.npy" in str(list(hub.repos["datasets/pico/made"]))
+    source = change(change(remote, "anchors", source="hf://datasets/pico/made/weight"), "run", name="again")
+    assert files_of(adapt(source, domain), "*.safetensors") == files_of(ours, "*.safetensors")
+    for what in ("merged/none", "anchors", "x/y"):
+        with pytest.raises(
+            InputError, match=f"--what {what}: .* has anchors/weight, merged/fda-ta-weight, merged/ta whole"
+        ):
+            publish.publish(what, "pico/made", False, "", remote, domain)
+    with pytest.raises(InputError, match="--to made is no repository; write org/name"):
+        publish.publish("merged/ta", "made", False, "", remote, domain)

@@ -11,9 +11,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.config import Model
 from common.core.errors import InputError
+from common.core.seeding import seeded
 from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint, write_tensors
 from common.layout import SAME_REST
@@ -131,6 +133,14 @@ def test_a_second_run_touches_nothing(pico_config):
         adapt(pico_config, domain)
         times.append([f.stat().st_mtime_ns for f in sorted(pico_config.run.dir.rglob("*.safetensors"))])
     assert times[0] == times[1] and len(times[0]) == 5  # four units and the merged model
+
+
+def test_without_a_step_the_anchors_are_those_that_it_would_begin_with(pico_config):
+    still = change(change(pico_config, "anchors", steps=0, init="gauss"), "run", score=False)
+    construct(still, domain)
+    file = still.run.dir / "anchors/gauss/MNIST/block_00.safetensors"
+    first = 0.01 * torch.randn(4, 5, 16, generator=seeded(0, "anchors", "MNIST", 0))
+    torch.testing.assert_close(load_file(file)["anchors"], first)
 
 
 def test_the_seed_changes_the_anchors(pico_config):

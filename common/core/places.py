@@ -9,6 +9,14 @@ RESOLVERS: dict[str, Callable[[str], Path]] = {}
 """{scheme: from the whole text to a local path}; common/io/hub.py has that of hf://."""
 
 
+def place_name(text: str) -> str:
+    """What a place is called where no path of one machine should stand: org/name of a hub, else its last part."""
+    _, sign, rest = text.partition("://")
+    if not sign:
+        return Path(text).name or text
+    return "/".join(rest.removeprefix("datasets/").split("@")[0].split("/")[:2])
+
+
 def path_of(text: str, root: str = ".") -> Path:
     """The local path that a text means, relative to `root` if it is none by itself, "~" expanded.
 

@@ -47,3 +47,8 @@ def load_published(file: Path, axes: str, width: int) -> Tensor:
     if not x.isfinite().all():
         raise InputError(f"{file} holds NaN or Inf")
     return {"ATD": x, "TAD": x.transpose(0, 1), "AD": x[:, None]}[axes].contiguous()
+
+
+def axes_as_published(x_ATD: Tensor, axes: str) -> Tensor:
+    """Anchors with the axes of released files: the way back of `load_published`."""
+    return {"ATD": x_ATD, "TAD": x_ATD.transpose(0, 1), "AD": x_ATD.squeeze(1)}[axes].contiguous()

@@ -11,14 +11,13 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from common.core.errors import InputError
 from common.core.places import RESOLVERS
 from common.io.conversion import convert, target_of
+from common.io.hub_files import Place, fetched, listing
 from common.io.model_files import INDEX_FILE, MODEL_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 
 SCHEME = "hf"
@@ -26,17 +25,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_READ = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors", ".md", ".png", ".jpg", ".tflite", ".ot")
 FIRST = 2**17  # bytes of a file in which most headers end
 _STATE = {"headers_only": False}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A file or folder in a repository of the hub; kind is its repo_type."""
-
-    text: str
-    kind: str
-    repo: str
-    revision: str
-    path: str
 
 
 @contextmanager
@@ -86,51 +74,6 @@ def _resolved(text: str, headers: bool) -> Path:
     return target_of(made / place.path) if place.path.endswith(PICKLES) else made / place.path
 
 
-def listing(place: Place) -> tuple[str, dict[str, int]]:
-    """The commit of a place's revision, and the sizes of all files there; of what is in the cache if offline."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"{place.text}: the hub at {constants.ENDPOINT}"
-    try:
-        info = HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision, files_metadata=True)
-    except GatedRepoError as error:
-        raise InputError(f"{where} gates {place.repo}; accept its terms there, then `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"{where} has no revision {place.revision!r} of {place.repo}") from error
-    except RepositoryNotFoundError as error:
-        other = "a data set is hf://datasets/org/name; " if place.kind == "model" else ""
-        then = f"{other}`hf auth login` if it is private"
-        raise InputError(f"{where} has no {place.kind} {place.repo}; {then}") from error
-    except HFValidationError as error:
-        raise InputError(f"{place.text} is no place on the hub: {' '.join(str(error).split())}") from error
-    except Exception as error:  # offline mode, or whatever the transport raises where there is no network
-        return cached(place, cause_of(error))
-    files = getattr(info, "siblings", None) or []
-    return str(info.sha), {file.rfilename: file.size or 0 for file in files}
-
-
-def cached(place: Place, why: str) -> tuple[str, dict[str, int]]:
-    """The same of what the hub's cache has of a place; InputError, saying why the hub was not asked, if it has none."""
-    from huggingface_hub import constants, snapshot_download
-
-    known: dict[str, Any] = {"repo_type": place.kind, "revision": place.revision}
-    try:
-        folder = Path(snapshot_download(place.repo, local_files_only=True, **known))
-    except Exception as error:
-        raise InputError(
-            f"{place.text}: the hub at {constants.ENDPOINT} cannot be asked ({why}), and its cache in "
-            f"{constants.HF_HUB_CACHE} has no {place.repo}@{place.revision}"
-        ) from error
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return folder.name, {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
 def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[str]:
     """The files of a place that are read: itself, or of a folder its weights and the small files beside them.
 
@@ -167,38 +110,6 @@ def weights_of(names: Sequence[str]) -> list[str]:
     anchors = [name for name in names if name.endswith(".npy")]
     single = [name for name in ("open_clip_pytorch_model.bin", "pytorch_model.bin") if name in names]
     return safe or anchors or single[:1]
-
-
-def fetched(place: Place, commit: str, wanted: Sequence[str]) -> Path:
-    """The cache's folder of a commit, with the files that are wanted; InputError if one cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    options: dict[str, Any] = {"repo_type": place.kind, "allow_patterns": list(wanted)}
-    try:
-        if all_cached(place, commit, wanted):
-            return Path(snapshot_download(place.repo, revision=commit, local_files_only=True, **options))
-        folder = Path(snapshot_download(place.repo, revision=place.revision, **options))  # by name: for later, offline
-        if folder.name == commit:
-            return folder
-        return Path(snapshot_download(place.repo, revision=commit, **options))  # the branch has moved since
-    except Exception as error:
-        said = f"{place.text} could not be fetched ({cause_of(error)}); the same command goes on from there"
-        raise InputError(said) from error
-
-
-def cause_of(error: BaseException) -> str:
-    """What an error began with, in one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return " ".join(str(error).split())[:200] or repr(error)
-
-
-def all_cached(place: Place, commit: str, wanted: Sequence[str]) -> bool:
-    """Whether the cache has every file of a commit that is wanted."""
-    from huggingface_hub import try_to_load_from_cache
-
-    kept = (try_to_load_from_cache(place.repo, name, revision=commit, repo_type=place.kind) for name in wanted)
-    return all(isinstance(file, str) for file in kept)
 
 
 # ---- headers without weights -----------------------------------------------------------------------------------------

@@ -44,15 +44,16 @@ def commit() -> str:
         return "unknown"
 
 
+def version_of(part: str) -> str:
+    """The version of an installed library."""
+    try:
+        return version(part)
+    except PackageNotFoundError:
+        return "absent"
+
+
 def environment_info() -> dict[str, Any]:
     """Commit, versions, machine and time: what a number needs to be believed."""
-
-    def version_of(part: str) -> str:
-        try:
-            return version(part)
-        except PackageNotFoundError:
-            return "absent"
-
     return {
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {part: version_of(part) for part in PARTS},
