@@ -21,8 +21,8 @@ class Model:
     """The checkpoints to merge.
 
     Args:
-        base: Checkpoint of the pretrained model: a .safetensors file, a folder as open_clip or Hugging Face save it, or a
-            place on the hub, hf://org/name[@revision][/path], as every path here and anchors.source may be.
+        base: Checkpoint of the pretrained model: a .safetensors file, a folder as open_clip or Hugging Face save it, a
+            place on the hub, hf://org/name[@revision][/path]; so may every path here be, and anchors.source.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.

@@ -1,5 +1,6 @@
 """The hub wherever a path goes: fetched into its cache, headers alone in a dry run, every failure one sentence."""
 
+import itertools
 import runpy
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 import pico_hub
+from common.command import parse as parse_command
 from common.config import ROOT, Model
 from common.core.errors import InputError
 from common.core.places import path_of
@@ -19,7 +21,9 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, files_of
 from NLG import domain
+from pico_hf_vision import write_pico_hf
 from pico_hub import COMMIT
+from Vision import domain as vision
 
 publish = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "publish.py")))
 
@@ -220,3 +224,18 @@ def test_anchors_that_are_pushed_are_taken_from_there(hub, from_hub, capsys):
             publish.publish(what, "pico/made", False, "", remote, domain)
     with pytest.raises(InputError, match="--to made is no repository; write org/name"):
         publish.publish("merged/ta", "made", False, "", remote, domain)
+
+
+def test_fusionbench_s_layout_merges_from_the_hub(hub, tmp_path, pico_inputs):
+    """configs/vision/fusionbench_b32.yaml as it is, with pico models under the names that it has."""
+    write_pico_hf(tmp_path, "clip")
+    config = parse_command("", ["--config", str(ROOT / "configs/vision/fusionbench_b32.yaml")])
+    hub.add("openai/clip-vit-base-patch32", tmp_path / "base")
+    for task, source in zip(config.tasks, itertools.cycle(["MNIST", "SVHN"])):
+        hub.add(f"tanganke/clip-vit-base-patch32_{task}", tmp_path / source)
+    config = change(change(config, "run", root=str(tmp_path), score=False), "start", method="swudi_a")
+    with headers_only():
+        assert not describe(config, vision).refusals
+    assert (merge_alone(config, vision) / "model.safetensors").is_file()
+    card = ModelCard((config.run.dir / "merged" / "swudi_a" / "README.md").read_text())
+    assert card.data.base_model[:2] == ["openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_sun397"]
