@@ -3,6 +3,7 @@
 Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from common.config import Config, Model
-from common.core.blocks import BlockFamily
+from common.core.blocks import BlockFamily, call_alone, key_biases
 from common.core.errors import InputError
 from common.domain import other_models
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
+from common.io.skeleton import layers_of, stored_shapes
 
 POOLER = "pooler."
 
@@ -43,7 +45,15 @@ def check_inputs(config: Config) -> None:
     """
     model, file = config.model, config_of(config.model, config.model.path("base"))
     base = resolve(read_config(file), str(file))
-    compare_models(model.path("base"), base, other_models(config), COMPUTING.get(base.model_type or "", frozenset()))
+    compare_models(model.path("base"), base, other_models(config), computing(skeleton(model)))
+
+
+def computing(root: nn.Module) -> frozenset[str]:
+    """Fields that count for this encoder though they do not for others: RoBERTa numbers its positions from that of the
+    padding token on."""
+    embeddings = getattr(root, "embeddings", None)
+    from_padding = any(name.startswith("create_position_ids") for name in dir(embeddings))
+    return frozenset({"pad_token_id"} if from_padding else ())
 
 
 @cache
@@ -65,44 +75,76 @@ def token_shape(model: Model) -> tuple[int, int]:
     return 5, skeleton(model).config.hidden_size
 
 
-def call_layer(layer: nn.Module, x_ATD: Tensor) -> Tensor:
-    """An encoder layer without a mask; releases of transformers differ in whether they wrap the output in a tuple."""
-    y = layer(x_ATD)
-    return y[0] if isinstance(y, tuple) else y
+@cache
+def family(model: Model) -> BlockFamily:
+    """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`."""
+    return encoder(skeleton(model), str(config_of(model, model.path("base"))))
 
 
-def encoder(prefix: str) -> BlockFamily:
-    """An encoder laid out like BERT, which a masked language model or a classifier keeps under `prefix`.
+def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
+    """The layers of a bare encoder without weights; `where` names its config in what is refused.
 
-    Merged are the embeddings and the blocks; a head is a task's own, and so is the pooler before it. The key bias has a
-    tensor to itself.
+    Merged are the embeddings and the layers; a head is a task's own, and so is the pooler before it. A masked language
+    model or a classifier keeps the encoder under the prefix of its class. Where positions are not rotary, no input
+    moves the bias of the keys.
+
+    Raises: InputError if a layer needs more than its hidden states and rotary positions, such as a table of relative
+        positions that all layers share.
     """
-
-    def name_of(stored: str) -> str | None:
-        name = stored.removeprefix(f"{prefix}.")
-        if not name.startswith(("embeddings", "encoder.", POOLER)) or name.endswith("_ids"):
-            return None
-        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
+    path, kind = layers_of(root), type(root).__name__
+    if not path:
+        raise InputError(f"{where}: a {kind} has no list of layers to anchor")
+    first = root.get_submodule(f"{path}.0")
+    needed = [name for name in list(inspect.signature(first.forward).parameters)[1:] if name not in NOT_NEEDED]
+    if needed:
+        others = f"is called with {', '.join(needed)} besides its hidden states"
+        raise InputError(f"{where}: a layer of {kind} {others}, which are not the layer's own; it cannot be anchored")
+    if any(own not in stored_shapes(root) for own, _ in root.named_parameters()):
+        raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
+    rotary = getattr(root, "rotary_emb", None)
+    positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
-        blocks="encoder.layer",
-        call=call_layer,
-        names=name_of,
+        blocks=path,
+        call=call_rotated(root.config, type(rotary)) if rotary is not None else call_alone,
+        names=names_within(root),
         before_head=POOLER,
-        null_gradients={"attention.self.key.bias": (0, 1)},
-        positions="embeddings.position_embeddings.weight",
+        null_gradients=key_biases(first) if rotary is None else {},
+        positions=positions if positions in stored_shapes(root) else "",
     )
 
 
-def family(model: Model) -> BlockFamily:
-    """The blocks of the base's encoder; InputError if it is of an architecture without an entry here."""
-    file = config_of(model, model.path("base"))
-    found = read_config(file)["model_type"]
-    if found not in FAMILIES:
-        raise InputError(
-            f"{file} has model type {found!r}; of text encoders those of {', '.join(FAMILIES)} are anchored"
-        )
-    return FAMILIES[found]
+# What a layer may be given and does without: masks, caches, another sequence, what it should return.
+NOT_NEEDED = frozenset((
+    "attention_mask", "head_mask", "layer_head_mask", "encoder_hidden_states", "encoder_attention_mask", "cache",
+    "use_cache", "past_key_value", "past_key_values", "output_attentions", "position_ids", "position_embeddings",
+    "kwargs",
+))  # fmt: skip
+
+
+def call_rotated(config: PretrainedConfig, rotary: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """How a layer is called that needs the angles of the positions 0 to T - 1, which follow from the config."""
+    angles = rotary(config=config)
+    by_kind = "layer_type" in inspect.signature(angles.forward).parameters
+
+    def call(layer: nn.Module, x_ATD: Tensor) -> Tensor:
+        positions = torch.arange(x_ATD.shape[1], device=x_ATD.device)[None]
+        kind = {"layer_type": layer.attention_type} if by_kind else {}
+        return call_alone(layer, x_ATD, position_embeddings=angles(x_ATD, positions, **kind))
+
+    return call
+
+
+def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
+    """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
+    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in stored_shapes(root)} | {"pooler"}
+
+    def name_of(stored: str) -> str | None:
+        name = stored.removeprefix(prefix)
+        if name.split(".")[0] not in parts or name.endswith("_ids"):
+            return None
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return name_of
 
 
 def body_name(model: Model) -> Callable[[str], str | None]:
@@ -113,16 +155,3 @@ def body_name(model: Model) -> Callable[[str], str | None]:
         return None if name is None or name.startswith(POOLER) else name
 
     return name_of
-
-
-# XLM-R and CamemBERT are RoBERTa with another vocabulary.
-ROBERTA = encoder("roberta")
-FAMILIES = {
-    "roberta": ROBERTA,
-    "bert": encoder("bert"),
-    "electra": encoder("electra"),
-    "xlm-roberta": ROBERTA,
-    "camembert": ROBERTA,
-}
-# Positions are counted from the number of the padding token on.
-COMPUTING = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), frozenset({"pad_token_id"}))

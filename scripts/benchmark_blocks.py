@@ -40,11 +40,11 @@ def encoder(config: Any, anchors: int) -> Case:
     """A layer of a text encoder that transformers knows."""
     from transformers import AutoModel
 
-    from NLU.encoders import FAMILIES
+    from NLU.encoders import encoder as blocks_of
 
     with torch.device("meta"):
         skeleton = AutoModel.from_config(config, attn_implementation="eager").eval()
-    family = FAMILIES[config.model_type]
+    family = blocks_of(skeleton, config.model_type)
     return case(family, family.modules(skeleton), (anchors, 5, config.hidden_size))
 
 

@@ -11,7 +11,7 @@ from the repository's root and names of rows:
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
     study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
     methods                the merge methods
-    architectures nlg      what is anchored of each architecture that the tests merge, found in a pico model of it
+    architectures DOMAIN   what is anchored of each architecture that the tests merge, found in a pico model of it
 """
 
 import argparse
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.config import ROOT, Model
 from common.core.errors import InputError
@@ -151,16 +152,17 @@ def studied(file: str) -> str:
 def architectures(domain: str) -> str:
     """A line for each name that anchored modules have, and the architectures that have it."""
     sys.path.append(str(ROOT / "tests"))
-    from transformers import logging as transformers_logging
+    from transformers import logging
 
-    from pico_decoders import DECODERS, fields_of
-
-    transformers_logging.set_verbosity_error()  # of pico configs it warns that their numbers are odd
-    of = import_module(f"{FOLDERS[domain]}.domain")
+    logging.set_verbosity_error()  # of pico configs it warns that their numbers are odd
+    of, pico = import_module(f"{FOLDERS[domain]}.domain"), import_module(PICO[domain])
+    kinds = pico.DECODERS if domain == "nlg" else pico.ENCODERS
     found: dict[str, list[str]] = {}
-    for kind in DECODERS:
-        model = Model(arch=json.dumps(fields_of(kind)))
-        prefixes = [prefix for prefix, _ in of.family(model).modules(of.skeleton(model))]
+    for kind in kinds:
+        with TemporaryDirectory() as place:
+            write_text(Path(place) / "config.json", json.dumps(pico.fields_of(kind)))
+            model = Model(base=place)
+            prefixes = [prefix for prefix, _ in of.family(model).modules(of.skeleton(model))]
         named = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") for prefix in prefixes)
         found.setdefault(", ".join(f"`{name}`" for name in named), []).append(f"`{kind}`")
     lines = [(named, ", ".join(kinds)) for named, kinds in found.items()]
@@ -168,6 +170,7 @@ def architectures(domain: str) -> str:
     return "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n"
 
 
+PICO = {"nlg": "pico_decoders", "nlu": "pico_encoders"}  # of tests/: what architectures are tested
 KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods, "architectures": architectures}
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, edit_config
 from NLU import domain, scoring
-from NLU.encoders import FAMILIES
+from NLU.encoders import encoder as blocks_of
 from pico_nlu import (
     CONFIGS,
     pico_architecture,
@@ -135,7 +135,7 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     torch.manual_seed(0)
     wide = pico_architecture("roberta", hidden_size=64, num_hidden_layers=1)
     encoder = AutoModel.from_config(wide, attn_implementation="eager")
-    family = FAMILIES["roberta"]
+    family = blocks_of(encoder, "roberta")
     ((_, module),) = family.modules(encoder)
     block = family.pure(module)
     theta_0 = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in module.named_parameters()}

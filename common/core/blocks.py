@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ def call_module(module: nn.Module, x_ATD: Tensor) -> Tensor:
     return module(x_ATD)
 
 
-def call_alone(module: nn.Module, x_ATD: Tensor) -> Tensor:
-    """A layer that needs its hidden states alone: no mask, and whatever else it may be given is not; the first of its
+def call_alone(module: nn.Module, x_ATD: Tensor, **given: Any) -> Tensor:
+    """A layer with its hidden states and what is `given`: no mask, nothing else that it may be given; the first of its
     outputs, in releases of transformers that return several."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     missing = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    y = module(x_ATD, **missing)
+    y = module(x_ATD, **missing | given)
     return y[0] if isinstance(y, tuple) else y
 
 

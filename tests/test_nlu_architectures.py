@@ -1,0 +1,125 @@
+"""Text encoders of every architecture of pico_encoders.yaml, from stock models to stock models and back."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from common.core.errors import InputError
+from common.experiment import open_experiment
+from common.fda.matching import MatchingProblem, matching_loss
+from common.pipeline import adapt, construct
+from helpers import change
+from NLU import domain
+from pico_encoders import ENCODERS, fields_of
+from pico_nlu import pico_config, pico_tokenizer, slug
+
+TASKS = ["CoLA", "MNLI"]
+LABELS = {"CoLA": 2, "MNLI": 3}
+
+
+def write_models(root, kind):
+    """A masked language model in root/base, classifiers near it in root/<task>/model; the stock models by name."""
+    torch.manual_seed(0)
+    base = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**fields_of(kind))).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made = {"base": base}
+    for task in TASKS:
+        config = AutoConfig.for_model(**fields_of(kind), num_labels=LABELS[task])
+        made[task] = AutoModelForSequenceClassification.from_config(config).eval()
+        weights = {n: t + 0.05 * torch.randn_like(t) for n, t in base.base_model.state_dict().items()}
+        made[task].base_model.load_state_dict(weights, strict=False)
+    for name, model in made.items():
+        model.save_pretrained(root / slug(name) / ("model" if name != "base" else ""))
+        pico_tokenizer().save_pretrained(root / slug(name) / ("model" if name != "base" else ""))
+    return made
+
+
+def config_of(root, data):
+    config = pico_config(root, root / "runs")
+    config = change(config, "model", root=str(root), family="auto", base="base", expert="{slug}/model")
+    return replace(change(change(config, "eval", data=str(data)), "run", score=False), tasks=TASKS)
+
+
+def seen_by_layers(model, path):
+    """(what each layer of a stock encoder is given, what it answers), for a text of five tokens."""
+    seen = []
+
+    def see(module, args, named, output):
+        seen.append(((*args, *named.values())[0], output[0] if isinstance(output, tuple) else output))
+
+    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in model.get_submodule(path)]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4, 5, 6, 7]]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_blocks_are_the_stock_layers_and_merges_open(kind, tmp_path, nlu_inputs):
+    """A block answers what the layer answers within the stock model; TA is TA of the stock tensors; a loss is plain
+    autograd's; what FDA makes opens, and every head scores on it."""
+    models, config = write_models(tmp_path, kind), config_of(tmp_path, nlu_inputs / "data")
+    experiment = open_experiment(config, domain)
+    bodies = {name: model.base_model for name, model in models.items()}
+    seen = seen_by_layers(bodies["base"], experiment.family.blocks)
+    assert len(seen) == experiment.depth or kind == "albert"  # which passes its one layer again
+    for index in range(experiment.depth):
+        theta_0 = experiment.read_block(experiment.base, index)
+        torch.testing.assert_close(experiment.functions[index](theta_0, seen[index][0]), seen[index][1])
+    check_loss(experiment, bodies, seen[0][0])
+    construct(config, domain)
+    folder = adapt(change(config, "start", method="ta"), domain)
+    adapted, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not {n for n in report["missing_keys"] if "pooler" not in n} and not report["unexpected_keys"]
+    assert adapted(torch.tensor([[3, 4, 5]])).last_hidden_state.isfinite().all()
+    merged = AutoModel.from_pretrained(config.run.dir / "merged" / "ta").state_dict()
+    states = [bodies[name].state_dict() for name in ("base", *TASKS)]
+    for name, base in states[0].items():
+        if base.is_floating_point() and "pooler" not in name:
+            expected = base + 0.3 * sum(expert[name] - base for expert in states[1:])
+            torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
+    scored = domain.score(config, "MNLI", {"x": folder}, torch.device("cpu"))["x"]
+    assert scored.n == 30
+
+
+def check_loss(experiment, bodies, x_ATD):
+    """The matching losses of the first block are those of plain autograd on the stock layers."""
+    block, path = experiment.functions[0], f"{experiment.family.blocks}.0"
+    base, expert = (dict(bodies[name].get_submodule(path).named_parameters()) for name in ("base", "MNLI"))
+    theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["MNLI"]))
+    y, target = block(base, x_ATD), block(expert, x_ATD).detach()
+    loss = (1 - F.cosine_similarity(y.flatten(1), target.flatten(1), dim=1)).sum()
+    tau = experiment.task_vector("MNLI", theta_0, theta_t)
+    tau = {name: t for name, t in tau.items() if t.any()}
+    gradients = torch.autograd.grad(loss, [base[name] for name in tau])
+    expected = [
+        1 + F.cosine_similarity((expert[n] - base[n]).flatten(), g.flatten(), dim=0).item()
+        for n, g in zip(tau, gradients, strict=True)
+    ]
+    problem = MatchingProblem(block, theta_0, theta_t, tau)
+    assert matching_loss(problem, x_ATD).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("mpnet", "a layer of MPNetModel is called with position_bias besides its hidden states"),
+        ("deberta-v2", "DebertaV2Model is called with query_states, relative_pos, rel_embeddings besides"),
+        ("roformer", "RoFormerModel is called with sinusoidal_pos besides"),
+        ("nomic_bert", "transformers renames the tensors of a NomicBertModel"),
+    ],
+)
+def test_what_cannot_be_anchored_is_refused_by_its_class(kind, said, tmp_path, nlu_inputs):
+    write_models(tmp_path, "bert")
+    fields = {"model_type": kind, **{k: v for k, v in fields_of("bert").items() if k != "model_type"}}
+    for place in ("base", "cola/model", "mnli/model"):
+        (tmp_path / place / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=said):
+        construct(config_of(tmp_path, nlu_inputs / "data"), domain)
