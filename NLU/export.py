@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.models.auto import modeling_auto as classes
 
-from common.config import Model, for_task
+from common.config import Model
 from common.core.errors import InputError
+from common.core.places import for_task
 from common.io.checkpoints import Checkpoint, write_tensors, write_text
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.model_files import INDEX_FILE

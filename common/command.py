@@ -26,6 +26,7 @@ def run(
     name: str | None,
     description: str | None,
     plan: Callable[[Config, Domain], Plan] = describe,
+    config: Config | None = None,
 ) -> None:
     """Run one stage for the config on the command line; with --dry-run print its plan.
 
@@ -36,12 +37,13 @@ def run(
             that --help and a wrong flag can do without.
         description: What --help says, the docstring of the command.
         plan: What --dry-run prints, and what the run would refuse.
+        config: In place of that of the command line, where something else was read.
 
     Ends the process with status 2 on an InputError, in a dry run on each that the run would have, with 130 when
     interrupted, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
     """
     try:
-        config = parse(description or "")
+        config = config or parse(description or "")
         check_domain(config, name or config.domain)
         domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
         if config.dry_run:

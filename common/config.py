@@ -4,16 +4,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.core.places import path_of
+from common.core.places import for_task, path_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "presets"
 PRETRAINED = "pretrained"  # the start that is no merge
-
-
-def for_task(template: str, task: str) -> str:
-    """A path with {task} replaced by the name of a task, {slug} by its letters and digits in lower case."""
-    return template.replace("{task}", task).replace("{slug}", "".join(filter(str.isalnum, task.lower())))
 
 
 @dataclass(frozen=True)
@@ -24,12 +19,13 @@ class Model:
         base: Checkpoint of the pretrained model: a .safetensors file, a folder as open_clip or Hugging Face save it, a
             place on the hub, hf://org/name[@revision][/path]; so may every path here be, and anchors.source.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
+        experts: {task: path} of experts that are not where `expert` says.
         root: Folder that the other paths are relative to.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
             Empty: the config file beside the base's weights tells.
         family: The architecture, as the base's config names it. auto: whatever that says.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
-        head: Vision only: file of a task's zero-shot head. Where there is none it is built from the text tower.
+        head: Vision only: file of a task's zero-shot head; else it is built from the text tower.
         heads: NLU only: tasks that get heads/<task>, a classifier of that expert's head and a link to the encoder.
         vocabulary: NLG only: what becomes of tokens that the base lacks; rows are matched by token, by number where a
             tokenizer.json is missing. refuse: none has more rows than the base; pad: the base's missing rows begin as
@@ -41,6 +37,7 @@ class Model:
 
     base: str = ""
     expert: str = ""
+    experts: dict[str, str] = field(default_factory=dict)
     root: str = "."
     arch: str = ""
     family: str = "auto"
@@ -51,13 +48,17 @@ class Model:
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:  # a key of what is made once for each model
+        return hash(repr(self))
+
     def path(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> Path:
         """One of the paths, relative to `root`, "~" expanded."""
         return path_of(self.named(name, task), self.root)
 
     def named(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> str:
         """One of the paths as the config writes it, for a task."""
-        return for_task(getattr(self, name), task)
+        own = self.experts.get(task) if name == "expert" else None
+        return for_task(own or getattr(self, name), task)
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,7 @@ class Run:
     """Where and how the work is done; nothing here changes a result but seed and precision.
 
     Args:
-        name: Folder of the results, under `root`.
-        root: Folder of all runs.
+        name: Folder of the results, under `root`, the folder of all runs.
         device: auto, cpu, cuda or cuda:N.
         precision: Of the matrix products while anchors are optimised. tf32 is for CUDA. bf16 takes the linear maps
             alone, rounds how two blocks differ, not what each answers, and is fast on new CPUs too, where blocks are

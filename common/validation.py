@@ -36,6 +36,9 @@ def check_tasks(config: Config) -> None:
     """There is a task, and none twice."""
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise InputError("tasks must name at least one task, and none twice")
+    for task in config.model.experts:
+        if task not in config.tasks:
+            raise InputError(f"model.experts names the task {task!r}; tasks are {', '.join(config.tasks)}")
 
 
 def check_tests(config: Config, domain: Domain) -> None:

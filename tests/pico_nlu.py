@@ -20,7 +20,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start, for_task
+from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.core.places import for_task
 from common.io.checkpoints import write_tensors
 from NLU.scoring import TASKS, Task
 

@@ -9,6 +9,11 @@ RESOLVERS: dict[str, Callable[[str], Path]] = {}
 """{scheme: from the whole text to a local path}; common/io/hub.py has that of hf://."""
 
 
+def for_task(template: str, task: str) -> str:
+    """A path with {task} replaced by the name of a task, {slug} by its letters and digits in lower case."""
+    return template.replace("{task}", task).replace("{slug}", "".join(filter(str.isalnum, task.lower())))
+
+
 def place_name(text: str) -> str:
     """What a place is called where no path of one machine should stand: org/name of a hub, else its last part."""
     _, sign, rest = text.partition("://")

@@ -142,7 +142,8 @@ def settings(config: Config, made: Mapping[str, Any]) -> str:
     kept = {name: {k: v for k, v in said[name].items() if v not in ({}, "", None)} for name in SECTIONS}
     kept["start"] = {key: value for key, value in kept["start"].items() if key in ("method", "hyper")}
     own = kept["start"].get("hyper", {}).get(kept["start"]["method"])
-    kept["start"] = {"method": kept["start"]["method"]} | ({"hyper": own} if own else {})
+    method = kept["start"]["method"]
+    kept["start"] = {"method": method} | ({"hyper": {method: own}} if own else {})
     if made["method"] != "fda":
         kept = {"start": kept["start"]}
     else:
