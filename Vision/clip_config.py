@@ -33,7 +33,7 @@ LAYOUTS = {
     "text_model.": "Hugging Face's layout of a model",
     "vit.": "Hugging Face's layout of a model",
     "blocks.": "timm's layout of a ViT",
-    "visual.trunk.": "an image tower of timm",
+    "visual.trunk.": "an image tower of timm that is no ViT",
     "visual.layer1.": "a ResNet",
 }
 OTHER_TOWERS = ("visual.trunk.", "visual.layer1.")  # of open_clip, but no VisionTransformer
@@ -110,7 +110,7 @@ def compare(ours: Mapping[str, Any], where: str, others: Mapping[str, Path]) -> 
 def refuse_other_layouts(path: Path, config: Path | None) -> None:
     """InputError naming what a model is whose tensors are laid out as another library than open_clip does."""
     names = [row.stored for row in find_model(path).rows()]
-    if any(name.startswith("visual.transformer.resblocks.") for name in names):
+    if any(name.startswith(("visual.transformer.resblocks.", "visual.trunk.blocks.")) for name in names):
         return
     said = read_config(config) if config else {}
     begun = [what for start, what in LAYOUTS.items() if any(name.startswith(start) for name in names)]
@@ -122,7 +122,7 @@ def refuse_other_layouts(path: Path, config: Path | None) -> None:
     layout = begun[0] if begun else "Hugging Face's layout of a model"
     own = any(name.startswith(OTHER_TOWERS) for name in names)
     served = "take the same model as open_clip saves it, or a CLIP or SigLIP of transformers"
-    then = "only such a tower can be merged" if own else served
+    then = "only such a tower, or a ViT of timm, can be merged" if own else served
     raise InputError(
         f"{path} holds {layout}{called}; vision anchors the blocks of open_clip's VisionTransformer, whose tensors are "
         f"called visual.transformer.resblocks.…: {then}"

@@ -38,7 +38,7 @@ from common.io.model_config import (
     resolve,
 )
 from common.io.shards import write_stream
-from common.io.skeleton import layers_of
+from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 
@@ -89,8 +89,8 @@ def check_inputs(config: Config) -> None:
         if is_adapter(other):
             check_lineage(other, path, base)
         elif config_file(other):
-            harmless = require_same_function(base, image_config(other))
-            if harmless:
+            harmless = require_same_function(base, image_config(other)) - {"architectures", "dtype"}
+            if harmless:  # which towers alone and whole models always differ in
                 said = ", ".join(sorted(harmless))
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
 
@@ -145,15 +145,7 @@ def names_of(tower: nn.Module) -> Callable[[str], str | None]:
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a layer sees, of an image of the size that the config says."""
     tower = skeleton(model).vision_model
-    first, seen = tower.get_submodule(f"{layers_of(tower)}.0"), []
-
-    def see(module: nn.Module, args: tuple, named: dict) -> None:
-        seen.append((*args, *named.values())[0])
-
-    with first.register_forward_pre_hook(see, with_kwargs=True):
-        tower(torch.empty(1, 3, *[tower.config.image_size] * 2, device="meta"))
-    _, tokens, width = seen[0].shape
-    return tokens, width
+    return first_input(tower.get_submodule(f"{layers_of(tower)}.0"), tower, (tower.config.image_size,) * 2)
 
 
 def text_checkpoint(model: Model) -> Checkpoint:

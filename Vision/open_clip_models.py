@@ -19,6 +19,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.lora import open_checkpoint
 from common.io.shards import write_stream
+from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer
 from Vision.clip_config import check_inputs as check_inputs  # a part of the library
@@ -35,11 +36,15 @@ OPEN_CLIP = BlockFamily(
 )
 
 
+# timm's ViTs as image towers, those of SigLIP among them: their blocks are called with one batch-first tensor as well.
+TIMM = BlockFamily(blocks="visual.trunk.blocks", scope=IMAGE_TOWER, null_gradients={"attn.qkv.bias": (1, 3)})
+
+
 def family(model: Model) -> BlockFamily:
-    """The blocks of open_clip's image tower."""
+    """The blocks of the image tower."""
     if model.family not in ("auto", "open_clip"):
         raise InputError(f"unknown model.family {model.family!r}; {model.path('base')} is of open_clip")
-    return OPEN_CLIP
+    return OPEN_CLIP if isinstance(skeleton(model).visual, VisionTransformer) else TIMM
 
 
 def architecture(model: Model) -> str:
@@ -70,18 +75,21 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
         raise InputError(f"open_clip cannot build {where}: {' '.join(str(error).split())}") from error
     finally:
         logging.root.setLevel(level)
-    if not isinstance(clip.visual, VisionTransformer):
+    trunk = getattr(clip.visual, "trunk", None)
+    if not isinstance(clip.visual, VisionTransformer) and not isinstance(getattr(trunk, "blocks", None), nn.Sequential):
         raise InputError(
             f"the image tower of {architecture(model)} is open_clip's {type(clip.visual).__name__}; vision anchors the "
-            "blocks of its VisionTransformer, visual.transformer.resblocks"
+            "blocks of its VisionTransformer, visual.transformer.resblocks, and of a ViT of timm, visual.trunk.blocks"
         )
     return clip
 
 
+@cache
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a block of the image tower sees."""
-    tokens, width = skeleton(model).get_parameter("visual.positional_embedding").shape
-    return tokens, width
+    visual, blocks = skeleton(model).visual, family(model).blocks
+    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+    return first_input(skeleton(model).get_submodule(f"{blocks}.0"), visual, size)
 
 
 def text_checkpoint(model: Model) -> Checkpoint:

@@ -216,7 +216,11 @@ def test_clip_models_of_another_function_are_refused(own_clip, part, field, valu
 def test_other_layouts_of_images_are_called_what_they_are(own_clip):
     root, config = own_clip
     for names, fields, message in (
-        ("visual.trunk.blocks.0.x", {}, "an image tower of timm; .* only such a tower can be merged"),
+        (
+            "visual.trunk.stages.0.x",
+            {},
+            "timm that is no ViT; .* only such a tower, or a ViT of timm",
+        ),
         ("vision_model.encoder.x", {"model_type": "x_clip", "architectures": ["XCLIP"]}, r"layout .*\(XCLIP in"),
         ("embeddings.x", {"model_type": "dinov2"}, r"layout of a model \(dinov2 in config.json"),
     ):

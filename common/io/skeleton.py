@@ -22,6 +22,19 @@ def layers_of(module: nn.Module) -> str:
     return max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
 
 
+def first_input(block: nn.Module, tower: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """(T, D) of what reaches a block of an image tower on the meta device, of an image of a size."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, named: dict) -> None:
+        seen.append((*args, *named.values())[0])
+
+    with block.register_forward_pre_hook(see, with_kwargs=True):
+        tower(torch.empty(1, 3, *size, device="meta"))
+    _, tokens, width = seen[0].shape
+    return tokens, width
+
+
 def stored_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the checkpoint that save_pretrained writes of a model. A name can be another than the model's
     own, and a mixture's experts are apart in one and stacked in the other."""
