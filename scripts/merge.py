@@ -14,11 +14,12 @@ from common.config import Config, Run
 from common.core.errors import InputError
 from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
-from mergekit_recipe import config_of
 
 
 def from_recipe(argv: list[str]) -> Config:
     """The config that a recipe and the options beside it make."""
+    from mergekit_recipe import config_of  # beside this file, and needed for this alone
+
     options = argparse.ArgumentParser(prog="merge.py", description=__doc__, allow_abbrev=False)
     options.add_argument("--mergekit", type=Path, required=True)
     options.add_argument("--domain", choices=["vision", "nlu", "nlg"], default="nlg")
