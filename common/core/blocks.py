@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,15 @@ def call_module(module: nn.Module, x_ATD: Tensor) -> Tensor:
 def call_alone(module: nn.Module, x_ATD: Tensor, **given: Any) -> Tensor:
     """A layer with its hidden states and what is `given`: no mask, nothing else that it may be given; the first of its
     outputs, in releases of transformers that return several."""
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    missing = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    y = module(x_ATD, **missing | given)
+    y = module(x_ATD, **dict.fromkeys(needed_by(type(module))), **given)
     return y[0] if isinstance(y, tuple) else y
+
+
+@cache
+def needed_by(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What a class of layers must be given besides its hidden states, though it may be None: a mask."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 KEY_BIASES = ("k_proj.bias", "key.bias", "k_lin.bias")
