@@ -4,7 +4,7 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
     Raises: InputError if a layer needs more than its hidden states and rotary positions, such as a table of relative
         positions that all layers share.
     """
-    path, kind = layers_of(root), type(root).__name__
+    path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
     if not path:
         raise InputError(f"{where}: a {kind} has no list of layers to anchor")
     first = root.get_submodule(f"{path}.0")
@@ -99,17 +99,17 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
     if needed:
         others = f"is called with {', '.join(needed)} besides its hidden states"
         raise InputError(f"{where}: a layer of {kind} {others}, which are not the layer's own; it cannot be anchored")
-    if any(own not in stored_shapes(root) for own, _ in root.named_parameters()):
+    if any(own not in stored for own, _ in root.named_parameters()):
         raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
     rotary = getattr(root, "rotary_emb", None)
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
         call=call_rotated(root.config, type(rotary)) if rotary is not None else call_alone,
-        names=names_within(root),
+        names=names_within(root, stored),
         before_head=POOLER,
         null_gradients=key_biases(first) if rotary is None else {},
-        positions=positions if positions in stored_shapes(root) else "",
+        positions=positions if positions in stored else "",
     )
 
 
@@ -134,9 +134,9 @@ def call_rotated(config: PretrainedConfig, rotary: type[nn.Module]) -> Callable[
     return call
 
 
-def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
+def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
     """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
-    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in stored_shapes(root)} | {"pooler"}
+    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in known} | {"pooler"}
 
     def name_of(stored: str) -> str | None:
         name = stored.removeprefix(prefix)

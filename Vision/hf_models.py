@@ -23,6 +23,7 @@ from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, copy_files
+from common.io.hub import is_stand_in
 from common.io.lineage import check_lineage
 from common.io.lora import open_checkpoint
 from common.io.model_config import (
@@ -44,6 +45,7 @@ from common.io.surroundings import copy_tokenizer, write_edited
 
 IMAGE_TOWER = "vision_model."
 KINDS = ("clip", "siglip", "siglip2", "metaclip_2")  # two towers, the image's called vision_model
+PROJECTION = "visual_projection.weight"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -93,6 +95,20 @@ def check_inputs(config: Config) -> None:
             if harmless:  # which towers alone and whole models always differ in
                 said = ", ".join(sorted(harmless))
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
+            check_projection(config.model, other)
+
+
+def check_projection(model: Model, other: Path) -> None:
+    """InputError if another model brings a projection of its own behind the tower, which is never merged."""
+    theirs = Checkpoint(other, family(model).names)
+    if PROJECTION not in theirs.shapes or is_stand_in(other):
+        return
+    ours = text_checkpoint(model)
+    if not torch.equal(theirs.read([PROJECTION])[PROJECTION], ours.read([PROJECTION])[PROJECTION]):
+        raise InputError(
+            f"{other}: {PROJECTION} is not that of {ours.path}; the image tower alone is merged, and would answer "
+            "through the latter: take experts whose projection was frozen"
+        )
 
 
 @cache

@@ -62,7 +62,8 @@ class Experiment:
         """Multiplications of the largest matrix product of a block, over a task's anchors or a batch of adaptation."""
         anchors, tokens, _ = self.shape
         rows = tokens * max(anchors, self.config.adapt.for_start(self.config.start.method).batch_size)
-        shapes = (shape for prefix in self.prefixes for shape in self.base.shapes_under(prefix).values())
+        kinds = dict(zip(self.functions, self.prefixes, strict=True)).values()  # one of each: blocks can be thousands
+        shapes = (shape for prefix in kinds for shape in self.base.shapes_under(prefix).values())
         return rows * max(math.prod(shape) for shape in shapes if len(shape) == 2)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:

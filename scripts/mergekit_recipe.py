@@ -17,6 +17,7 @@ from common.core.errors import InputError
 
 KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "name"}
 GLOBAL = {"normalize", "lambda", "t", "density", "weight", "gamma", "rescale", "int8_mask"}
+OWN = {"density", "weight", "gamma"}  # of a model
 # Whether the weights are divided by their sum where the recipe does not say so, as mergekit has it.
 NORMALIZED = {"linear": True, "ties": True}
 WHOLE = ("linear", "slerp")  # mix models, not differences from a base
@@ -41,6 +42,8 @@ def config_of(file: Path, domain: str, run: Run) -> Config:
     recipe = read_recipe(file)
     models = entries(recipe, str(file))
     method = recipe["merge_method"]
+    if method != "linear" and not recipe.get("base_model"):
+        raise InputError(f"{file}: {method} needs a base_model")
     base = place(recipe.get("base_model") or next(iter(models)))
     said = {"normalize": None, "lambda": 1.0} | parameters(recipe, "", str(file))
     if method in WHOLE:  # the base is one of what is mixed, the first of two for slerp
@@ -63,7 +66,11 @@ def entries(recipe: Mapping[str, Any], file: str) -> dict[str, dict[str, float]]
     names = [entry["model"] for entry in models]
     if len(set(names)) < len(names):
         raise InputError(f"{file} names a model twice")
-    return {entry["model"]: parameters(entry, f"{entry['model']}: ", file) for entry in models}
+    own = {entry["model"]: parameters(entry, f"{entry['model']}: ", file) for entry in models}
+    for name, said in own.items():
+        if unlike := sorted(set(said) - OWN):
+            raise InputError(f"{file}: {name}: {', '.join(unlike)} is understood of the recipe alone, not of one model")
+    return own
 
 
 def parameters(entry: Mapping[str, Any], where: str, file: str) -> dict[str, Any]:
@@ -87,6 +94,8 @@ def start_of(
         shares = [weight / sum(weights) for weight in weights]
     else:
         shares = weights
+    if said.get("rescale", method.startswith("dare_")) != method.startswith("dare_"):
+        raise InputError(f"{file}: {method} is understood with rescale as it is by default, not {said['rescale']}")
     if method == "linear":
         if not math.isclose(sum(shares), 1):
             raise InputError(

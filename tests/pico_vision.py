@@ -21,9 +21,9 @@ PICO_CLIP = {
 PICO_TASKS = ["MNIST", "SVHN"]
 
 
-def write_pico_clip(root: Path, tasks: list[str] = PICO_TASKS) -> None:
+def write_pico_clip(root: Path, tasks: list[str] = PICO_TASKS, fields: dict = PICO_CLIP) -> None:
     """A base with text tower in root/base, experts (image towers) in root/<task>/finetuned.safetensors."""
-    config = {"model_cfg": PICO_CLIP, "preprocess_cfg": {"interpolation": "bicubic"}}
+    config = {"model_cfg": fields, "preprocess_cfg": {"interpolation": "bicubic"}}
     (root / "base").mkdir(parents=True)
     (root / "base" / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)

@@ -92,6 +92,14 @@ def test_experts_that_are_whole_models_and_methods_that_use_images(tmp_path, pic
         assert merged[LAYER + "mlp.fc1.weight"].isfinite().all()
 
 
+def test_a_projection_of_an_expert_s_own_is_refused(tmp_path, pico_inputs):
+    models = write_pico_hf(tmp_path, "clip", alone=False)
+    models["SVHN"].visual_projection.weight.data += 0.1
+    models["SVHN"].save_pretrained(tmp_path / "SVHN")
+    with pytest.raises(InputError, match=r"SVHN: visual_projection.weight is not that of .*base; the image"):
+        construct(pico_hf_config(tmp_path, pico_inputs / "data"), domain)
+
+
 def test_an_image_tower_alone_needs_a_text_tower(pico):
     _, config = pico
     alone = change(config, "model", base="MNIST")

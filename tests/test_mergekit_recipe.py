@@ -115,6 +115,12 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
         ({"parameters": {"select": 1}}, "select is not understood; read are density"),
         ({"merge_method": "ties", "parameters": {"normalize": False}}, "ties is understood with normalize: true"),
         ({"merge_method": "slerp"}, "slerp needs parameters.t"),
+        ({"base_model": None}, "task_arithmetic needs a base_model"),
+        (
+            {"merge_method": "dare_linear", "parameters": {"rescale": False}},
+            "rescale as it is by default, not False",
+        ),
+        ({"models": [{"model": "a", "parameters": {"lambda": 2}}]}, "a: lambda is understood of the recipe alone"),
         ({"tokenizer_source": "model:a"}, "tokenizer_source 'model:a' is not understood; read are base, union"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice"),
         ({"merge_method": 3}, "is no recipe of mergekit: it names no merge_method"),

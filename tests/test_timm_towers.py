@@ -8,11 +8,11 @@ import torch
 
 from common.core.errors import InputError
 from common.experiment import open_experiment
-from common.io.checkpoints import Checkpoint, write_tensors
+from common.io.checkpoints import Checkpoint
 from common.pipeline import adapt, construct
 from common.planning.dry_run import describe
 from helpers import change, rewrite
-from pico_vision import PICO_TASKS
+from pico_vision import PICO_TASKS, write_pico_clip
 from Vision import domain
 
 TIMM = {
@@ -29,14 +29,7 @@ TIMM = {
 def timm_config(pico_config, tmp_path):
     """A base as open_clip writes SigLIP, and experts that are image towers near it."""
     root = tmp_path / "timm"
-    (root / "base").mkdir(parents=True)
-    (root / "base" / "open_clip_config.json").write_text(json.dumps({"model_cfg": TIMM, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    whole = open_clip.create_model(f"local-dir:{root / 'base'}", load_weights=False).state_dict()
-    write_tensors(root / "base" / "open_clip_model.safetensors", whole)
-    for task in PICO_TASKS:
-        tower = {n: t + 0.05 * torch.randn_like(t) for n, t in whole.items() if n.startswith("visual.")}
-        write_tensors(root / task / "finetuned.safetensors", tower)
+    write_pico_clip(root, fields=TIMM)
     return change(pico_config, "model", root=str(root))
 
 
