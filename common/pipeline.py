@@ -28,7 +28,7 @@ from common.core.task_vectors import Params, subtract
 from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
-from common.experiment import Experiment, open_experiment
+from common.experiment import Experiment
 from common.fda.adaptation import FitSettings, Trainable, coefficients, fit_block, own_weights, regmean_warm_start
 from common.fda.anchors import initial_anchors
 from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors, optimise_together
@@ -37,6 +37,7 @@ from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished, require_own_anchors
+from common.opening import open_experiment
 from common.run.background import read_ahead, write_behind
 from common.run.device import threads_for
 from common.run.progress import UnitBar

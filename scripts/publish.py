@@ -20,11 +20,11 @@ from common.config import Config
 from common.core.errors import InputError
 from common.domain import Domain
 from common.evaluation.cards import anchor_card, write_cards
-from common.experiment import open_experiment
 from common.io.anchor_files import axes_as_published, load_anchors
 from common.io.checkpoints import read_header, write_text
 from common.io.hub_files import pushed
 from common.layout import PROVENANCE_FILE, RunLayout
+from common.opening import open_experiment
 from common.planning.dry_run import Plan, describe
 
 

@@ -15,8 +15,8 @@ from common.config import Config
 from common.domain import Domain, scored_tests
 from common.evaluation.rows import read_results, values_by_name
 from common.evaluation.scoring import RESULTS
-from common.experiment import open_experiment
 from common.io.checkpoints import write_text
+from common.opening import open_experiment
 from common.planning.regime import relative_norms
 from common.run.run_log import commit
 from compare import compare

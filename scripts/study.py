@@ -31,10 +31,10 @@ from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, scores_of
 from common.evaluation.studies import Rows, draw, table_of
-from common.experiment import open_experiment
 from common.io.checkpoints import write_text
 from common.io.examples import Sample
 from common.merging.calibration import block_params, first_block_inputs, next_block_inputs
+from common.opening import open_experiment
 from common.pipeline import merge_alone
 from common.planning.regime import relative_norms
 from common.run.run_log import CLOCKS

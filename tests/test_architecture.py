@@ -17,6 +17,7 @@ ORDER = [
     ["domain"],
     ["validation"],
     ["experiment"],
+    ["opening"],
     ["layout"],
     ["assembly"],
     ["evaluation", "planning"],

@@ -13,10 +13,10 @@ from helpers import command
 # A bug that no check foresees, put into the reading of the base's header before the command runs as it is.
 WITH_A_BUG = """
 import runpy, sys
-import common.experiment as experiment
+import common.opening as opening
 def broken(path, names=str):
     raise KeyError("a.weight")
-experiment.Checkpoint = broken
+opening.Checkpoint = broken
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
-from common.experiment import open_experiment
 from common.fda.matching import MatchingProblem, matching_loss
+from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, edit_config

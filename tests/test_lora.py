@@ -21,11 +21,11 @@ from safetensors.torch import save_file as save_torch
 from common.config import Config, Model
 from common.core.errors import InputError
 from common.evaluation.rows import read_results
-from common.experiment import open_experiment
 from common.io.adapters import WEIGHT_FILE
 from common.io.checkpoints import Checkpoint
 from common.io.lora import LoraCheckpoint, open_checkpoint
 from common.layout import inputs_of
+from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from NLG import domain as nlg

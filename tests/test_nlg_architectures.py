@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
-from common.experiment import open_experiment
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint
 from common.io.unstacked import Unstacked
+from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from common.core.errors import InputError
-from common.experiment import open_experiment
 from common.fda.matching import MatchingProblem, matching_loss
+from common.opening import open_experiment
 from common.pipeline import adapt, construct
 from helpers import change
 from NLU import domain

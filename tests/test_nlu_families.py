@@ -15,11 +15,11 @@ from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.evaluation.scoring import score_run
-from common.experiment import open_experiment
 from common.fda.construction import SearchSettings, optimise_anchors
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import RunLayout
+from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, edit_config

@@ -16,7 +16,7 @@ import yaml
 
 from common.config import ROOT, as_dict
 from common.core.errors import InputError
-from common.experiment import open_experiment
+from common.opening import open_experiment
 from common.run.background import read_ahead, write_behind
 from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.progress import UnitBar, Units

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
-from common.experiment import open_experiment
+from common.opening import open_experiment
 from common.pipeline import merge_alone
 from NLG import domain
 from NLG.scoring import open_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.core.errors import InputError
-from common.experiment import open_experiment
 from common.io.checkpoints import Checkpoint
+from common.opening import open_experiment
 from common.pipeline import adapt, construct
 from common.planning.dry_run import describe
 from helpers import change, rewrite

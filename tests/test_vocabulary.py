@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from common.config import Config
 from common.core.errors import InputError
-from common.experiment import open_experiment
 from common.layout import inputs_of
+from common.opening import open_experiment
 from common.pipeline import merge_alone
 from NLG import domain
 from pico_nlg import VOCABULARY, pico_config, pico_model, pico_tokenizer

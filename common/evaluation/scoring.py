@@ -11,10 +11,11 @@ from common.config import PRETRAINED, ROOT, Config, as_dict
 from common.domain import Domain, scored_tests
 from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
-from common.experiment import Experiment, open_experiment
+from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
+from common.opening import open_experiment
 from common.run.progress import Units
 from common.run.run_log import commit, record_stage, total_cost
 

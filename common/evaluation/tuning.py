@@ -10,11 +10,11 @@ from common.assembly import merge_start
 from common.config import Config, as_dict
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
-from common.experiment import open_experiment
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.registry import check_hyper
+from common.opening import open_experiment
 from common.run.run_log import commit
 
 SPLIT = "validation_cut"

@@ -15,7 +15,7 @@ from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule, by_kind
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
-from common.experiment import Experiment, open_inputs
+from common.experiment import Experiment
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
@@ -29,6 +29,7 @@ from common.layout import (
     no_anchors,
     require_own_anchors,
 )
+from common.opening import open_inputs
 from common.planning.cost import (
     GIB,
     arithmetic,

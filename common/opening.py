@@ -1,0 +1,158 @@
+"""Opening an experiment: its inputs read by their headers, compared and checked, before any weight is in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from common.config import Config
+from common.core.blocks import BlockFamily, BlockModule
+from common.core.errors import InputError
+from common.core.task_vectors import require_same_shapes
+from common.domain import Domain
+from common.experiment import Experiment
+from common.io.adapters import is_adapter, open_adapter
+from common.io.checkpoints import Checkpoint, remove_leftovers
+from common.io.heads import leave_to_heads, open_experts
+from common.io.matched import Matching
+from common.io.unstacked import unstacked
+from common.io.vocabulary import match_vocabularies
+from common.run.device import prepare
+from common.run.run_log import NOTES
+from common.validation import check_choices, check_positions, check_tokenizers
+
+Checking = Callable[[str], AbstractContextManager[None]]
+"""checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
+
+
+def open_experiment(config: Config, domain: Domain) -> Experiment:
+    """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
+    check_choices(config, domain)
+    remove_leftovers(config.run.dir / NOTES)
+    experiment = open_inputs(config, domain, lambda _: nullcontext())
+    assert experiment  # what is missing has been refused
+    return replace(experiment, device=prepare(config.run.device))
+
+
+@contextmanager
+def opening(checking: Checking, what: str, path: Path) -> Iterator[None]:
+    """A check of one input; on an error that is no InputError there is a note of it, for the command to say."""
+    with checking(what):
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"opening {what}, {path}")
+            raise
+
+
+def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experiment | None:
+    """Open and compare base and experts, headers only, and choose no device yet.
+
+    Returns: None where a check was refused without which there is no experiment, if `checking` let it go on.
+    """
+    path, base, family = config.model.path("base"), None, BlockFamily(blocks="")
+    modules, tokens, width = [], 0, 0
+    with opening(checking, "base", path):
+        base = Checkpoint(path)
+    if base:
+        with checking("configs"):
+            domain.check_inputs(config)
+    if base or config.model.arch:
+        with opening(checking, "model", path):
+            family = domain.family(config.model)
+            modules = family.modules(domain.skeleton(config.model))
+            tokens, width = domain.token_shape(config.model)
+    if base and modules:
+        with opening(checking, "base", path):
+            base = Checkpoint(path, family.names)
+    with checking("run.blocks"):
+        check_indices(config.run.blocks or [], len(modules))
+    if base:
+        with checking("base"):
+            check_blocks(unstacked(base, family.pieces), modules)
+    experts = open_all_experts(config, domain, family, base, checking)
+    if not base:
+        return None
+    base, experts, matching = compare_experts(config, family, base, experts, checking)
+    if not modules or len(experts) < len(config.tasks):
+        return None
+    shape = (config.anchors.number, config.anchors.tokens or tokens, width)
+    if config.anchors.position_embeddings:
+        with checking("base"):
+            check_positions(family, base, *shape[1:])
+    functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
+    return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
+
+
+def check_indices(indices: Iterable[int], depth: int) -> None:
+    """InputError if run.blocks names a block that the model does not have; a depth of 0 is not known."""
+    for index in indices:
+        if depth and not 0 <= index < depth:
+            raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {depth - 1}")
+
+
+def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
+    """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
+    for prefix, module in modules:
+        expected = {prefix + name: p.shape for name, p in module.named_parameters()}
+        require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
+
+
+def open_all_experts(
+    config: Config, domain: Domain, family: BlockFamily, base: Checkpoint | None, checking: Checking
+) -> dict[str, Checkpoint]:
+    """The experts that are there, opened together, for all models get the same heads; none without a base."""
+    paths: dict[str, Path] = {}
+    for task in config.tasks:
+        path = config.model.path("expert", task)
+        with opening(checking, f"expert {task}", path):
+            check_is_there(path, task, domain)
+            paths[task] = path
+    if not base:
+        return {}
+    how = (family.names, family.vocabulary, config.model.arch)
+    with checking("experts"):
+        try:
+            return open_experts(base, paths, *how)
+        except InputError:
+            for task, path in paths.items():  # whose fault it is
+                with opening(checking, f"expert {task}", path):
+                    open_experts(Checkpoint(base.path, family.names), {task: path}, *how)
+            raise
+    return {}
+
+
+def check_is_there(path: Path, task: str, domain: Domain) -> None:
+    """InputError if there is no expert at a path: it names the path, and the test sets that may have been meant."""
+    try:
+        open_adapter(path) if is_adapter(path) else Checkpoint(path)
+    except InputError as error:
+        meant = get_close_matches(task, domain.TASKS, cutoff=0.7)
+        if path.exists() or task in domain.TASKS or not meant:
+            raise
+        raise InputError(f"{error}; is the task {task!r} misspelt? close to it: {', '.join(meant)}") from error
+
+
+def compare_experts(
+    config: Config, family: BlockFamily, base: Checkpoint, experts: Mapping[str, Checkpoint], checking: Checking
+) -> tuple[Checkpoint, Mapping[str, Checkpoint], Matching]:
+    """Refuse an expert that is not of the base's architecture, names and shapes.
+
+    Returns: base and experts with the same rows for the same tokens, and how these were matched.
+    """
+    leave_to_heads(family.before_head, base, experts.values())
+    base = unstacked(base, family.pieces)
+    experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
+    matching = Matching(0)
+    with checking("model.vocabulary"):
+        base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)
+        check_tokenizers(config, matching)
+    for task, expert in experts.items():
+        with opening(checking, f"expert {task}", expert.path):
+            require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
+    return base, experts, matching
