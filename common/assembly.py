@@ -124,12 +124,21 @@ def remove_blocks(folder: Path) -> None:
 
 def adapted_tensors(experiment: Experiment, start: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
-    rest = start if experiment.config.adapt.rest == "start" else experiment.base
+    settings = experiment.config.adapt.for_start(experiment.config.start.method)
+    rest = start if settings.rest == "start" else experiment.base
     for name in experiment.rest_names():
-        yield from rest.read([name]).items()
-    for index in range(experiment.depth):
+        yield name, blended(start, name, rest.read([name])[name], settings.blend)
+    for index, prefix in enumerate(experiment.prefixes):
         block = Checkpoint(RunLayout(experiment.config).block_file(index)).read_under("")
-        yield from ((experiment.prefixes[index] + name, tensor) for name, tensor in block.items())
+        yield from ((prefix + n, blended(start, prefix + n, tensor, settings.blend)) for n, tensor in block.items())
+
+
+def blended(start: Checkpoint, name: str, adapted: Tensor, blend: float) -> Tensor:
+    """One tensor between the start's, at 0, and the adapted one, at 1."""
+    if blend == 1:
+        return adapted
+    theta = start.read([name])[name]
+    return theta + blend * (adapted.to(theta) - theta)
 
 
 def finish(
@@ -140,7 +149,12 @@ def finish(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint and, when it is whole, its provenance."""
+    write_model(experiment, domain, tensors, folder)
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+
+
+def write_model(experiment: Experiment, domain: Domain, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write a checkpoint that stock libraries open."""
     domain.export(experiment.config.model, tensors, folder)
     if experiment.matching.more:
         write_with_more(experiment.base.path, folder, experiment.matching.more)
-    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")

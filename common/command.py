@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from jsonargparse import ArgumentParser, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain
 from common.io.hub import headers_only
@@ -138,11 +139,13 @@ def files_first(argv: list[str]) -> list[str]:
 
 def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
     """Check `by_start` and drop from it the fields given on the command line, which come first."""
-    known = {f.name for f in fields(Adapt)} - {"by_start"}
+    known = {f.name: f.type for f in fields(Adapt) if f.name != "by_start"}
     for start, changes in adapt.by_start.items():
-        for key in changes:
+        for key, value in changes.items():
             if key not in known:
                 raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
+            if not is_of(value, known[key]):
+                raise InputError(f"adapt.by_start.{start}.{key} must be {name_of(known[key])}, it is {value!r}")
     return replace(
         adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
     )

@@ -80,7 +80,10 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a merged model says it was made from; InputError if that is damaged."""
-    return read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
+    made = read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
+    if isinstance(made.get("adapt"), dict):
+        made["adapt"].setdefault("blend", 1)  # of models from before there was a choice
+    return made
 
 
 def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:
@@ -175,6 +178,12 @@ def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     settings["anchors"]["files"] = identity(anchors)
     settings["inputs"] = inputs_of(experiment)
     return settings | data_of(read_provenance(start.path) if made.is_file() else {})
+
+
+def block_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what an adapted model is made from, what decides its blocks as they are fitted."""
+    fit = {name: value for name, value in provenance["adapt"].items() if name not in ("blend", "label")}
+    return {**provenance, "adapt": fit}
 
 
 def data_of(made: Mapping[str, Any]) -> dict[str, Any]:

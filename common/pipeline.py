@@ -36,7 +36,15 @@ from common.fda.matching import MatchingProblem
 from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
-from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished, require_own_anchors
+from common.layout import (
+    RunLayout,
+    anchor_provenance,
+    anchors_of,
+    block_provenance,
+    fit_provenance,
+    is_finished,
+    require_own_anchors,
+)
 from common.opening import open_experiment
 from common.run.background import read_ahead, write_behind
 from common.run.device import threads_for
@@ -152,16 +160,21 @@ def adapt(config: Config, domain: Domain) -> Path:
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
     else:
-        bar = UnitBar(f"adapt {folder.name}", len(experiment.blocks), "blocks")
-        with threads_for(experiment.largest_product), record_stage(config, bar.stage, bar), bar:
-            for index in experiment.blocks:
-                with bar.unit(f"block {index}"):
-                    adapt_block(experiment, start, index, provenance, bar)
-            assemble(experiment, domain, start, provenance)
+        adapt_blocks(experiment, start, provenance)
+        assemble(experiment, domain, start, provenance)
     if config.run.score:
         score_run(config, domain)
     write_cards(config, domain)
     return folder
+
+
+def adapt_blocks(experiment: Experiment, start: Checkpoint, provenance: Mapping[str, Any]) -> None:
+    """Fit and store every merged block."""
+    bar = UnitBar(f"adapt {RunLayout(experiment.config).adapted.name}", len(experiment.blocks), "blocks")
+    with threads_for(experiment.largest_product), record_stage(experiment.config, bar.stage, bar), bar:
+        for index in experiment.blocks:
+            with bar.unit(f"block {index}"):
+                adapt_block(experiment, start, index, block_provenance(provenance), bar)
 
 
 def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:

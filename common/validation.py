@@ -1,6 +1,9 @@
 """Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
 
-from common.config import PRETRAINED, Config, Model
+from collections.abc import Iterable
+from typing import Any
+
+from common.config import PRETRAINED, Adapt, Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, scored_tests
@@ -10,7 +13,6 @@ from common.merging.registry import METHODS, check_hyper, method_choices
 
 POSITIVE = {
     "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
-    "adapt": ("lr", "epochs", "batch_size"),
     "eval": ("batch_size",),
 }
 
@@ -98,12 +100,29 @@ def check_settings(config: Config) -> None:
     if config.anchors.together != "no" and config.anchors.chunk:
         raise InputError("anchors.together has all anchors of all tasks in memory; anchors.chunk cannot be set with it")
     for section, names in POSITIVE.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value is not None and value <= 0 and not (name == "epochs" and config.adapt.warm_start != "none"):
-                raise InputError(f"{section}.{name} is {value}; it must be above zero")
-    if config.adapt.for_start(config.start.method).speedup < 1:
-        raise InputError("adapt.speedup divides the epochs; it must be at least 1")
+        require_positive(section, getattr(config, section), names)
+    check_adapt("adapt", config.adapt)
+    for start in config.adapt.by_start:
+        check_adapt(f"adapt.by_start.{start}", config.adapt.for_start(start))
+
+
+def check_adapt(where: str, adapt: Adapt) -> None:
+    """The settings of an adaptation are in range; `where` is their address in the config."""
+    require_positive(where, adapt, ("lr", "batch_size", *([] if adapt.warm_start != "none" else ["epochs"])))
+    if adapt.epochs < 0:
+        raise InputError(f"{where}.epochs is {adapt.epochs}; it must be zero or more")
+    if adapt.speedup < 1:
+        raise InputError(f"{where}.speedup divides the epochs; it must be at least 1")
+    if not 0 <= adapt.blend <= 1:
+        raise InputError(f"{where}.blend is {adapt.blend}; it goes from 0, the start, to 1, the adapted model")
+
+
+def require_positive(where: str, section: Any, names: Iterable[str]) -> None:
+    """InputError if one of these fields of a section is set, but not above zero."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{where}.{name} is {value}; it must be above zero")
 
 
 def check_tokenizers(config: Config, matching: Matching) -> None:

@@ -12,11 +12,12 @@ from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.evaluation.cards import write_cards
+from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
-from common.evaluation.tuning import SPLIT, candidates, choose_hyperparameters, held_out
+from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
 from common.merging.registry import METHODS, hyperparameters
-from common.pipeline import adapt, construct, merge_alone
+from common.pipeline import adapt, adapt_blocks, construct, merge_alone
 from common.planning.dry_run import Plan, check_export, describe
 from common.validation import check_choices
 
@@ -48,7 +49,7 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
         if not config.anchors.source:
             construct(of_init, domain)
         for start in config.compare.starts:
-            adapt(of_init.at_start(start), domain)
+            adapt(choose_adaptation(of_init.at_start(start), domain, adapt_blocks), domain)
     score_run(config, domain, others)
     write_cards(config, domain)
 
@@ -71,7 +72,11 @@ def plan(config: Config, domain: Domain) -> Plan:
     one_run, grids = describe(config, domain, [check_export]), candidates(config, domain)
     if grids:
         check_choices(held_out(config), domain)
-    lines = [f"  {'search ' + m:18} {len(g)} candidates, merged and scored on {SPLIT}" for m, g in grids.items()]
+    lines = [
+        f"  {'search ' + m:18} {len(g)} candidates{' of each model, and its start,' if m == FDA else ', merged and'} "
+        f"scored on {SPLIT}"
+        for m, g in grids.items()
+    ]
     for each in runs_of(config) or [config]:
         models = [f"{start} x {init}" for start in config.compare.starts for init in config.compare.inits]
         lines.append(f"  {f'seed {each.run.seed}':18} {len(models)} models in {each.run.dir}: {', '.join(models)}")

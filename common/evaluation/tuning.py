@@ -1,13 +1,17 @@
-"""Hyperparameters of merge methods, chosen on held-out examples: the validation cut, never a test set."""
+"""Hyperparameters of merge methods and of the adaptation, chosen on held-out examples: the validation cut, never a
+test set."""
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from common.assembly import merge_start
-from common.config import Config, as_dict
+from common.config import Adapt, Config, as_dict
+from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.io.checkpoints import digest, write_text
@@ -15,9 +19,12 @@ from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.registry import check_hyper
 from common.opening import open_experiment
+from common.run.device import prepare
 from common.run.run_log import commit
+from common.validation import check_settings
 
 SPLIT = "validation_cut"
+FDA = "fda"  # of compare.search: the adaptation
 
 
 def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]]:
@@ -36,12 +43,37 @@ def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]
         if empty or not lists:
             raise InputError(f"compare.search.{'.'.join([method, *empty[:1]])} lists no value to try")
         grids[method] = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+        if method == FDA:
+            check_fields(config, lists, grids[method])
+            continue
         for chosen in grids[method]:
             check_hyper(method, config.start.hyper.get(method, {}) | chosen, len(config.tasks))
         given = config.start.method if config.start.checkpoint else None
         if method not in config.compare.starts or method == given:
             raise InputError(f"compare.search names {method}, which no start of compare.starts is merged by")
     return grids
+
+
+def check_fields(config: Config, lists: Mapping[str, Any], grid: list[dict[str, Any]]) -> None:
+    """InputError if a field that compare.search.fda lists is none of adapt to be chosen, or a value does not fit."""
+    known = {f.name: f.type for f in fields(Adapt) if f.name not in ("label", "by_start")}
+    if not config.compare.inits:
+        raise InputError("compare.search.fda chooses for adapted models, and compare.inits names none to make")
+    for name in lists:
+        if name not in known:
+            raise InputError(f"compare.search.fda: adapt has no field {name!r} to choose; fields: {', '.join(known)}")
+    for chosen in grid:
+        for name, value in chosen.items():
+            if not is_of(value, known[name]):
+                raise InputError(f"compare.search.fda.{name} must be {name_of(known[name])}, it is {value!r}")
+        for start in config.compare.starts:
+            check_settings(with_fields(config, start, chosen))
+
+
+def with_fields(config: Config, start: str, chosen: Mapping[str, Any]) -> Config:
+    """The config of one start, with fields of adapt set for it."""
+    by_start = {start: {**config.adapt.by_start.get(start, {}), **chosen}}
+    return replace(config.at_start(start), adapt=replace(config.adapt, by_start=by_start))
 
 
 def held_out(config: Config) -> Config:
@@ -55,7 +87,9 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     Every candidate is a row of search.json; one that is there already, of the same inputs, is not scored again.
     """
     hyper = dict(config.start.hyper)
-    for method, grid in candidates(config, domain).items():
+    grids = candidates(config, domain)
+    grids.pop(FDA, None)  # which needs the anchors
+    for method, grid in grids.items():
         rows = [candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen) for chosen in grid]
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
         hyper[method] = hyper.get(method, {}) | grid[best]
@@ -77,14 +111,22 @@ def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, 
         return known[0]
     shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
     domain.check_export(config.model)
-    path = {method: merge_start(experiment, domain).path}
-    scores = {test: domain.score(trial, test, path, experiment.device)[method] for test in tests}
+    row |= scores_on_cut(trial, domain, method, merge_start(experiment, domain).path)
     shutil.rmtree(folder)
-    row |= {"scores": {test: {"value": scored.value, "n": scored.n} for test, scored in scores.items()}}
-    row |= {"avg": sum(scored.value for scored in scores.values()) / len(scores)}
-    row |= {"config": digest(as_dict(config)), "commit": commit()}
     record(config, candidate=row)
     return row
+
+
+def scores_on_cut(config: Config, domain: Domain, name: str, path: Path) -> dict[str, Any]:
+    """What a row of search.json says of how a model scores."""
+    device, tests = prepare(config.run.device), scored_tests(config, domain)
+    found = {test: domain.score(config, test, {name: path}, device)[name] for test in tests}
+    return {
+        "scores": {test: {"value": of_test.value, "n": of_test.n} for test, of_test in found.items()},
+        "avg": sum(of_test.value for of_test in found.values()) / len(found),
+        "config": digest(as_dict(config)),
+        "commit": commit(),
+    }
 
 
 def read_search(config: Config) -> dict[str, Any]:

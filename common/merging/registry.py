@@ -14,11 +14,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from common.core.annotations import is_of
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION
@@ -142,7 +143,7 @@ def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None)
         if name not in accepted:
             raise InputError(f"{method}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
         kind = accepted[name].annotation
-        if not _is_of(value, kind):
+        if not is_of(value, kind):
             raise InputError(f"{method}: {name} must be {inspect.formatannotation(kind)}, it is {value!r}")
     if tasks is not None:
         if tasks < 1:
@@ -155,12 +156,3 @@ def hyperparameters(method: str) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a method, with annotation and default, by name."""
     parameters = inspect.signature(METHODS[method].function).parameters
     return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value read from YAML fits an annotation: a plain type, None, a Sequence of one type, or their union."""
-    if get_origin(kind) is Sequence:
-        return isinstance(value, list | tuple) and all(_is_of(item, get_args(kind)[0]) for item in value)
-    if get_args(kind):
-        return any(_is_of(value, member) for member in get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
