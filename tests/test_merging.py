@@ -21,7 +21,8 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams
 from common.io.checkpoints import Checkpoint
-from common.merging.registry import METHODS, Method, check_hyper, hyperparameters, merge, method_table
+from common.merging.registry import METHODS, STEPS, Method, hyperparameters, method_table
+from common.merging.starts import check_hyper, merge
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.cost import tensors_held
@@ -429,8 +430,9 @@ def test_labels_are_unique_ideas_have_six_words_and_files_exist():
 
 def test_the_table_of_methods_has_a_row_for_each():
     head, *rows = method_table()
-    assert len(rows) == len(METHODS) and {len(row) for row in rows} == {len(head)} == {4}
+    assert len(rows) == len(METHODS) + len(STEPS) and {len(row) for row in rows} == {len(head)} == {4}
     assert ("TIES (`ties`)", METHODS["ties"].idea, "no", "`common/merging/ties.py`") in rows
+    assert ("SVC (`…+svc`)", STEPS["svc"].idea, "no", "`common/merging/svc.py`") in rows
     assert ("Fisher (`fisher`)", METHODS["fisher"].idea, "train inputs", "`common/merging/fisher.py`") in rows
 
 
@@ -438,7 +440,7 @@ ADDED = """
 import json, torch
 from common.core.errors import InputError
 from common.evaluation.tables import table
-from common.merging.registry import check_hyper, merge
+from common.merging.starts import check_hyper, merge
 
 base = {"w": torch.zeros(2, 2)}
 deltas = [{"w": torch.tensor([[1.0, -4.0], [0.5, 2.0]])}, {"w": torch.tensor([[-3.0, 4.0], [0.25, -2.5]])}]

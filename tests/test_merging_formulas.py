@@ -11,7 +11,7 @@ from common.core.linalg import nearest_isometry, rank_of_share, regression_mean,
 from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
-from common.merging.registry import merge
+from common.merging.starts import merge
 from common.merging.swudi import filtered
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
