@@ -4,8 +4,8 @@ Of two experts, the one at the place `outer` (of a language, say) gives the `bot
 the other one the rest; the `transition` layers next to either border are the mean of both. The layer of a tensor is the
 first number in its name; tensors without one (embeddings, final norms, heads) are as `unnumbered` says.
 
-Source: Bandarkar et al. 2024, "Layer swapping for zero-shot cross-lingual transfer in large language models" (arXiv
-2410.01335). Defaults: outer 0, bottom 5, top 2, transition 1, unnumbered mean (ours).
+Source: Bandarkar et al. 2024, "Layer swapping for zero-shot cross-lingual transfer in large language models"
+(arXiv 2410.01335). Defaults: outer 0, bottom 5, top 2, transition 1, unnumbered mean (ours).
 Deviation: the paper's exact numbers of layers, and what it does with embeddings, were not verified.
 """
 
