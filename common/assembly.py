@@ -21,7 +21,7 @@ from common.io.examples import Sample
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, is_finished, merge_provenance, read_provenance
-from common.merging.registry import METHODS, merge
+from common.merging.starts import by_part, chain_of, merge, survey
 from common.run.run_log import record_stage
 
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
@@ -37,7 +37,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
         with record_stage(experiment.config, f"merge {method}"):
-            if METHODS[method].data:
+            if chain_of(method).row.data:
                 tensors, provenance["data"] = merged_with_data(experiment, domain, method)
             else:
                 tensors = merged_tensors(experiment, method)
@@ -52,36 +52,43 @@ def merged_with_data(
 
     All tensors of the base, of every expert and of the merged model are in memory at once.
     """
-    config, row, hyper = experiment.config, METHODS[method], experiment.hyper(method)
+    config, chain, hyper = experiment.config, chain_of(method), experiment.hyper(method)
+    row, own = chain.row, by_part(chain, hyper)[chain.method]
     assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
-    sample = Sample(row.data.split, hyper["examples"], row.data.batch, hyper.get("seed", 0))
+    sample = Sample(row.data.split, own["examples"], row.data.batch, own.get("seed", 0))
     first = first_tests(config, domain)
     tests = {task: first[task] for task in config.tasks}
     calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
     names = experiment.base.names(experiment.family.scope)
     theta_0 = experiment.read(experiment.base, names)
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
-    theta = add(theta_0, row.function(theta_0, deltas, calibration, **hyper))
+    theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
     examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
     return ((name, theta[name].cpu()) for name in names), {"split": row.data.split, "examples": examples}
 
 
 def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model under a merge method, one at a time."""
-    for name in experiment.base.names(experiment.family.scope):
-        yield name, merged_tensor(experiment, method, name)  # a variable would keep it while the next is made
+    scope, hyper = chain_of(method).row.scope, experiment.hyper(method)
+    names = experiment.base.names(experiment.family.scope)
+    merged = [name for name in names if scope == "all" or name.startswith(f"{experiment.family.blocks}.")]
+    surveyed = survey(method, lambda: (of_tensor(experiment, name) for name in merged), hyper)
+    for name in names:
+        theta, deltas = of_tensor(experiment, name)
+        if name in merged:
+            theta = add(theta, merge(method, theta, deltas, hyper, surveyed))
+        yield name, theta[name].cpu()
+        del theta, deltas  # or they would be kept while the next is made
 
 
-def merged_tensor(experiment: Experiment, method: str, name: str) -> Tensor:
-    """One tensor of the merged model, on the CPU. Each expert's is read when the method asks for its task vector."""
+def of_tensor(experiment: Experiment, name: str) -> tuple[Params, list[Params]]:
+    """θ₀ and the τᵢ of one tensor. Each expert's is read when its task vector is asked for."""
     theta = experiment.read(experiment.base, [name])
-    if name.startswith(f"{experiment.family.blocks}.") or METHODS[method].scope == "all":
-        readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
-        deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
-        if theta[name].numel() <= KEPT:
-            deltas = [dict(delta) for delta in deltas]
-        theta = add(theta, merge(method, theta, deltas, experiment.hyper(method)))
-    return theta[name].cpu()
+    readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
+    deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
+    if theta[name].numel() <= KEPT:
+        deltas = [dict(delta) for delta in deltas]
+    return theta, deltas
 
 
 def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.heads import open_like
 from common.io.matched import Matching
 from common.io.unstacked import unstacked
-from common.merging.registry import hyperparameters
+from common.merging.starts import hyper_of
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,8 @@ class Experiment:
         return start
 
     def hyper(self, method: str) -> dict[str, Any]:
-        """All hyperparameters of a merge method: its defaults, and over them the config's."""
-        defaults = {name: p.default for name, p in hyperparameters(method).items()}
-        return defaults | self.config.start.hyper.get(method, {})
+        """All hyperparameters of a start, as `merge` takes them: its defaults, and over them the config's."""
+        return hyper_of(method, self.config.start.hyper, defaults=True)
 
     def positions(self, task: str) -> Tensor:
         """What is added to the anchors of a task before a block sees them, on the device: 0, or with

@@ -9,7 +9,8 @@ from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, scored_tests
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
-from common.merging.registry import METHODS, check_hyper, method_choices
+from common.merging.registry import every_row, method_choices
+from common.merging.starts import JOINED, chain_of, check_hyper, check_part, hyper_of
 
 POSITIVE = {
     "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
@@ -74,14 +75,20 @@ def check_starts(config: Config, domain: Domain) -> None:
     start = config.start
     if start.checkpoint and start.method == PRETRAINED:
         raise InputError("start.checkpoint needs start.method to name it: the method that it was merged by, say")
-    for method in sorted({start.method, *config.compare.starts, *start.hyper, *config.adapt.by_start} - {PRETRAINED}):
+    for key in sorted(start.hyper):
+        if JOINED in key:
+            raise InputError(f"start.hyper.{key}: hyperparameters are given by part, under each of {key.split(JOINED)}")
+        if key in every_row() and key != start.method:
+            check_part(key, start.hyper[key], len(config.tasks))
+    named = {start.method, *config.compare.starts, *config.adapt.by_start} - {PRETRAINED}
+    for method in sorted(named | {key for key in start.hyper if key not in every_row()}):
         if method == start.method and start.checkpoint:
             continue
-        if method not in METHODS:
+        if JOINED not in method and method not in every_row():
             raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
-        if METHODS[method].data:
+        if chain_of(method).row.data:
             check_data(config, domain, method)
-        check_hyper(method, start.hyper.get(method, {}), len(config.tasks))
+        check_hyper(method, hyper_of(method, start.hyper), len(config.tasks))
 
 
 def check_data(config: Config, domain: Domain, method: str) -> None:

@@ -16,7 +16,8 @@ from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
-from common.merging.registry import METHODS, hyperparameters
+from common.merging.registry import hyperparameters
+from common.merging.starts import chain_of
 from common.pipeline import adapt, adapt_blocks, construct, merge_alone
 from common.planning.dry_run import Plan, check_export, describe
 from common.validation import check_choices
@@ -59,7 +60,9 @@ def runs_of(config: Config) -> list[Config]:
     seeds, starts = config.compare.seeds, config.compare.starts
     if len(set(seeds)) < len(seeds):
         raise InputError(f"compare.seeds names a seed twice: {', '.join(map(str, seeds))}")
-    runs, drawing = [], [m for m in starts if m in METHODS and "seed" in hyperparameters(m)]
+    given = {PRETRAINED, *([config.start.method] if config.start.checkpoint else [])}
+    parts = {part: None for start in starts if start not in given for part in chain_of(start).parts}
+    runs, drawing = [], [part for part in parts if "seed" in hyperparameters(part)]
     for seed in seeds:
         hyper = config.start.hyper | {m: {"seed": seed} | config.start.hyper.get(m, {}) for m in drawing}
         each = replace(config.run, name=f"{config.run.name}/seed_{seed}", seed=seed)

@@ -23,7 +23,8 @@ from common.io.examples import Sample, load_sample, load_scored
 from common.layout import SAME_REST
 from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs
 from common.merging.fisher import fisher_information
-from common.merging.registry import METHODS, check_hyper, hyperparameters
+from common.merging.registry import METHODS, hyperparameters
+from common.merging.starts import check_hyper
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from common.validation import check_choices

@@ -11,7 +11,8 @@ from common.core.linalg import nearest_isometry, rank_of_share, regression_mean,
 from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
-from common.merging.registry import merge
+from common.merging.registry import METHODS, hyperparameters
+from common.merging.starts import merge
 from common.merging.swudi import filtered
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
@@ -643,7 +644,7 @@ def test_wudi_moves_matrices_only_and_takes_no_step_when_told_none():
         assert_close(merged[name], 0.5 * start)
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi", "wudi_exact", "swudi", "swudi_a", "doge_ta"])
+@pytest.mark.parametrize("method", [name for name in METHODS if "others" in hyperparameters(name)])
 @pytest.mark.parametrize(("others", "factor"), [(None, 1 / 3), (0.0, 0.0), (1, 1.0), (0.3, 0.3)])
 def test_what_is_no_matrix_is_scaled_as_asked(method, others, factor):
     base, deltas = task_vectors(3)

@@ -69,6 +69,16 @@ def rank_of_share(s: Tensor, share: float) -> int:
     return int((sums <= (share + SHARE_RTOL) * sums[-1]).sum())
 
 
+def rank_to_reach(s: Tensor, share: float) -> int:
+    """The least number of the falling values s (k,) that add up to this share of their sum or more.
+
+    A partial sum that misses the share by rounding reaches it.
+    """
+    values = s.double().cpu()  # on the CPU, since CUDA has no deterministic kernel
+    before = values.cumsum(0) - values
+    return int((before < (share - SHARE_RTOL) * values.sum()).sum())
+
+
 def normal_equations(tasks: Iterable[tuple[Params, Params]], alpha: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
     """The two sides of the least-squares problem min Σᵢ tr (δ − τᵢ) Gᵢ (δ − τᵢ)ᵀ, for every tensor with Gram matrices.
 

@@ -16,6 +16,7 @@ from common.io.checkpoints import write_text
 from common.io.model_config import CONFIG_FILE
 from common.io.model_files import OPEN_CLIP_CONFIG, json_of
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, read_provenance
+from common.merging.starts import JOINED
 from common.run.run_log import PARTS, version_of
 
 CARD = "README.md"
@@ -141,9 +142,9 @@ def settings(config: Config, made: Mapping[str, Any]) -> str:
     said = as_dict(config.at_start(str(made["start"] if made["method"] == "fda" else made["method"])))
     kept = {name: {k: v for k, v in said[name].items() if v not in ({}, "", None)} for name in SECTIONS}
     kept["start"] = {key: value for key, value in kept["start"].items() if key in ("method", "hyper")}
-    own = kept["start"].get("hyper", {}).get(kept["start"]["method"])
-    method = kept["start"]["method"]
-    kept["start"] = {"method": method} | ({"hyper": {method: own}} if own else {})
+    method, given = kept["start"]["method"], kept["start"].get("hyper", {})
+    own = {part: given[part] for part in method.split(JOINED) if given.get(part)}
+    kept["start"] = {"method": method} | ({"hyper": own} if own else {})
     if made["method"] != "fda":
         kept = {"start": kept["start"]}
     else:

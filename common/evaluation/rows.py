@@ -18,7 +18,8 @@ from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
 from common.layout import SAME_REST
-from common.merging.registry import METHODS
+from common.merging.registry import METHODS, every_row
+from common.merging.starts import JOINED
 
 Row = Mapping[str, Any]
 Values = Sequence[float]  # a line of a table: one fraction a task, then their mean; NaN where there is none
@@ -27,7 +28,7 @@ Values = Sequence[float]  # a line of a table: one fraction a task, then their m
 LABELS = {
     "pretrained": "Pretrained",
     "individual": "Individual",
-    **{name: method.label for name, method in METHODS.items()},
+    **{name: row.label for name, row in every_row().items()},
     "gauss": "Gauss",
     "weight": "Weight",
 }
@@ -35,7 +36,9 @@ KEY = ("method", "start", "init", "label", "task", "split", "seed")
 
 
 def display(word: str) -> str:
-    return LABELS.get(word, word.upper())
+    """What tables call a model, method or initialisation; of a chain of merge steps the names of its parts."""
+    parts = word.split(JOINED)
+    return " + ".join(LABELS[part] for part in parts) if set(parts) <= LABELS.keys() else word.upper()
 
 
 def row_name(row: Row) -> str:
@@ -63,9 +66,13 @@ def is_shown(row: Row) -> bool:
 def rank(row: Row) -> tuple:
     """Sorts rows like the paper: pretrained, individual, merges, then FDA by start and initialisation."""
     order = {word: i for i, word in enumerate(LABELS)}
+
+    def place(word: str) -> int:  # of a chain that of its method
+        return order.get(next((part for part in word.split(JOINED) if part in METHODS), word), len(order))
+
     fda = row["method"] == "fda"
     words = (row["start"] if fda else row["method"], row.get("init") or "", row.get("label") or "")
-    return (fda, *((order.get(word, len(order)), word) for word in words))
+    return (fda, *((place(word), word.count(JOINED), word) for word in words))
 
 
 def upsert(rows: Iterable[Row], new: Row) -> list[Row]:

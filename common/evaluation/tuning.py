@@ -17,7 +17,7 @@ from common.domain import Domain, scored_tests
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
 from common.layout import inputs_of
-from common.merging.registry import check_hyper
+from common.merging.starts import chain_of, check_hyper
 from common.opening import open_experiment
 from common.run.device import prepare
 from common.run.run_log import commit
@@ -39,6 +39,8 @@ def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]
             raise InputError(
                 f"compare.search cannot choose for {method}: there is no test set for any task; eval.tests can name one"
             )
+        if method != FDA and len(parts := chain_of(method).parts) > 1:
+            raise InputError(f"compare.search chooses for one method at a time: {method} is {' and '.join(parts)}")
         empty = [name for name, values in lists.items() if not values]
         if empty or not lists:
             raise InputError(f"compare.search.{'.'.join([method, *empty[:1]])} lists no value to try")

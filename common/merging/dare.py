@@ -1,7 +1,7 @@
 """DARE: drop each change at random with probability p, rescale what is left by 1/(1 − p), then merge.
 
-τ̃ᵢ = mᵢ ⊙ τᵢ / (1 − p) with mᵢ of independent weights that are 1 with probability 1 − p, so that E τ̃ᵢ = τᵢ. The τ̃ᵢ are
-merged by task arithmetic (`dare_ta`) or by TIES (`dare_ties`).
+τ̃ᵢ = mᵢ ⊙ τᵢ / (1 − p) with mᵢ of independent weights that are 1 with probability 1 − p, so that E τ̃ᵢ = τᵢ. The τ̃ᵢ
+are merged by task arithmetic (`dare_ta`) or by TIES (`dare_ties`).
 
 Source: Yu et al. 2024, "Language models are Super Mario" (arXiv 2311.03099). Defaults: p 0.9, one of the rates that the
 paper finds to cost nothing; the rest as `ta` and `ties` have it. With p ≥ 1 − density TIES finds nothing left to trim.

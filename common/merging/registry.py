@@ -1,28 +1,21 @@
-"""The merge methods: a row for each in `METHODS`, and `merge`, which runs one that needs no data.
+"""The merge methods, a row for each in `METHODS`, and what goes before or behind any of them, a row each in `STEPS`.
 
     method(base, deltas, **hyper) -> delta
 
 `base` is θ₀, `deltas` has the task vector τᵢ of each task; the merged task vector δ has the names and shapes of `base`
 and is float32, or float64 where the deltas are. Methods leave their inputs as they are and act on one tensor at a time,
-so any part of a model may be passed: a block, or one tensor of a model that does not fit in memory. Methods that use
-inputs of the tasks take these as a third argument, and all merged tensors of the model at once: see calibration.py.
+so any part of a model may be passed: a block, or one tensor of a model that does not fit in memory. Two kinds take a
+third argument: inputs of the tasks (`data`), and then all merged tensors of the model at once, see calibration.py; or
+what a first pass over the whole model found (`survey`), see whole.py. `starts.py` runs them.
 
 To add a method: one file with its formula, source and defaults, and one line in `METHODS`. CONTRIBUTING.md adds one.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
-
-from common.core.annotations import is_of
-from common.core.errors import InputError
-from common.core.task_vectors import LazyParams, Params, is_finite, require_same_tensors
-from common.merging.calibration import NO_CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -34,31 +27,58 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A merge method.
+class Row:
+    """What a start can be made of.
 
     where: "file:function", the file in common/merging/ without its ending.
     label: what tables call it.
     idea: what it does, in six words at most.
-    scope: "blocks" if its paper merges the Transformer blocks alone, so that all other tensors stay at the base.
-    data: the inputs of the tasks that it uses; None if the weights are all it needs.
     """
 
     where: str
     label: str
     idea: str
-    scope: Literal["all", "blocks"] = "all"
-    data: Data | None = None
 
     @property
-    def function(self) -> Callable[..., Params]:
-        """(base, deltas, **hyper) -> delta, or (base, deltas, calibration, *, examples, **hyper) -> delta with data."""
+    def function(self) -> Callable[..., Any]:
+        """Of a method (base, deltas, **hyper) -> delta, see the head of this file; of a step see `Step`."""
         return resolve_name(f"common.merging.{self.where}")
 
     @property
     def file(self) -> str:
         """Its place in the repository."""
         return f"common/merging/{self.where.split(':')[0]}.py"
+
+
+@dataclass(frozen=True)
+class Method(Row):
+    """A merge method.
+
+    scope: "blocks" if its paper merges the Transformer blocks alone, so that all other tensors stay at the base.
+    data: the inputs of the tasks that it uses; None if the weights are all it needs.
+    survey: "file:function" of its first pass over the model, (parts, **hyper) -> what the method takes as its third
+        argument; "" if it needs none.
+    """
+
+    scope: Literal["all", "blocks"] = "all"
+    data: Data | None = None
+    survey: str = ""
+
+    @property
+    def surveyor(self) -> Callable[..., Any]:
+        """The first pass, of a method that has one."""
+        return resolve_name(f"common.merging.{self.survey}")
+
+
+@dataclass(frozen=True)
+class Step(Row):
+    """What any method can be joined with.
+
+    stage: "before": (base, deltas, **hyper) -> the deltas that the method is given; "after": (base, deltas, delta,
+        **hyper) -> the delta in place of the method's.
+    """
+
+    stage: Literal["before", "after"] = "after"
 
 
 # In the order in which tables list them.
@@ -70,24 +90,54 @@ METHODS: dict[str, Method] = {
     "prodistill": Method("prodistill:prodistill", "ProDistill", "distils experts by block", data=Data("train", 16)),
     "average": Method("average:average", "Average", "mean of the task vectors"),
     "slerp": Method("slerp:slerp", "SLERP", "between two models, along an arc"),
+    "layer_swap": Method(
+        "layer_swap:layer_swap", "Layer swap", "outer layers of one, inner ones of the other", survey="layer_swap:depth"
+    ),
     "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors"),
+    "rws": Method("rws:rws", "RWS", "one expert, patched by the others"),
     "ties": Method("ties:ties", "TIES", "trim, elect signs, average what agrees"),
     "dare_ta": Method("dare:dare_ta", "DARE (TA)", "drop at random, rescale, then TA"),
     "dare_ties": Method("dare:dare_ties", "DARE (TIES)", "drop at random, rescale, then TIES"),
     "breadcrumbs": Method("breadcrumbs:breadcrumbs", "Breadcrumbs", "sum without outliers and small changes"),
     "pcb": Method("pcb:pcb", "PCB", "weights compete by size and agreement"),
+    "sce": Method("sce:sce", "SCE", "weighs experts where they differ most"),
+    "varm": Method("sce:varm", "VaRM", "mean weighted by squared changes"),
     "consensus_ta": Method("consensus:consensus_ta", "Consensus TA", "sum of weights several tasks use"),
     "tsv": Method("tsv:tsv", "TSV", "leading singular vectors, made orthogonal"),
+    "dc_merge": Method("dc_merge:dc_merge", "DC-Merge", "TIES in a common singular basis"),
+    "star": Method("star:star", "STAR", "leading singular directions, rescaled, averaged"),
+    "cart": Method("cart:cart", "CART", "mean plus leading differences to it"),
     "iso_c": Method("iso:iso_c", "Iso-C", "sum with equal singular values"),
     "iso_cts": Method("iso:iso_cts", "Iso-CTS", "Iso-C with directions of each task"),
     "wudi": Method("wudi:wudi", "WUDI", "least interference with each task vector", "blocks"),
     "wudi_exact": Method("wudi_exact:wudi_exact", "WUDI (exact)", "minimum of WUDI in closed form", "blocks"),
     "swudi": Method("swudi:swudi", "SWUDI", "WUDI along shared directions, by time", "blocks"),
     "swudi_a": Method("swudi:swudi_a", "SWUDI-A", "WUDI along leading shared directions", "blocks"),
+    "optmerge": Method("optmerge:optmerge", "OptMerge", "WUDI on truncated task vectors"),
+    "actmat": Method("actmat:actmat", "ACTMat", "least squares on task vectors' covariance"),
+    "tact": Method("actmat:tact", "TACT", "ACTMat on the largest changes"),
+    "ace": Method("ace:ace", "ACE", "covariances of centred task vectors, evened"),
     "doge_ta": Method("doge:doge_ta", "DOGE TA", "TA after reconciling the task vectors", "blocks"),
     "opcm": Method("opcm:opcm", "OPCM", "one by one, orthogonal parts alone"),
     "widen": Method("widen:widen", "WIDEN", "columns weighed by length and direction"),
 }
+
+
+STEPS: dict[str, Step] = {
+    "pact": Step("pact:pact", "PACT", "task vectors without others' shared directions", "before"),
+    "svc": Step("svc:svc", "SVC", "singular values calibrated after merging", "after"),
+}
+
+
+def every_row() -> dict[str, Row]:
+    """The rows of both tables, by key."""
+    return {**METHODS, **STEPS}
+
+
+def hyperparameters(key: str) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a method or step, with annotation and default, by name."""
+    parameters = inspect.signature(every_row()[key].function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def method_choices() -> list[str]:
@@ -96,63 +146,12 @@ def method_choices() -> list[str]:
 
 
 def method_table() -> list[tuple[str, str, str, str]]:
-    """A row for each method, as pages list them: its name with its key, its idea, the data it needs, its file."""
-    rows = [("Method (`start.method`)", "Idea", "Needs data", "File")]
+    """A row for each method and step, as pages list them: name with key, its idea, the data it needs, its file."""
+    lines = [("Method (`start.method`)", "Idea", "Needs data", "File")]
     for key, method in METHODS.items():
         needs = f"{method.data.split} inputs" if method.data else "no"
-        rows.append((f"{method.label} (`{key}`)", method.idea, needs, f"`{method.file}`"))
-    return rows
-
-
-@torch.no_grad()
-def merge(method: str, base: Params, deltas: Sequence[Params], hyper: Mapping[str, Any]) -> Params:
-    """The merged task vector of the experts by a method that needs no data, named by its key in `METHODS`.
-
-    Raises: InputError on an unknown method or hyperparameter, on no task at all, and on a task vector whose tensors
-    differ from the base's or hold a value that is not finite.
-    """
-    check_hyper(method, hyper, len(deltas))
-    checked = [_checked(delta, base, f"task {i} of {len(deltas)}") for i, delta in enumerate(deltas, start=1)]
-    return METHODS[method].function(base, checked, **hyper)
-
-
-def _checked(delta: Params, base: Params, whose: str) -> Params:
-    """A task vector with the names of `base`, of which each tensor is checked when it is asked for: it may be lazy."""
-    if delta.keys() != base.keys():
-        require_same_tensors(delta, base)
-
-    def checked(name: str) -> Tensor:
-        tau = delta[name]
-        require_same_tensors({name: tau}, {name: base[name]})
-        if not is_finite(tau):
-            raise InputError(f"{name}: the task vector of {whose} holds NaN or infinite values")
-        return tau
-
-    return LazyParams(base, checked)
-
-
-def check_hyper(method: str, hyper: Mapping[str, Any], tasks: int | None = None) -> None:
-    """Refuses what a merge would refuse, before anything is loaded: InputError naming the key and the choices.
-
-    Names and types are checked; with the number of tasks also the values, by merging that many models of no tensors.
-    """
-    if method not in METHODS:
-        raise InputError(f"unknown merge method {method!r}: choose one of {', '.join(method_choices())}")
-    accepted = hyperparameters(method)
-    for name, value in hyper.items():
-        if name not in accepted:
-            raise InputError(f"{method}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
-        kind = accepted[name].annotation
-        if not is_of(value, kind):
-            raise InputError(f"{method}: {name} must be {inspect.formatannotation(kind)}, it is {value!r}")
-    if tasks is not None:
-        if tasks < 1:
-            raise InputError(f"{method}: at least one task is needed to merge")
-        calibration = [[NO_CALIBRATION] * tasks] if METHODS[method].data else []
-        METHODS[method].function({}, [{}] * tasks, *calibration, **hyper)
-
-
-def hyperparameters(method: str) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a method, with annotation and default, by name."""
-    parameters = inspect.signature(METHODS[method].function).parameters
-    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        lines.append((f"{method.label} (`{key}`)", method.idea, needs, f"`{method.file}`"))
+    for key, step in STEPS.items():
+        where = f"`{key}+…`" if step.stage == "before" else f"`…+{key}`"
+        lines.append((f"{step.label} ({where})", step.idea, "no", f"`{step.file}`"))
+    return lines

@@ -31,6 +31,8 @@ class Taus(Sequence[Tensor]):
 
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
+Parts = Callable[[], Iterable[tuple[Params, Sequence[Params]]]]
+"""Each call passes over the model once: θ₀ and the τᵢ of one part of it after the other."""
 
 
 def each_tensor(rule: Rule, base: Params, deltas: Sequence[Params]) -> dict[str, Tensor]:
@@ -64,6 +66,11 @@ def total(taus: Iterable[Tensor]) -> Tensor:
         result += tau
         del tau
     return result
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor is of: the first part of its name that is a whole number; None if there is none."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def rounded_down(count: float) -> int:

@@ -1,7 +1,7 @@
 """TIES: trim each task vector, elect a sign for every weight, average the tasks that agree with it.
 
-τ̂ᵢ keeps the fraction `density` of τᵢ that is largest in magnitude, γ = sgn(Σᵢ τ̂ᵢ), and every weight of δ is λ times the
-mean of those τ̂ᵢ that have the sign γ there; 0 where none has.
+τ̂ᵢ keeps the fraction `density` of τᵢ that is largest in magnitude, γ = sgn(Σᵢ τ̂ᵢ), and every weight of δ is λ times
+the mean of those τ̂ᵢ that have the sign γ there; 0 where none has.
 
 Source: Yadav et al. 2023, "TIES-Merging" (arXiv 2306.01708), Algorithm 1. Defaults: density 0.2, λ 1 (the paper's where
 there is no validation data).

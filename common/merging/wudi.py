@@ -8,10 +8,11 @@ Defaults: lr 1e-5, 300 steps, scale 1 (FDA for RoBERTa: lr 2e-5). The paper leav
 outside the blocks at the base, as `scope` in registry.py says. `wudi_exact` goes to the minimum itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
@@ -53,8 +54,17 @@ def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tens
             gram_DD += task_gram_DD
             target += tau @ task_gram_DD
         del tau
-    adam = torch.optim.Adam([merged], lr=lr)
+    return descend(merged, gram_DD, target, steps, lambda m: torch.optim.Adam([m], lr=lr))
+
+
+def descend(
+    merged: Tensor, gram_DD: Tensor, target: Tensor, steps: int, optimizer: Callable[[Tensor], Optimizer]
+) -> Tensor:
+    """M after `steps` from `merged`, which is changed, along the gradient 2 (M gram_DD − target); as it is if the Gram
+    matrix is 0.
+    """
+    descent = optimizer(merged)
     for _ in range(steps if gram_DD.any() else 0):
         merged.grad = 2 * (merged @ gram_DD - target)
-        adam.step()
+        descent.step()
     return merged

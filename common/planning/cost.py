@@ -18,7 +18,8 @@ from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vec
 from common.fda.adaptation import BETAS, coefficients, own_weights
 from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient
 from common.fda.precision import effective_precision, forward_in
-from common.merging.registry import METHODS, hyperparameters, merge
+from common.merging.registry import hyperparameters
+from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
@@ -29,8 +30,8 @@ SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 def memory_with_data(config: Config, weights: int) -> dict[str, str]:
     """A row on the merge, if its method uses data and so holds all merged tensors of the models at once."""
-    method = config.start.method
-    if method not in METHODS or not METHODS[method].data or config.start.checkpoint:
+    start = config.start
+    if start.method == PRETRAINED or start.checkpoint or not chain_of(start.method).row.data:
         return {}
     models = 2 * len(config.tasks) + 9  # θ₀, every τ and every Fisher, or Gram matrices and their like in float64
     return {"merge, data": f"up to {models} models at once, {models * 4 * weights / GIB:.2f} GiB, and activations"}
@@ -157,14 +158,15 @@ def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
 def memory_of_merge(config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: str, passing: int) -> dict[str, str]:
     """A row on the memory of start.method while tensors of these shapes pass, if it is one that merges them singly."""
     method = config.start.method
-    if method not in METHODS or METHODS[method].data or config.start.checkpoint:
+    if method == PRETRAINED or config.start.checkpoint or chain_of(method).row.data:
         return {}
-    tried = cache(partial(tensors_held, method, config.start.hyper.get(method, {}), len(config.tasks)))
+    scope = chain_of(method).row.scope
+    tried = cache(partial(tensors_held, method, hyper_of(method, config.start.hyper), len(config.tasks)))
     device = alone = before = 0.0
     name, held = "", 1.0
     for each, shape in shapes.items():
         size = 4 * math.prod(shape)
-        models = tried(shape) if each.startswith(blocks) or METHODS[method].scope == "all" else 1.0
+        models = tried(shape) if each.startswith(blocks) or scope == "all" else 1.0
         device = max(device, models * size + before)
         resident = (1 if size >= HEAP_BYTES else 1 + HOLES) * models * size + before
         if resident > alone:
@@ -174,7 +176,7 @@ def memory_of_merge(config: Config, shapes: Mapping[str, tuple[int, ...]], block
     return {"merge, memory": f"{in_words(device, passing, alone)}; {holds}"}
 
 
-def tensors_held(method: str, hyper: Mapping[str, Any], tasks: int, shape: tuple[int, ...]) -> float:
+def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...]) -> float:
     """How many tensors of a shape a merge has in memory at once, found by merging small ones of the same proportions.
 
     θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all.
@@ -182,8 +184,10 @@ def tensors_held(method: str, hyper: Mapping[str, Any], tasks: int, shape: tuple
     small = (min(math.prod(shape), SMALL**2),)
     if len(shape) == 2:
         small = tuple(math.ceil(side * min(1, SMALL / min(shape))) for side in shape)
-    if "steps" in hyperparameters(method):
-        hyper = {**hyper, "steps": 2}
+    chain = chain_of(method)
+    for part, own in by_part(chain, hyper).items():
+        if "steps" in hyperparameters(part):
+            hyper = {**hyper, "steps": 2} if len(chain.parts) == 1 else {**hyper, part: {**own, "steps": 2}}
     generator = torch.Generator().manual_seed(0)
     with Ledger() as ledger:
         base = {"": torch.randn(small, generator=generator)}
