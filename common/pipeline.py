@@ -83,10 +83,8 @@ def construct_units(
     provenance = {
         task: anchor_provenance(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()
     }
-    snapshots = (
-        {task: layout.snapshot_file(task, index) for task in thetas} if experiment.config.anchors.snapshots else {}
-    )
     steps = {"snapshots": sorted(experiment.config.anchors.snapshots)}
+    snapshots = {task: layout.snapshot_file(task, index) for task in thetas if steps["snapshots"]}
     if all_there(files, provenance) & all_there(snapshots, {task: made | steps for task, made in provenance.items()}):
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
