@@ -14,6 +14,7 @@ __all__ = [
     "check_inputs",
     "export",
     "family",
+    "labelled_task",
     "metric",
     "score",
     "skeleton",
@@ -21,4 +22,4 @@ __all__ = [
 ]
 NAME = "nlg"
 PERCENT = False  # tables print fractions
-calibration_task = None  # there are no inputs for merge methods that use data
+calibration_task = labelled_task = None  # there are no inputs for merge methods and analyses that use data

@@ -2,7 +2,7 @@
 
 from NLU.encoders import check_inputs, family, skeleton, token_shape
 from NLU.export import check_export, export
-from NLU.scoring import TASKS, calibration_task, metric, score
+from NLU.scoring import TASKS, calibration_task, labelled_task, metric, score
 
 __all__ = [
     "NAME",
@@ -13,6 +13,7 @@ __all__ = [
     "check_inputs",
     "export",
     "family",
+    "labelled_task",
     "metric",
     "score",
     "skeleton",

@@ -1,12 +1,13 @@
 """The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -28,7 +29,7 @@ from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
-from common.merging.calibration import CalibrationTask, calibration_task_of
+from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from NLU.encoders import architecture, body_name, family
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
@@ -176,9 +177,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
-    classifier = open_classifier(config.model, config.tests[task]).to(device)
-    vocabulary = classifier.get_input_embeddings().num_embeddings
-    tokenizer = open_tokenizer(config.model, config.tests[task], vocabulary)
+    classifier, tokenizer = classifier_and_tokenizer(config, task, device)
     records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
     examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
     if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
@@ -186,5 +185,42 @@ def calibration_task(config: Config, task: str, sample: Sample, device: torch.de
     batches = torch.utils.data.DataLoader(
         examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
     )
-    blocks, prefix = family(config.model), f"{classifier.base_model_prefix}."
-    return calibration_task_of(classifier, blocks, batches, len(examples), device, prefix, lambda output: output.logits)
+    return with_classifier(config, classifier, batches, len(examples), device)
+
+
+def classifier_and_tokenizer(
+    config: Config, task: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a test set's task is answered with: the classifier of its expert, whose encoder has no weights yet."""
+    classifier = open_classifier(config.model, config.tests[task]).to(device)
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    return classifier, open_tokenizer(config.model, config.tests[task], vocabulary)
+
+
+def with_classifier(
+    config: Config, classifier: PreTrainedModel, batches: Iterable, examples: int, device: torch.device
+) -> CalibrationTask:
+    """Batches of tokens, and the classifier of their task."""
+    head = [module for name, module in classifier.named_children() if name != classifier.base_model_prefix]
+    prefix, of = f"{classifier.base_model_prefix}.", lambda output: output.logits
+    return calibration_task_of(classifier, family(config.model), batches, examples, device, head, prefix, of)
+
+
+def labelled_task(config: Config, task: str, sample: Sample, device: torch.device) -> LabelledTask:
+    """The texts of a task with their labels, and the loss of its classifier: cross-entropy, of a regression the squared
+    error.
+    """
+    row = TASKS[task]
+    classifier, tokenizer = classifier_and_tokenizer(config, task, device)
+    answer = with_classifier(config, classifier, (), 0, device).answer
+    records = load_sample(config.eval, task, row, (*row.text, "label"), sample)
+
+    def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+        chosen = records.select(numbers)
+        return {**encoded(tokenizer, [chosen[column] for column in row.text]), "labels": torch.tensor(chosen["label"])}
+
+    def loss(theta: Params, batch: Batch) -> Tensor:
+        logits, labels = answer(theta, {k: x for k, x in batch.items() if k != "labels"}), batch["labels"].to(device)
+        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels.float())
+
+    return LabelledTask(loss, batch, len(records))

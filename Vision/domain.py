@@ -18,11 +18,12 @@ from tqdm import tqdm
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
-from common.merging.calibration import CalibrationTask, calibration_task_of
+from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from Vision import hf_models, open_clip_models
 from Vision.clip_config import clip_file
 
@@ -151,6 +152,17 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
     return {name: scored(torch.cat(hits).numpy()) for name, hits in right.items()}
 
 
+class Head(nn.Module):
+    """The zero-shot head of a task, a module so that it can be seen what it is given."""
+
+    def __init__(self, directions: Tensor):
+        super().__init__()
+        self.directions = directions
+
+    def forward(self, features: Tensor) -> Tensor:
+        return classified(features, self.directions)
+
+
 def classified(features: Tensor, head: Tensor) -> Tensor:
     """The logits of image features under a zero-shot head."""
     return F.normalize(features, dim=-1) @ head.T
@@ -161,25 +173,48 @@ class Classifier(nn.Module):
 
     def __init__(self, tower: nn.Module, head: Tensor):
         super().__init__()
-        self.head = head
+        self.head = Head(head)
         for name, part in tower.named_children():
             self.add_module(name, part)
         self.encode = type(tower).forward
 
     def forward(self, images: Tensor) -> Tensor:
-        return classified(self.encode(self, images), self.head)
+        return self.head(self.encode(self, images))
 
 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The images of a task and its classifier, for merge methods that use data."""
-    library_of = library(config.model)
     records = load_sample(config.eval, task, TASKS[task], ("image",), sample)
-    pixels = library_of.preprocessing(config.model)
-    classifier = Classifier(library_of.Tower(config.model), zero_shot_head(config.model, task).to(device))
+    pixels = library(config.model).preprocessing(config.model)
     batches = torch.utils.data.DataLoader(
         records, sample.batch, collate_fn=lambda rows: {"images": pixels(rows)}, num_workers=config.eval.workers
     )
-    return calibration_task_of(classifier, library_of.family(config.model), batches, len(records), device)
+    return with_classifier(config, task, batches, len(records), device)
+
+
+def with_classifier(
+    config: Config, task: str, batches: Iterable, examples: int, device: torch.device
+) -> CalibrationTask:
+    """Batches of images under "images", and the classifier of their task."""
+    tower, family = library(config.model).Tower(config.model), library(config.model).family(config.model)
+    classifier = Classifier(tower, zero_shot_head(config.model, task).to(device))
+    return calibration_task_of(classifier, family, batches, examples, device, [classifier.head])
+
+
+def labelled_task(config: Config, task: str, sample: Sample, device: torch.device) -> LabelledTask:
+    """The images of a task with their labels, and the cross-entropy of its classifier."""
+    records = load_sample(config.eval, task, TASKS[task], ("image", "label"), sample)
+    pixels = library(config.model).preprocessing(config.model)
+    answer = with_classifier(config, task, (), 0, device).answer
+
+    def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+        rows = list(records.select(numbers))
+        return {"images": pixels(rows), "labels": torch.tensor([row["label"] for row in rows])}
+
+    def loss(theta: Params, batch: Batch) -> Tensor:
+        return F.cross_entropy(answer(theta, {"images": batch["images"]}), batch["labels"].to(device))
+
+    return LabelledTask(loss, batch, len(records))
 
 
 TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}

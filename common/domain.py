@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.io.examples import Sample
-from common.merging.calibration import CalibrationTask
+from common.merging.calibration import CalibrationTask, LabelledTask
 
 FOLDERS = {"vision": "Vision", "nlu": "NLU", "nlg": "NLG"}  # the package of each domain, and its folder
 
@@ -48,6 +48,10 @@ class Domain(Protocol):
     def calibration_task(self) -> Callable[[Config, str, Sample, torch.device], CalibrationTask] | None:
         """(config, test set, sample, device) -> inputs of that test set's task, and the model under the head that
         `score` puts on it, for merge methods that use data; None where a domain has no such inputs."""
+
+    @property
+    def labelled_task(self) -> Callable[[Config, str, Sample, torch.device], LabelledTask] | None:
+        """The same with labels, for analyses that measure or train; None where a domain has none."""
 
     def family(self, model: Model) -> BlockFamily:
         """How the base is taken apart into blocks; InputError if its architecture cannot be told or anchored."""

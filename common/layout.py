@@ -1,6 +1,7 @@
 """Where a run keeps its files, and what each says it was made from.
 
 runs/<name>/anchors/<init>/<task>/block_07.safetensors   the anchors of one unit; the header has their provenance
+runs/<name>/anchors/<init>/<task>/snapshots_07.safetensors   the same along the optimisation, with anchors.snapshots
 runs/<name>/merged/<method>/                             a start: a checkpoint that stock libraries open
 runs/<name>/merged/fda-<method>-<init>/                  an adapted model; blocks/ holds its blocks while it is made
 runs/<name>/merged/<method>-pretrained-rest/             a start's blocks in the pretrained model, to be scored
@@ -39,6 +40,10 @@ class RunLayout:
         if anchors.source:
             return anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
         return self.anchor_folder / task / f"block_{index:02d}.safetensors"
+
+    def snapshot_file(self, task: str, index: int) -> Path:
+        """The anchors of a unit along their optimisation, if anchors.snapshots asked for any."""
+        return self.anchor_folder / task / f"snapshots_{index:02d}.safetensors"
 
     @property
     def anchor_folder(self) -> Path:
@@ -90,7 +95,7 @@ def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, 
     """What decides the anchors of a unit besides the weights they are made from: settings and seed."""
     config = experiment.config
     settings = as_dict(config.anchors) | {"shape": list(experiment.shape), "scale": experiment.anchor_scale()}
-    for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk"):
+    for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
     return {"anchors": settings, "run": unit}

@@ -34,7 +34,7 @@ from common.fda.anchors import initial_anchors
 from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors, optimise_together
 from common.fda.matching import MatchingProblem
 from common.fda.precision import effective_precision
-from common.io.anchor_files import save_anchors
+from common.io.anchor_files import save_anchors, save_snapshots
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
 from common.layout import (
     RunLayout,
@@ -83,7 +83,9 @@ def construct_units(
     provenance = {
         task: anchor_provenance(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()
     }
-    if all_there(files, provenance):
+    steps = {"snapshots": sorted(experiment.config.anchors.snapshots)}
+    snapshots = {task: layout.snapshot_file(task, index) for task in thetas if steps["snapshots"]}
+    if all_there(files, provenance) & all_there(snapshots, {task: made | steps for task, made in provenance.items()}):
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
     problems = [matching_problem(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
@@ -93,7 +95,12 @@ def construct_units(
     for (task, file), best in zip(files.items(), found, strict=True):
         outcome = {"steps_done": max(0, len(best.trace) - 1), "best_step": best.best_step}
         outcome |= {"losses": best.losses, "trace": best.trace}
-        write(save_anchors, file, best.x + experiment.positions(task), provenance[task] | outcome)
+        positions = experiment.positions(task)
+        if not file.is_file():  # it is there if it was made before snapshots were asked for
+            write(save_anchors, file, best.x + positions, provenance[task] | outcome)
+        if task in snapshots:
+            kept = {step: x_ATD + positions.cpu() for step, x_ATD in best.snapshots.items()}
+            write(save_snapshots, snapshots[task], kept, provenance[task] | steps)
 
 
 def all_there(files: Mapping[str, Path], provenance: Mapping[str, dict[str, Any]]) -> bool:
@@ -136,6 +143,7 @@ def search_anchors(
         precision=effective_precision(
             experiment.config.run.precision, experiment.device, theta_0, x_inits[0][: config.chunk]
         ),
+        snapshots=tuple(config.snapshots),
     )
 
     def progress(step: int, loss: float) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from common.config import PRETRAINED, Adapt, Config, Model
+from common.config import PRETRAINED, Adapt, Anchors, Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, scored_tests
@@ -106,11 +106,23 @@ def check_settings(config: Config) -> None:
     """Numbers are in range, and settings go together."""
     if config.anchors.together != "no" and config.anchors.chunk:
         raise InputError("anchors.together has all anchors of all tasks in memory; anchors.chunk cannot be set with it")
+    check_snapshots(config.anchors)
     for section, names in POSITIVE.items():
         require_positive(section, getattr(config, section), names)
     check_adapt("adapt", config.adapt)
     for start in config.adapt.by_start:
         check_adapt(f"adapt.by_start.{start}", config.adapt.for_start(start))
+
+
+def check_snapshots(anchors: Anchors) -> None:
+    """Snapshots are of steps that there are, each once, and of anchors that are made here."""
+    steps = anchors.snapshots
+    if len(set(steps)) < len(steps) or any(not 0 <= step <= anchors.steps for step in steps):
+        raise InputError(
+            f"anchors.snapshots must name steps from 0 to anchors.steps, {anchors.steps}, none twice: {steps}"
+        )
+    if steps and anchors.source:
+        raise InputError("anchors.snapshots are kept while anchors are made, and those of anchors.source are made")
 
 
 def check_adapt(where: str, adapt: Adapt) -> None:

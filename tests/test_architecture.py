@@ -22,6 +22,7 @@ ORDER = [
     ["assembly"],
     ["evaluation", "planning"],
     ["pipeline"],
+    ["analysis"],
     ["command"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -1,6 +1,6 @@
 """The section `anchors`: how anchors are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,8 @@ class Anchors:
             or compiled by that backend of torch.compile. The result is the same to rounding.
         skip_null_gradients: Leave out of the loss what no input can move (the key bias).
         position_embeddings: Add the first rows of the expert's position embeddings to what a block sees of an anchor.
+        snapshots: Steps of which the anchors are kept besides, as they are before that step, in a file beside the
+            unit's: for scripts/analyse.py, without effect on the anchors. A unit that ends early has those until then.
         source: Folder of anchors made elsewhere, in the released layout <task>/dual_anchors_layer_<n>.npy; with {task}
             or {slug} in it, the folder of one task.
     """
@@ -47,6 +49,7 @@ class Anchors:
     together: Literal["no", "eager", "inductor", "cudagraphs"] = "no"
     skip_null_gradients: bool = True
     position_embeddings: bool = False
+    snapshots: list[int] = field(default_factory=list)
     source: str = ""
 
     def path(self, task: str) -> Path:

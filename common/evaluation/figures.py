@@ -35,19 +35,28 @@ def plot_matching(traces: Traces, path: Path | str, *, init: str) -> None:
     lines = math.ceil(len(blocks) / columns)
     size = (2.1 * columns + 1.7, 1.75 * lines + 1)
     figure, grid = panels(size, lines, columns, len(blocks))
-    looks = {t: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]) for i, t in enumerate(tasks)}
     for axes, block in zip(grid, blocks, strict=False):
-        for task, (colour, style) in looks.items():
-            if (task, block) in traces:
-                axes.plot(traces[task, block], color=colour, linestyle=style, linewidth=1.1)
+        draw_traces(axes, {task: traces.get((task, block), ()) for task in tasks})
         axes.set_title(f"block {block}", fontsize=9, color=INK, pad=3)
     grid[0].set_ylim(bottom=0)
     grid[0].set_xlim(left=0)
     figure.suptitle(f"Gradient matching from {display(init)} initialisation", fontsize=12, color=INK)
     figure.supxlabel("construction step", fontsize=10, color=INK)
     figure.supylabel("mean 1 − cos", fontsize=10, color=INK)
-    legend(figure, [Line2D([], [], color=c, linestyle=s, linewidth=2.5, label=t) for t, (c, s) in looks.items()])
+    looks = zip(tasks, line_looks(len(tasks)), strict=True)
+    legend(figure, [Line2D([], [], color=c, linestyle=s, linewidth=2.5, label=t) for t, (c, s) in looks])
     save(figure, path)
+
+
+def draw_traces(axes: Axes, traces: Mapping[str, Sequence[float]]) -> None:
+    """A line for each task, in a look of its own."""
+    for (task, trace), (colour, style) in zip(traces.items(), line_looks(len(traces)), strict=True):
+        axes.plot(trace, color=colour, linestyle=style, linewidth=1.1, label=task)
+
+
+def line_looks(count: int) -> list[tuple[str, Any]]:
+    """Colour and style of so many lines, which can be told apart."""
+    return [(COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]) for i in range(count)]
 
 
 def plot_accuracy(rows: Iterable[Row], tasks: Sequence[str], path: Path | str, percent: bool = True) -> None:
@@ -100,15 +109,17 @@ def draw_gains(axes: Axes, start: Values, adapted: Sequence[Values]) -> None:
     axes.plot(start, range(len(start)), **RING, zorder=4)
 
 
-def panels(size: tuple[float, float], lines: int, columns: int, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` plain panels with shared axes, and the panels."""
+def panels(
+    size: tuple[float, float], lines: int, columns: int, count: int, shared: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` plain panels, with shared axes or each with its own, and the panels."""
     figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    grid = figure.subplots(lines, columns, sharex=shared, sharey=shared, squeeze=False).ravel()
     for i, axes in enumerate(grid):
         axes.set_visible(i < count)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(length=0, labelsize=8, labelcolor=INK, labelbottom=i + columns >= count)
+        axes.tick_params(length=0, labelsize=8, labelcolor=INK, labelbottom=not shared or i + columns >= count)
         axes.grid(color=FAINT, linewidth=0.7)
         axes.set_axisbelow(True)
     return figure, list(grid[:count])

@@ -4,7 +4,7 @@ Shapes: A anchors, T tokens, D width, P parameter tensors.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -37,6 +37,7 @@ class SearchSettings:
         stop_loss: end at a check whose mean loss is this or less; None: never.
         patience: end at a check when so many steps have not lowered the mean loss by 1 %; None: never.
         precision: of the matrix products: float32, tf32 or bf16.
+        snapshots: steps of which x is kept, as it is before them.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class SearchSettings:
     stop_loss: float | None = None
     patience: int | None = None
     precision: str = "float32"
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class OptimisedAnchors:
 
     x: (A, T, D). trace: mean loss over the tensors before each step and after the last one, steps done + 1 numbers, in
     the precision of the optimisation. best_step: index into `trace`. losses: loss of each tensor at `best_step`, in
-    float32.
+    float32. snapshots: {step: x before it, on the CPU} of those asked for that the optimisation came to.
     """
 
     x: Tensor
     trace: list[float]
     best_step: int
     losses: dict[str, float]
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
 
 
 def optimise_anchors(
@@ -161,7 +164,8 @@ class AnchorOptimizer:
         self.best_x, self.best_step = x_init, torch.zeros((), dtype=torch.long, device=x_init.device)
         self.best_P = torch.full((len(self.names),), torch.inf, device=x_init.device, dtype=x_init.dtype)
         self.lowest, self.lowest_step = float("inf"), 0  # mean loss of a check that was 1 % below all before it
-        self.done = not self.names
+        self.done, self.snapshots = not self.names, dict[int, Tensor]()
+        self.keep_snapshot()
 
     def update(self, loss_P: Tensor, gradient_ATD: Tensor) -> None:
         """Take in the matching loss at x and the gradient of its sum, and move x unless this was the last step."""
@@ -201,12 +205,18 @@ class AnchorOptimizer:
         self.optimizer.param_groups[0]["lr"] = settings.lr * SCHEDULES[settings.schedule](self.step / settings.steps)
         self.optimizer.step()
         self.step += 1
+        self.keep_snapshot()
+
+    def keep_snapshot(self) -> None:
+        """Keep x as it is before the step that comes, if that was asked for."""
+        if self.step in self.settings.snapshots:
+            self.snapshots[self.step] = self.x.detach().to("cpu", copy=True)
 
     def best(self) -> OptimisedAnchors:
         """What was found."""
         trace = torch.stack(self.losses).tolist() if self.losses else []
         losses = dict(zip(self.names, self.best_P.tolist(), strict=True))
-        return OptimisedAnchors(self.best_x, trace, int(self.best_step), losses)
+        return OptimisedAnchors(self.best_x, trace, int(self.best_step), losses, self.snapshots)
 
 
 def drop_zero_tensors(problem: MatchingProblem) -> MatchingProblem:

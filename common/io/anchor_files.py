@@ -10,6 +10,7 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.io.checkpoints import check_provenance, read_header, write_tensors
 from common.io.headers import opened
+from common.io.json_files import interpreted
 from common.io.pickles import read_anchors
 
 
@@ -34,6 +35,21 @@ def load_anchors(file: Path, provenance: Mapping[str, Any], shape: tuple[int, ..
     if not x.isfinite().all():
         raise InputError(f"{file} holds NaN or Inf; remove it to have it made anew")
     return x
+
+
+def save_snapshots(file: Path, snapshots: Mapping[int, Tensor], header: Mapping[str, Any]) -> None:
+    """Write anchors {step: x_ATD} along an optimisation, with their provenance in the header of the file."""
+    write_tensors(file, {f"step_{step}": x_ATD for step, x_ATD in snapshots.items()}, header)
+
+
+def load_snapshots(file: Path, provenance: Mapping[str, Any], shape: tuple[int, ...]) -> dict[int, Tensor]:
+    """Anchors {step: x_ATD} along an optimisation, in the order of the steps; InputError as `load_anchors` has it."""
+    check_provenance(file, read_header(file), provenance)
+    with opened(file) as handle, interpreted(file, "file of snapshots"):
+        stored = {int(name.removeprefix("step_")): handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    if not all(tuple(x.shape) == shape and x.dtype == torch.float32 and x.isfinite().all() for x in stored.values()):
+        raise InputError(f"{file} holds what are no finite float32 anchors {shape}; remove it to have it made anew")
+    return dict(sorted(stored.items()))
 
 
 def load_published(file: Path, axes: str, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What a merge method that uses data is given of a task: unlabelled inputs, and the model as functions of its weights.
 
     answer(θ, batch) -> logits      θ: the merged tensors under their names in the checkpoint; the task's head is fixed
+    features(θ, batch) -> z         what the task's head is given
     embed(θ, batch) -> inputs       what the model calls its first block with
     block(θₗ, inputs) -> y_ATD      any block, θₗ under the names within it: all blocks are called with the same masks
 
@@ -8,8 +9,9 @@ A domain makes one for each task, see `calibration_task` in Vision/domain.py. Al
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +33,15 @@ class BlockInputs:
     named: Mapping[str, Any]
 
 
+def _without_inputs(*_: object) -> Any:
+    raise AssertionError("a task without inputs was asked for an answer")
+
+
 @dataclass(frozen=True)
 class CalibrationTask:
     """A task's inputs and its model.
 
-    answer, embed, block: see the head of this file.
+    answer, features, embed, block: see the head of this file.
     prefixes: how the names of each block's tensors begin, in the order of the blocks.
     batches: can be passed over several times; each pass may load them anew, so that they need not all be in memory.
     examples: how many inputs there are in all batches.
@@ -47,10 +53,7 @@ class CalibrationTask:
     prefixes: Sequence[str]
     batches: Iterable[Batch]
     examples: int
-
-
-def _without_inputs(*_: object) -> Any:
-    raise AssertionError("a task without inputs was asked for an answer")
+    features: Callable[[Params, Batch], Tensor] = _without_inputs
 
 
 NO_CALIBRATION = CalibrationTask(  # for a model of no tensors, on which hyperparameters are checked
@@ -58,8 +61,21 @@ NO_CALIBRATION = CalibrationTask(  # for a model of no tensors, on which hyperpa
 )
 
 
+@dataclass(frozen=True)
+class LabelledTask:
+    """Labelled examples of a task, and the loss that its model is fine-tuned with.
+
+    loss(θ, batch) -> the mean over a batch, which can be differentiated. batch(numbers): these examples, of 0 to
+    `examples` − 1.
+    """
+
+    loss: Callable[[Params, Batch], Tensor]
+    batch: Callable[[Sequence[int]], Batch]
+    examples: int
+
+
 class _Reached(Exception):
-    """Ends a forward pass where the first block begins."""
+    """Ends a forward pass where a module begins."""
 
 
 def calibration_task_of(
@@ -68,6 +84,7 @@ def calibration_task_of(
     batches: Iterable[Batch],
     examples: int,
     device: torch.device,
+    head: Iterable[nn.Module],
     prefix: str = "",
     logits: Callable[[Any], Tensor] = lambda output: output,
 ) -> CalibrationTask:
@@ -76,24 +93,28 @@ def calibration_task_of(
     Args:
         model: the task's model with its head; the tensors that are merged may be on the meta device.
         batches, examples: the inputs and their number. Each batch is moved to `device` when it is used.
+        head: the modules behind what is merged; the first that is called is given the features.
         prefix: what precedes the names of the checkpoint in the model ("roberta.").
         logits: takes the logits out of what the model returns.
     """
     modules = family.modules(model.get_submodule(prefix.removesuffix(".")))
-    first, names = modules[0].module, {name for name, _ in model.eval().named_parameters()}
+    first, names, head = modules[0].module, {name for name, _ in model.eval().named_parameters()}, list(head)
 
     def run(theta: Params, batch: Batch) -> Any:
         named = {prefix + name: p for name, p in theta.items() if prefix + name in names}
         return functional_call(model, named, kwargs={key: x.to(device) for key, x in batch.items()})
 
-    def embed(theta: Params, batch: Batch) -> BlockInputs:
+    def reach(modules: Iterable[nn.Module], theta: Params, batch: Batch) -> BlockInputs:
+        """What the first of some modules that is called is called with."""
         seen: list[BlockInputs] = []
 
         def stop(module: nn.Module, args: tuple, named: dict) -> None:
             seen.append(BlockInputs(args[0], args[1:], named))
             raise _Reached
 
-        with first.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+        with ExitStack() as hooks, suppress(_Reached):
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(stop, with_kwargs=True))
             run(theta, batch)
         return seen[0]
 
@@ -102,7 +123,15 @@ def calibration_task_of(
         return y[0] if isinstance(y, tuple) else y
 
     prefixes = [prefix for prefix, _ in modules]
-    return CalibrationTask(lambda theta, batch: logits(run(theta, batch)), embed, block, prefixes, batches, examples)
+    return CalibrationTask(
+        answer=lambda theta, batch: logits(run(theta, batch)),
+        features=lambda theta, batch: reach(head, theta, batch).x_ATD,
+        embed=partial(reach, [first]),
+        block=block,
+        prefixes=prefixes,
+        batches=batches,
+        examples=examples,
+    )
 
 
 def block_params(theta: Params, prefix: str) -> dict[str, Tensor]:

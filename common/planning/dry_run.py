@@ -138,9 +138,12 @@ def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
     require_own_anchors(experiment.config)
     layout = RunLayout(experiment.config)
     for task, index in product(experiment.config.tasks, experiment.blocks):
-        file = layout.anchor_file(task, index)
+        made_of = anchor_settings(experiment, task, index)
+        file, snapshots = layout.anchor_file(task, index), layout.snapshot_file(task, index)
         if file.is_file():
-            check_provenance(file, read_header(file), anchor_settings(experiment, task, index))
+            check_provenance(file, read_header(file), made_of)
+        if (steps := experiment.config.anchors.snapshots) and snapshots.is_file():
+            check_provenance(snapshots, read_header(snapshots), made_of | {"snapshots": sorted(steps)})
 
 
 def check_anchors(experiment: Experiment, domain: Domain) -> None:

@@ -1,0 +1,230 @@
+"""The analyses: each formula against what is known of it, each command once on pico models."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from common.analysis.bias import representation_bias
+from common.analysis.interference import asked_step, interference
+from common.analysis.material import plain, spread
+from common.analysis.registry import ANALYSES
+from common.analysis.report import analyse
+from common.analysis.spectrum import relative_spectrum
+from common.analysis.subspace import similarity, top_subspace
+from common.analysis.tsne import mixing
+from common.core.errors import InputError
+from common.core.seeding import seeded
+from common.fda.matching import MatchingProblem
+from common.pipeline import adapt, construct
+from helpers import change, command, linear
+from NLG import domain as nlg
+from pico_vision import PICO_TASKS
+from Vision import domain
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed, "test"))
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_gaussian_anchors_have_the_spectrum_of_random_matrices():
+    """Marchenko and Pastur: (√R − √D) / (√R + √D) at the end, 0.342 of the paper's 3200 x 768; scale is no matter."""
+    spectrum = relative_spectrum(0.01 * normal(3200, 768))
+    assert spectrum[0] == 1 and (spectrum.diff() <= 0).all()
+    edge = (math.sqrt(3200) - math.sqrt(768)) / (math.sqrt(3200) + math.sqrt(768))
+    assert edge == pytest.approx(0.342, abs=1e-3) and spectrum[-1].item() == pytest.approx(edge, abs=0.01)
+
+
+def test_spectrum_is_that_of_the_singular_values():
+    x_RD = normal(40, 6) * torch.tensor([1, 1e-1, 1e-2, 1e-3, 1e-5, 0])
+    exact = torch.linalg.svdvals(x_RD.double())
+    torch.testing.assert_close(relative_spectrum(x_RD), exact / exact[0], rtol=1e-5, atol=1e-8)
+    assert relative_spectrum(torch.zeros(5, 3)).tolist() == [0, 0, 0]
+
+
+def test_similarity_of_random_subspaces_is_their_share_of_the_width():
+    drawn = [top_subspace(normal(200, 50, seed=seed)) for seed in range(40)]
+    similarities = [similarity(u, v) for u, v in zip(drawn[::2], drawn[1::2], strict=True)]
+    assert sum(similarities) / 20 == pytest.approx(0.2, abs=0.02)
+
+
+def test_similarity_is_that_of_projections():
+    """tr(P P̂) / k of the projections by an SVD; 1 of a subspace with itself, 0 of orthogonal ones."""
+    x, y = normal(30, 10), normal(25, 10, seed=1)
+    vectors = [torch.linalg.svd(z.double()).Vh[:2] for z in (x, y)]
+    trace = torch.trace(vectors[0].mT @ vectors[0] @ vectors[1].mT @ vectors[1])
+    u, v = top_subspace(x), top_subspace(3 * y)
+    assert u.shape == (10, 2)
+    assert similarity(u, v) == pytest.approx(trace.item() / 2)
+    assert similarity(u, u) == pytest.approx(1)
+    first, last = torch.eye(10)[:2], torch.eye(10)[8:]
+    assert similarity(top_subspace(first), top_subspace(last)) == pytest.approx(0)
+    with pytest.raises(InputError, match="1 tokens have no 2 right singular vectors"):
+        top_subspace(x[:1])
+
+
+def test_bias_is_a_mean_of_means():
+    """Inputs count alike, however many tokens they have."""
+    ours, expert = [torch.zeros(1, 2), torch.zeros(1, 5, 2)], [torch.tensor([[1.0, -3.0]]), torch.full((1, 5, 2), 4.0)]
+    assert representation_bias(ours, expert) == pytest.approx((2 + 4) / 2)
+    assert representation_bias(expert, expert) == 0
+
+
+def test_perfect_anchors_ask_for_the_task_vector():
+    """A linear map and squared distance: g = −ΔW X Xᵀ, so X Xᵀ ∝ I asks for ΔW; then a task moves itself by 1."""
+    tau, theta_0 = {"weight": normal(5, 4)}, {"weight": normal(5, 4, seed=1)}
+    theta_t = {"weight": theta_0["weight"] + tau["weight"]}
+    x_ATD = 7 * torch.linalg.qr(normal(4, 4, seed=2)).Q[:, None]
+    problem = MatchingProblem(linear, theta_0, theta_t, tau)
+    step = asked_step(problem, x_ATD, distance="mse")
+    torch.testing.assert_close(step["weight"], tau["weight"])
+    assert interference(linear, theta_0, step, theta_t, normal(3, 2, 4)) == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(asked_step(problem, x_ATD, distance="mse", chunk=2), step)
+
+
+def test_anchors_leave_orthogonal_inputs_alone():
+    theta_0 = {"weight": normal(5, 4)}
+    theta_i, theta_j = ({"weight": normal(5, 4, seed=s)} for s in (1, 2))
+    tau = {"weight": theta_i["weight"] - theta_0["weight"]}
+    x_i, x_j = torch.zeros(3, 1, 4), torch.zeros(2, 1, 4)
+    x_i[..., :2], x_j[..., 2:] = normal(3, 1, 2), normal(2, 1, 2)
+    step = asked_step(MatchingProblem(linear, theta_0, theta_i, tau), x_i, distance="mse")
+    assert step["weight"].norm().item() == pytest.approx(tau["weight"].norm().item(), rel=1e-5)
+    assert interference(linear, theta_0, step, theta_j, x_j) == 0
+    assert interference(linear, theta_0, step, theta_j, x_i) > 0
+    assert interference(linear, theta_0, step, theta_0, x_i) is None
+
+
+def test_mixing_tells_what_lies_apart():
+    anchors, real = normal(300, 6), normal(300, 6, seed=1)
+    assert mixing(anchors, real) == pytest.approx(300 / 599, abs=0.03)
+    assert mixing(anchors, real + 100) == 0
+    assert mixing(anchors, torch.cat([anchors + 1e-9] * 10)) > 0.8
+
+
+def test_blocks_stand_for_all_as_in_the_paper():
+    assert spread(12, (0.25, 0.5, 1)) == [2, 5, 11] and spread(4, (0.25, 0.5, 1)) == [0, 1, 3]
+    assert spread(1, (0.25, 0.5, 1)) == [0] and spread(3, ()) == [0, 1, 2]
+
+
+def test_numbers_are_written_to_six_digits():
+    assert plain({1: torch.tensor([1 / 3, 2.0]), "a": (1, True, None, "x")}) == {
+        "1": [0.333333, 2.0],
+        "a": [1, True, None, "x"],
+    }
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(pico_config, tmp_path):
+    """A run with anchors of both initialisations, snapshots and adapted models, and data with a training set."""
+    data = tmp_path / "data"
+    shutil.copytree(pico_config.eval.data, data)
+    for file in data.glob("*/*test*"):
+        shutil.copy(file, file.with_name(file.name.replace("test", "train")))
+    config = change(change(pico_config, "eval", data=str(data)), "anchors", snapshots=[0, 2, 5])
+    config = change(change(config, "run", score=False), "compare", starts=["pretrained", "ta"])
+    for init in ("gauss", "weight"):
+        of_init = change(config, "anchors", init=init)
+        construct(of_init, domain)
+        for start in ("pretrained", "ta"):
+            adapt(of_init.at_start(start), domain)
+    return config
+
+
+def analysed(name, config, domain=domain):
+    """The numbers of an analysis; a second time they are the same bytes."""
+    analyse(name, config, domain)
+    file = config.run.dir / "analysis" / f"{name}.json"
+    first = file.read_bytes()
+    analyse(name, config, domain)
+    assert file.read_bytes() == first and (file.with_suffix(".png")).stat().st_size > 3000
+    numbers = json.loads(first)
+    assert numbers["analysis"] == name and numbers["seed"] == 0 and len(numbers["config"]) == 16 and numbers["commit"]
+    return numbers
+
+
+def test_spectra_along_the_snapshots(made):
+    numbers = analysed("spectrum", made)
+    titles = ["MNIST, Weight", "SVHN, Weight", "MNIST, Gauss", "SVHN, Gauss"]
+    assert [panel["title"] for panel in numbers["panels"]] == titles and numbers["k"] == list(range(1, 17))
+    assert all(list(panel["curves"]) == ["0", "2", "5"] for panel in numbers["panels"])
+    without = change(change(made, "anchors", snapshots=[]), "run", blocks=[0, 1])
+    for file in made.run.dir.rglob("snapshots_*"):
+        file.unlink()
+    again = analysed("spectrum", without)
+    assert len(again["panels"]) == 8 and again["panels"][2]["title"] == "MNIST, Weight, block 1"
+    before, after = again["panels"][2]["curves"].values()
+    assert before == numbers["panels"][0]["curves"]["0"] and before != after
+
+
+def test_subspaces_along_the_snapshots(made):
+    numbers = analysed("subspace", made)
+    for panel in numbers["panels"]:
+        assert list(panel["curves"]) == ["weight", "gauss"] and numbers["random"] == pytest.approx(3 / 16)
+        assert all(0 <= value <= 1 for curve in panel["curves"].values() for value in curve.values())
+
+
+def test_bias_before_and_after(made):
+    numbers = analysed("bias", made)
+    assert [panel["title"] for panel in numbers["panels"]] == ["from Pretrained", "from TA"]
+    for panel in numbers["panels"]:
+        assert len(panel["before"]) == 2 and min(panel["before"]) > 0 and list(panel["after"]) == ["weight", "gauss"]
+    shutil.rmtree(made.run.dir / "merged" / "fda-ta-gauss")
+    with pytest.raises(InputError, match=r"no adapted model at .*fda-ta-gauss; adapt.py with the same config makes it"):
+        analyse("bias", made, domain)
+
+
+def test_interference_of_each_pair(made):
+    numbers = analysed("interference", made)
+    assert numbers["tasks"] == PICO_TASKS
+    assert [panel["title"] for panel in numbers["panels"]] == ["Weight, block 1", "Gauss, block 1"]
+    assert all(value > 0 for panel in numbers["panels"] for row in panel["matrix"] for value in row)
+
+
+def test_matching_of_each_block(made):
+    numbers = analysed("matching", made)
+    assert [panel["title"] for panel in numbers["panels"]][:2] == ["Weight, block 0", "Weight, block 1"]
+    panel = numbers["panels"][0]
+    assert all(len(trace) == 6 for trace in panel["traces"].values())
+    assert panel["mean"][0] == pytest.approx(sum(trace[0] for trace in panel["traces"].values()) / 2, rel=1e-5)
+
+
+def test_tsne_of_each_task(made):
+    numbers = analysed("tsne", change(made, "compare", inits=["gauss"]))
+    assert [panel["title"] for panel in numbers["panels"]] == PICO_TASKS
+    groups = {group: len(points) for group, points in numbers["panels"][0]["points"].items()}
+    assert groups == {"real": 100, "anchors at first": 20, "anchors at last": 20}
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, row in ANALYSES.items() if row.needs])
+def test_a_domain_without_inputs_refuses_by_name(nlg_config, name):
+    with pytest.raises(InputError, match=f"analyse.py {name} needs data of the tasks; nlg has none for it"):
+        analyse(name, nlg_config, nlg)
+    assert not nlg_config.run.dir.exists()
+
+
+def test_missing_anchors_are_named(pico_config):
+    config = change(pico_config, "compare", inits=["gauss"])
+    with pytest.raises(InputError, match=r"no anchors at .*gauss/MNIST/block_01.safetensors; construct_fda.py"):
+        analyse("spectrum", config, domain)
+    with pytest.raises(InputError, match="compare.inits, which names none"):
+        analyse("spectrum", change(config, "compare", inits=[]), domain)
+
+
+def test_the_command_lists_what_there_is():
+    done = command("scripts/analyse.py", "spectra")
+    assert done.returncode == 2 and "called with one of spectrum" in done.stderr
+    assert "analyse.py spectrum" in command("scripts/analyse.py", "--help").stdout
