@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +26,9 @@ from NLG.decoders import architecture, family, opener_of
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
 from NLG.programs import program_in, runs
+
+if TYPE_CHECKING:  # an import of a second, which commands that read no examples go without
+    import datasets
 
 LONG_TESTS = {493: "calculate_polygons(startx, starty, endx, endy, radius)"}  # MBPP: the asserts are pages long
 Example = Mapping[str, Any]
@@ -212,14 +214,16 @@ def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTra
     return opener.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
 
 
-def examples_of(data: str, test: str, limit: int | None = None, cut: bool = False) -> datasets.Dataset:
+def examples_of(data: str, test: str, limit: int | None = None, cut: bool = False) -> "datasets.Dataset":
     """The first examples of a test set or its validation cut, from the folder of its name under `data` or the hub."""
+    from datasets import concatenate_datasets
+
     row, root = TASKS[test], Path(data)
     split = row.train_split if cut else row.split
     assert split  # check_tests refuses the cut of a test set that has no training set
     configs = [None] if (root.expanduser() / test).is_dir() else row.hub_configs
     parts = [load_records(root, test, row.hub, c, split, RULES[row.rule].columns) for c in configs]
-    records = datasets.concatenate_datasets(parts)
+    records = concatenate_datasets(parts)
     return first(validation_cut(records) if cut else records, limit)
 
 

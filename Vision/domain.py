@@ -6,9 +6,8 @@ How a model is opened and written is known by the library that it is of: open_cl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import datasets
 import torch
 import yaml
 from torch import Tensor, nn
@@ -26,6 +25,9 @@ from common.io.examples import Sample, load_sample, load_scored
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from Vision import hf_models, open_clip_models
 from Vision.clip_config import clip_file
+
+if TYPE_CHECKING:  # an import of a second, which commands that read no examples go without
+    import datasets
 
 NAME = "vision"
 PERCENT = True  # tables print percent
@@ -116,7 +118,7 @@ def metric(task: str) -> str:
     return "accuracy"
 
 
-def labelled_images(config: Config, task: str) -> datasets.Dataset:
+def labelled_images(config: Config, task: str) -> "datasets.Dataset":
     """The test images of a task with columns image and label, from the local folder or the hub."""
     row = TASKS[task]
     records = load_scored(config.eval, task, row, ("image", "label"))
