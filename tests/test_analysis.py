@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.analysis.bias import representation_bias
+from common.analysis.blend import by_block, through_all
 from common.analysis.interference import asked_step, interference
 from common.analysis.material import plain, spread
 from common.analysis.registry import ANALYSES
@@ -182,6 +183,39 @@ def test_bias_before_and_after(made):
     shutil.rmtree(made.run.dir / "merged" / "fda-ta-gauss")
     with pytest.raises(InputError, match=r"no adapted model at .*fda-ta-gauss; adapt.py with the same config makes it"):
         analyse("bias", made, domain)
+
+
+def test_a_blend_is_measured_on_the_anchors_and_held_out(made):
+    numbers = analysed("blend", made)
+    assert numbers["blends"][0] == 0 and numbers["blends"][-1] == 1 and len(numbers["panels"]) == 4
+    for panel in numbers["panels"]:
+        assert panel["by block"][-1] < panel["by block"][0] and panel["cut"] == {}  # which adaptation minimised
+    made.run.dir.joinpath("search.json").write_text(
+        json.dumps(
+            {
+                "candidates": [
+                    {"method": "fda", "start": "ta", "init": "gauss", "fields": {"blend": 0.5}, "avg": 0.25},
+                    {"method": "fda", "start": "ta", "init": "gauss", "fields": {"blend": 0.5, "lr": 1}, "avg": 1.0},
+                    {"method": "ta", "hyper": {"scale": 0.5}, "avg": 1.0},
+                ]
+            }
+        )
+    )
+    cuts = {panel["title"]: panel["cut"] for panel in analysed("blend", made)["panels"]}
+    assert cuts.pop("from TA, Gauss") == {"0.5": 0.25} and not any(cuts.values())
+
+
+def test_distances_of_linear_blocks_by_hand():
+    """Blocks y = w x: one by one ‖(w − w_t) x‖² / ‖w_t x‖²; in a row with the products of the w."""
+
+    def block(theta, x):
+        return theta["w"] * x
+
+    thetas, experts = [{"w": torch.tensor(w)} for w in (1.0, 3.0)], [{"w": torch.tensor(w)} for w in (2.0, 2.0)]
+    x = torch.ones(4, 3, 2)
+    assert by_block([block] * 2, thetas, experts, [x, 5 * x]) == pytest.approx((0.25 + 0.25) / 2)
+    assert through_all([block] * 2, thetas, experts, x) == pytest.approx((3 - 4) ** 2 / 16)
+    assert through_all([block] * 2, experts, experts, x) == 0
 
 
 def test_interference_of_each_pair(made):

@@ -67,6 +67,9 @@ ANALYSES = {
         2,
         shared=False,
     ),
+    "blend": Analysis(
+        "Between a start and the model adapted from it", "blend t", "against the start", anchors="models", columns=5
+    ),
     "matching": Analysis("Gradient matching", "construction step", "mean 1 − cos", blocks=(0.25, 0.5, 1), columns=3),
     "tsne": Analysis("t-SNE of tokens: anchors and real features", "", "", (2.2, 2.1), needs="inputs", shared=False),
 }
