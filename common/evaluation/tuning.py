@@ -15,7 +15,9 @@ from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.registry import check_hyper
 from common.opening import open_experiment
+from common.run.progress import UnitBar
 from common.run.run_log import commit
+from common.run.stages import current
 
 SPLIT = "validation_cut"
 
@@ -56,7 +58,11 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     """
     hyper = dict(config.start.hyper)
     for method, grid in candidates(config, domain).items():
-        rows = [candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen) for chosen in grid]
+        bar, rows = UnitBar(f"search {method}", len(grid), "candidates"), []
+        with current().stage(config.run.name, bar.stage, bar), bar:
+            for chosen in grid:
+                with bar.unit(", ".join(f"{name} {value}" for name, value in chosen.items())):
+                    rows.append(candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen))
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
         hyper[method] = hyper.get(method, {}) | grid[best]
         record(config, choice={method: hyper[method]})
