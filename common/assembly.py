@@ -16,11 +16,19 @@ from common.config import PRETRAINED
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, write_text
+from common.io.checkpoints import Checkpoint, read_header, write_text
 from common.io.examples import Sample
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
-from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, is_finished, merge_provenance, read_provenance
+from common.layout import (
+    ADAPTATION_FILE,
+    PROVENANCE_FILE,
+    SAME_REST,
+    RunLayout,
+    is_finished,
+    merge_provenance,
+    read_provenance,
+)
 from common.merging.starts import by_part, chain_of, merge, survey
 from common.run.run_log import record_stage
 
@@ -104,6 +112,8 @@ def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenan
     if missing:
         print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
         return False
+    curves = {i: read_header(layout.block_file(i))["trace"] for i in range(experiment.depth)}
+    write_text(folder / ADAPTATION_FILE, json.dumps({"traces": curves}) + "\n")
     finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
     remove_blocks(folder)
     return True

@@ -17,6 +17,8 @@ from common.core.errors import InputError
 from common.domain import FOLDERS, Domain
 from common.io.hub import headers_only
 from common.planning.dry_run import Plan, describe
+from common.report.live import reported
+from common.run.stages import command_stages
 from common.validation import check_domain
 
 SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
@@ -54,7 +56,8 @@ def run(
             if planned.refusals:
                 raise InputError("\nerror: ".join(planned.refusals))
         else:
-            made = stage(config, domain)
+            with command_stages() as stages, reported(config, domain, stages):
+                made = stage(config, domain)
             if isinstance(made, Path):
                 print(f"the merged model is in {made}", flush=True)
     except InputError as error:

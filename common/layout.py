@@ -4,6 +4,7 @@ runs/<name>/anchors/<init>/<task>/block_07.safetensors   the anchors of one unit
 runs/<name>/anchors/<init>/<task>/snapshots_07.safetensors   the same along the optimisation, with anchors.snapshots
 runs/<name>/merged/<method>/                             a start: a checkpoint that stock libraries open
 runs/<name>/merged/fda-<method>-<init>/                  an adapted model; blocks/ holds its blocks while it is made
+.../adaptation.json                                      the losses of each block while it was adapted
 runs/<name>/merged/<method>-pretrained-rest/             a start's blocks in the pretrained model, to be scored
 .../provenance.json                                      written last: the folder is whole, and made from this
 """
@@ -25,6 +26,7 @@ from common.io.hashes import file_hash, identity
 from common.io.json_files import read_object
 
 PROVENANCE_FILE = "provenance.json"
+ADAPTATION_FILE = "adaptation.json"  # {"traces": {block: mean loss per anchor in each epoch}}
 SAME_REST = "pretrained rest"  # label of a start that is scored with what an adapted model has around its blocks
 
 

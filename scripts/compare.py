@@ -2,10 +2,14 @@
 
 python scripts/compare.py --config configs/vision/toy.yaml --compare.starts [pretrained,ta] --compare.inits [weight]
 python scripts/compare.py --config FILE --compare.seeds [0,1,2] --compare.search '{ta: {scale: [0.1,0.2,0.3]}}'
+python scripts/compare.py --runs runs/A runs/B [--out FILE]   runs that are there on one page, which is written anew
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from common.command import run
 from common.config import PRETRAINED, Config
@@ -16,17 +20,21 @@ from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
+from common.layout import RunLayout
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
 from common.pipeline import adapt, adapt_blocks, construct, merge_alone
 from common.planning.dry_run import Plan, check_export, describe
+from common.report.page import write_page
+from common.report.reading import REPORT, read_run
+from common.run.stages import current, named
 from common.validation import check_choices
 
 
 def compare(config: Config, domain: Domain) -> None:
     """Choose the hyperparameters of compare.search, then run the grid, once or with each of compare.seeds."""
     check_choices(config, domain)
-    runs_of(config)  # refuses here what it would after the search
+    current().expect(stages_of(config))  # refuses here what it would after the search
     config = choose_hyperparameters(config, domain)
     if not config.compare.seeds:
         return grid(config, domain)
@@ -70,6 +78,29 @@ def runs_of(config: Config) -> list[Config]:
     return runs
 
 
+def stages_of(config: Config) -> list[str]:
+    """Every stage of the search and the grid, in order; those of which all is there already are passed over."""
+    merges = [start for start in config.compare.starts if start not in (PRETRAINED, given_start(config))]
+    stages = [named(config.run.name, f"search {method}") for method in config.compare.search if method != FDA]
+    for each in runs_of(config) or [config]:
+        of_run, left = [], list(merges)
+        for init in each.compare.inits:
+            of_init = replace(each, anchors=replace(each.anchors, init=init))
+            of_run += [] if each.anchors.source else [f"construct {init}"]
+            for start in each.compare.starts:
+                of_run += [f"merge {start}"] if start in left else []
+                of_run.append(f"adapt {RunLayout(of_init.at_start(start)).adapted.name}")
+            left = []
+        of_run += [*(f"merge {start}" for start in left), "score"]
+        stages += [named(each.run.name, stage) for stage in of_run]
+    return stages
+
+
+def given_start(config: Config) -> str:
+    """The start that is a checkpoint made elsewhere, if one is."""
+    return config.start.method if config.start.checkpoint else ""
+
+
 def plan(config: Config, domain: Domain) -> Plan:
     """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
     one_run, grids = describe(config, domain, [check_export]), candidates(config, domain)
@@ -86,5 +117,23 @@ def plan(config: Config, domain: Domain) -> Plan:
     return replace(one_run, text="\n".join([one_run.text, "", "Compare", *lines]))
 
 
+def side_by_side(argv: Sequence[str]) -> None:
+    """Write the page of some runs from what their folders hold: of one into its folder, of several beside them."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--runs", nargs="+", type=Path, required=True, help="folders of runs")
+    options.add_argument("--out", type=Path, help="the page; else report.html in the run's folder, or beside several")
+    said = options.parse_args(argv)
+    try:
+        runs = [read_run(folder) for folder in said.runs]
+        first = said.runs[0]
+        print(write_page(said.out or (first if len(runs) == 1 else first.parent) / REPORT, runs))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    run(compare, None, __doc__, plan)
+    if any(word == "--runs" or word.startswith("--runs=") for word in sys.argv[1:]):
+        side_by_side(sys.argv[1:])
+    else:
+        run(compare, None, __doc__, plan)

@@ -21,6 +21,7 @@ ORDER = [
     ["layout"],
     ["assembly"],
     ["evaluation", "planning"],
+    ["report"],
     ["pipeline"],
     ["analysis"],
     ["command"],

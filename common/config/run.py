@@ -70,6 +70,8 @@ class Run:
         seed: Every draw derives from it, the task and the block.
         blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
         score: Score the merged model at the end of adapt.
+        report: Keep a page of the run, report.html in its folder, and measure the task vectors for it unless there are
+            more than 4 billion weights to read. full: whatever there is to read. no: no page.
     """
 
     name: str = "demo"
@@ -79,6 +81,7 @@ class Run:
     seed: int = 0
     blocks: list[int] | None = None
     score: bool = True
+    report: Literal["auto", "full", "no"] = "auto"
 
     @property
     def dir(self) -> Path:

@@ -1,6 +1,7 @@
 """Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from common.io.checkpoints import Checkpoint, digest, read_header
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.opening import open_experiment
-from common.run.progress import Units
+from common.run.progress import UnitBar
 from common.run.run_log import commit, record_stage, total_cost
 
 if TYPE_CHECKING:  # imports matplotlib
@@ -38,12 +39,14 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     if not tests:
         return
     experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
-    rows, units = results_of(config), Units()
+    rows = results_of(config)
     make_same_rests(experiment, domain)
-    with record_stage(config, "score", units):
-        for test, task in tests.items():
+    models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
+    bar = UnitBar("score", sum(map(len, models.values())), "scores")
+    with record_stage(config, bar.stage, bar), bar:
+        for test in tests:
             pending = {}
-            for model, checkpoint in scored_models(experiment, task):
+            for model, checkpoint in models[test]:
                 row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
                 row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
                 row["checkpoint"] = checkpoint.fingerprint()
@@ -51,18 +54,18 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
                 known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)
                 if known:
                     rows = upsert(rows, {**known, **cost})
-                    units.kept += 1
+                    bar.keep()
                 else:
                     pending[row_name(row)] = (row | cost, checkpoint.path)
             if pending:
                 paths = {name: path for name, (_, path) in pending.items()}
-                for name, scored in domain.score(config, test, paths, experiment.device).items():
-                    result = {"metric": domain.metric(test), **scored._asdict()}
-                    birth = {"config": digest(as_dict(config)), "commit": commit()}
-                    rows = upsert(rows, pending[name][0] | result | birth)
-                    units.done += 1
+                with bar.unit(test, len(pending)):
+                    for name, scored in domain.score(config, test, paths, experiment.device).items():
+                        result = {"metric": domain.metric(test), **scored._asdict()}
+                        birth = {"config": digest(as_dict(config)), "commit": commit()}
+                        rows = upsert(rows, pending[name][0] | result | birth)
             write_results(file, rows, list(tests))
-    publish(config, domain, rows, traces(experiment))
+    publish(config, domain, rows, traces(config.run.dir))
 
 
 def results_of(config: Config) -> list[Row]:
@@ -126,15 +129,22 @@ def identifying(made: Mapping[str, Any], file: Path) -> dict[str, Any]:
         return adapted | used | {"label": str(made["adapt"]["label"]), "epochs": int(made["adapt"]["epochs"])}
 
 
-def traces(experiment: Experiment) -> dict[str, "Traces"]:
-    """The matching losses that the run's anchor files hold: {init: {(task, block): loss before each step}}."""
-    found = {}
-    for file in sorted((experiment.config.run.dir / "anchors").glob("*/*/block_*.safetensors")):
-        header = read_header(file)
-        with interpreted(file, "file of anchors"):
-            unit = (str(header["run"]["task"]), int(header["run"]["block"]))
-            found.setdefault(str(header["anchors"]["init"]), {})[unit] = [float(loss) for loss in header["trace"]]
+def traces(run_dir: Path) -> dict[str, "Traces"]:
+    """The matching losses that a run's anchor files hold: {init: {(task, block): loss before each step}}."""
+    found: dict[str, Any] = {}
+    for file in sorted((run_dir / "anchors").glob("*/*/block_*.safetensors")):
+        init, unit, trace = trace_of(file, file.stat().st_mtime_ns)
+        found.setdefault(init, {})[unit] = trace
     return found
+
+
+@cache
+def trace_of(file: Path, changed: int) -> tuple[str, tuple[str, int], tuple[float, ...]]:
+    """(initialisation, (task, block), losses) of a file of anchors, which was changed last at that time."""
+    header = read_header(file)
+    with interpreted(file, "file of anchors"):
+        unit = (str(header["run"]["task"]), int(header["run"]["block"]))
+        return str(header["anchors"]["init"]), unit, tuple(float(loss) for loss in header["trace"])
 
 
 def paper_table(config: Config) -> dict[str, Any] | None:

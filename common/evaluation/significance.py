@@ -67,9 +67,14 @@ def difference(ours: Scores, theirs: Scores) -> Difference | None:
     return Difference(mean, float(low), float(high))
 
 
-def findings(rows: Sequence[Row], tasks: Sequence[str], *, percent: bool = True) -> list[str]:
-    """A line for each adapted model against its start, and one on which model is best; none without answers."""
-    scores, lines = scores_of(rows, tasks), []
+def findings(
+    rows: Sequence[Row], tasks: Sequence[str], *, percent: bool = True, scores: Mapping[str, Scores] | None = None
+) -> list[str]:
+    """A line for each adapted model against its start, and one on which model is best; none without answers.
+
+    `scores`: what `scores_of` gives for the rows, if it was asked before.
+    """
+    scores, lines = scores_of(rows, tasks) if scores is None else scores, []
     shown = {row_name(row): row for row in rows if is_shown(row)}
     for name, row in sorted(shown.items(), key=lambda item: rank(item[1])):
         if row["method"] != "fda" or name not in scores:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from common.evaluation.rows import Row, Values, display, in_base, is_shown, means, rank, row_name, values_by_seed
+from common.run.stages import in_words
 
 MISSING = "–"
 BOOTSTRAP = (
@@ -34,6 +35,13 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
     Time and Memory follow if any row has them. With `published`, one table of configs/paper_results.yaml, each row that
     the paper has is followed by the paper's values, marked "(paper)".
     """
+    return aligned(table_lines(rows, tasks, percent=percent, published=published))
+
+
+def table_lines(
+    rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, published: Mapping | None = None
+) -> list[list[str]]:
+    """The cells of `table`, its head first."""
     rows = list(rows)
     ours = values_by_seed(rows, tasks)
     paper = published_values(published, tasks) if published else {}
@@ -56,7 +64,7 @@ def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, pu
             gain = cell(paper[name][-1] - start[-1], percent, "+") if name in start_of else ""
             blank = [""] * (both + 2 * timed)
             lines.append(["(paper)", *(cell(value, percent) for value in paper[name]), gain, *blank])
-    return aligned(lines)
+    return lines
 
 
 def gain_cell(
@@ -114,8 +122,7 @@ def cost_cells(rows: Iterable[Row]) -> list[str]:
     if not costs:
         return [MISSING, MISSING]
     seconds, gib = means(costs.values())
-    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * s or s == 1)
-    return [f"{seconds / size:.1f} {unit}", f"{gib:.2f} GiB"]
+    return [in_words(seconds), f"{gib:.2f} GiB"]
 
 
 def cell(value: float, percent: bool, sign: str = "") -> str:

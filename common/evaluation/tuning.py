@@ -20,7 +20,9 @@ from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
 from common.opening import open_experiment
 from common.run.device import prepare
+from common.run.progress import UnitBar
 from common.run.run_log import commit
+from common.run.stages import current
 from common.validation import check_settings
 
 SPLIT = "validation_cut"
@@ -92,7 +94,11 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     grids = candidates(config, domain)
     grids.pop(FDA, None)  # which needs the anchors
     for method, grid in grids.items():
-        rows = [candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen) for chosen in grid]
+        bar, rows = UnitBar(f"search {method}", len(grid), "candidates"), []
+        with current().stage(config.run.name, bar.stage, bar), bar:
+            for chosen in grid:
+                with bar.unit(", ".join(f"{name} {value}" for name, value in chosen.items())):
+                    rows.append(candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen))
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
         hyper[method] = hyper.get(method, {}) | grid[best]
         record(config, choice={method: hyper[method]})

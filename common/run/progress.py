@@ -2,19 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from common.core.errors import InputError
-
-
-@dataclass
-class Units:
-    """How much of a stage this session did, and how much it found done."""
-
-    done: int = 0
-    kept: int = 0
+from common.run.stages import Units, current
 
 
 class UnitBar(Units):
@@ -26,6 +19,7 @@ class UnitBar(Units):
         )
         super().__init__()
         self.stage, self.units = stage, units
+        self.bar: Any = None
 
     @contextmanager
     def unit(self, name: str, count: int = 1) -> Iterator[None]:
@@ -42,6 +36,15 @@ class UnitBar(Units):
         if self.kept == kept:
             self.done += count
             self.bar.update(self.done - self.bar.n)
+            current().tell()
+
+    @property
+    def reached(self) -> float:
+        return self.bar.n if self.bar is not None else 0
+
+    @property
+    def wanted(self) -> int:
+        return self.bar.total if self.bar is not None else self.units
 
     def advance(self, fraction: float, loss: float) -> None:
         """Say how many units are done of what is being worked on, and how large its loss is."""

@@ -18,7 +18,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
 from common.run.device import prepare
-from common.run.progress import Units
+from common.run.stages import Units, current
 
 PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
 
@@ -98,7 +98,8 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     reset_peak(device)
     began, ended = (time.monotonic(), time.process_time()), FINISHED
     try:
-        yield
+        with current().stage(config.run.name, stage, units):
+            yield
     except BaseException as error:
         ended = type(error).__name__
         raise
