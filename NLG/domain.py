@@ -7,6 +7,7 @@ from NLG.scoring import TASKS, metric, score
 
 __all__ = [
     "NAME",
+    "PARTS",
     "PERCENT",
     "TASKS",
     "calibration_task",
@@ -21,5 +22,6 @@ __all__ = [
     "token_shape",
 ]
 NAME = "nlg"
+PARTS = ("mlp", "layer")  # what can be anchored of a layer
 PERCENT = False  # tables print fractions
 calibration_task = labelled_task = None  # there are no inputs for merge methods and analyses that use data

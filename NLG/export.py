@@ -15,7 +15,7 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
 from common.io.unstacked import stacked
-from NLG.decoders import architecture, body, config_text, family, skeleton
+from NLG.decoders import architecture, body, config_text, reading, skeleton
 from NLG.inputs import GENERATION_FILE, base_config, class_names
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -38,11 +38,11 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     tokenizer, special tokens and generation config, and links to the weights: the paper saves the same weights once
     with each tokenizer.
     """
-    base, (embedding, head) = Checkpoint(model.path("base"), family(model).names), family(model).vocabulary
+    base, (embedding, head) = Checkpoint(model.path("base"), reading(model).names), reading(model).vocabulary
     text, where = config_text(model)
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
-    whole = stacked(tensors, family(model).stored(skeleton(model)), family(model).pieces)
+    whole = stacked(tensors, reading(model).stored(skeleton(model)), reading(model).pieces)
     shapes = stage_shards(as_stored(whole, dtype, base), folder)
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:

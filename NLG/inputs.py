@@ -14,7 +14,7 @@ from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
 from common.io.model_files import find_model
 from common.io.skeleton import stored_shapes
-from NLG.decoders import body, config_text, family, skeleton
+from NLG.decoders import body, config_text, reading, skeleton
 
 GENERATION_FILE = "generation_config.json"
 # The tensors of a head other than a language model's, and what transformers calls a model that has these.
@@ -51,7 +51,7 @@ def check_inputs(config: Config) -> None:
 
 def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names = map(family(model).names, (row.stored for row in find_model(path).rows()))
+    names = map(reading(model).names, (row.stored for row in find_model(path).rows()))
     return frozenset(name for name in names if name and not name.startswith(body(model)))
 
 
@@ -74,7 +74,7 @@ def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list
 
 def language_head(model: Model) -> frozenset[str]:
     """Names of the tensors of a language model's head."""
-    head = family(model).vocabulary[1]
+    head = reading(model).vocabulary[1]
     return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(body(model))})
 
 
@@ -87,7 +87,7 @@ def check_head(model: Model, config: ModelConfig, other: Path) -> None:
     mine, theirs, file = head_of(model, base), head_of(model, other), config_file(other)
     own = resolve(read_config(file), str(file)) if file else config
     tied = any(each.resolved.get("tie_word_embeddings") for each in (config, own))
-    only_the_head = mine ^ theirs == {family(model).vocabulary[1]}
+    only_the_head = mine ^ theirs == {reading(model).vocabulary[1]}
     if mine == theirs or (only_the_head and (tied or not (is_bare(model, base) or is_bare(model, other)))):
         return
     said = [

@@ -22,7 +22,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
 from NLG.answers import is_right_expression, is_right_number, is_right_text
-from NLG.decoders import architecture, family, opener_of
+from NLG.decoders import architecture, opener_of, reading
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import check_backend, judged_by_harness
 from NLG.programs import program_in, runs
@@ -182,7 +182,7 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     disable_progress_bar()  # of the loading of weights, a line for each model
     if not is_adapter(path):
         return stock_model(path, dtype)
-    names, vocabulary = (of := family(Model(base=str(base)))).names, of.vocabulary
+    names, vocabulary = (of := reading(Model(base=str(base)))).names, of.vocabulary
     expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary)["expert"]
     head = vocabulary[1]
     own_head = {} if head not in expert.shapes else {"tie_word_embeddings": False}

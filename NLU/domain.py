@@ -6,6 +6,7 @@ from NLU.scoring import TASKS, calibration_task, labelled_task, metric, score
 
 __all__ = [
     "NAME",
+    "PARTS",
     "PERCENT",
     "TASKS",
     "calibration_task",
@@ -20,4 +21,5 @@ __all__ = [
     "token_shape",
 ]
 NAME = "nlu"
+PARTS = ("layer",)  # what can be anchored of a layer
 PERCENT = False  # tables print fractions

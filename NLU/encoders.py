@@ -3,19 +3,19 @@
 Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from common.config import Config, Model
-from common.core.blocks import BlockFamily, call_alone, key_biases
+from common.core.blocks import BlockFamily, key_biases
 from common.core.errors import InputError
 from common.domain import other_models
+from common.io.layer_calls import LayerCalls
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 from common.io.skeleton import layers_of, stored_shapes
@@ -70,13 +70,13 @@ def skeleton(model: Model) -> PreTrainedModel:
         return AutoModel.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
 
 
-def token_shape(model: Model) -> tuple[int, int]:
+def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
     """Tokens of an anchor as published, and the width of the encoder."""
     return 5, skeleton(model).config.hidden_size
 
 
 @cache
-def family(model: Model) -> BlockFamily:
+def family(model: Model, part: str = "layer") -> BlockFamily:
     """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`."""
     return encoder(skeleton(model), str(config_of(model, model.path("base"))))
 
@@ -88,50 +88,24 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
     model or a classifier keeps the encoder under the prefix of its class. Where positions are not rotary, no input
     moves the bias of the keys.
 
-    Raises: InputError if a layer needs more than its hidden states and rotary positions, such as a table of relative
-        positions that all layers share.
+    Raises: InputError if a layer is given what all layers share and weights decide, such as a table of relative
+        positions.
     """
     path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
     if not path:
         raise InputError(f"{where}: a {kind} has no list of layers to anchor")
-    first = root.get_submodule(f"{path}.0")
-    needed = [name for name in list(inspect.signature(first.forward).parameters)[1:] if name not in NOT_NEEDED]
-    if needed:
-        others = f"is called with {', '.join(needed)} besides its hidden states"
-        raise InputError(f"{where}: a layer of {kind} {others}, which are not the layer's own; it cannot be anchored")
+    calls = LayerCalls(root, path, where)
     if any(own not in stored for own, _ in root.named_parameters()):
         raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
-    rotary = getattr(root, "rotary_emb", None)
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
-        call=call_rotated(root.config, type(rotary)) if rotary is not None else call_alone,
+        call=calls,
         names=names_within(root, stored),
         before_head=POOLER,
-        null_gradients=key_biases(first) if rotary is None else {},
+        null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
         positions=positions if positions in stored else "",
     )
-
-
-# What a layer may be given and does without: masks, caches, another sequence, what it should return.
-NOT_NEEDED = frozenset((
-    "attention_mask", "head_mask", "layer_head_mask", "encoder_hidden_states", "encoder_attention_mask", "cache",
-    "use_cache", "past_key_value", "past_key_values", "output_attentions", "position_ids", "position_embeddings",
-    "kwargs",
-))  # fmt: skip
-
-
-def call_rotated(config: PretrainedConfig, rotary: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """How a layer is called that needs the angles of the positions 0 to T - 1, which follow from the config."""
-    angles = rotary(config=config)
-    by_kind = "layer_type" in inspect.signature(angles.forward).parameters
-
-    def call(layer: nn.Module, x_ATD: Tensor) -> Tensor:
-        positions = torch.arange(x_ATD.shape[1], device=x_ATD.device)[None]
-        kind = {"layer_type": layer.attention_type} if by_kind else {}
-        return call_alone(layer, x_ATD, position_embeddings=angles(x_ATD, positions, **kind))
-
-    return call
 
 
 def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # an import of a second, which commands that read no examples
 
 NAME = "vision"
 PERCENT = True  # tables print percent
+PARTS = ("layer",)  # what can be anchored of a layer
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ def skeleton(model: Model) -> nn.Module:
     return library(model).skeleton(model)
 
 
-def family(model: Model) -> BlockFamily:
-    """The blocks of the image tower."""
+def family(model: Model, part: str = PARTS[0]) -> BlockFamily:
+    """The blocks of the image tower; nothing but its layers can be anchored."""
     return library(model).family(model)
 
 
-def token_shape(model: Model) -> tuple[int, int]:
+def token_shape(model: Model, part: str = PARTS[0]) -> tuple[int, int]:
     """Tokens and width that a block of the image tower sees."""
     return library(model).token_shape(model)
 

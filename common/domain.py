@@ -35,11 +35,13 @@ class TaskRow(Protocol):
 class Domain(Protocol):
     """A module that knows one kind of model: its blocks, its test sets, how it is written and scored.
 
-    NAME: the config's domain. TASKS: test sets by name. PERCENT: tables print percent.
+    NAME: the config's domain. TASKS: test sets by name. PERCENT: tables print percent. PARTS: what can be anchored of
+    a layer, as anchors.part has it, the default first.
     """
 
     NAME: str
     PERCENT: bool
+    PARTS: tuple[str, ...]
 
     @property
     def TASKS(self) -> Mapping[str, TaskRow]: ...
@@ -53,19 +55,25 @@ class Domain(Protocol):
     def labelled_task(self) -> Callable[[Config, str, Sample, torch.device], LabelledTask] | None:
         """The same with labels, for analyses that measure or train; None where a domain has none."""
 
-    def family(self, model: Model) -> BlockFamily:
-        """How the base is taken apart into blocks; InputError if its architecture cannot be told or anchored."""
+    def family(self, model: Model, part: str = ...) -> BlockFamily:
+        """How the base is taken apart into blocks, one of PARTS of each layer; InputError if its architecture cannot be
+        told or anchored."""
         ...
 
     def skeleton(self, model: Model) -> nn.Module: ...
     def check_inputs(self, config: Config) -> None: ...
-    def token_shape(self, model: Model) -> tuple[int, int]: ...
+    def token_shape(self, model: Model, part: str = ...) -> tuple[int, int]: ...
     def metric(self, task: str) -> str: ...
     def check_export(self, model: Model) -> None: ...
     def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, Scored]: ...
+
+
+def anchored_part(config: Config, domain: Domain) -> str:
+    """What is anchored of a layer: anchors.part, or where that is unset what the domain has first."""
+    return config.anchors.part or domain.PARTS[0]
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

@@ -97,6 +97,7 @@ def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, 
     """What decides the anchors of a unit besides the weights they are made from: settings and seed."""
     config = experiment.config
     settings = as_dict(config.anchors) | {"shape": list(experiment.shape), "scale": experiment.anchor_scale()}
+    settings["part"] = experiment.family.part
     for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
@@ -171,7 +172,7 @@ def fit_settings(experiment: Experiment) -> dict[str, Any]:
         "start": {"method": config.start.method},
         "adapt": settings,
         "run": {"seed": config.run.seed},
-        "anchors": {"init": config.anchors.init},
+        "anchors": {"init": config.anchors.init, "part": experiment.family.part},
         "inputs": {"model": written_as(config)},
     }
 

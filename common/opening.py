@@ -12,7 +12,7 @@ from common.config import Config
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.task_vectors import require_same_shapes
-from common.domain import Domain
+from common.domain import Domain, anchored_part
 from common.experiment import Experiment
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
@@ -64,9 +64,10 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
             domain.check_inputs(config)
     if base or config.model.arch:
         with opening(checking, "model", path):
-            family = domain.family(config.model)
+            part = anchored_part(config, domain)
+            family = domain.family(config.model, part)
             modules = family.modules(domain.skeleton(config.model))
-            tokens, width = domain.token_shape(config.model)
+            tokens, width = domain.token_shape(config.model, part)
     if base and modules:
         with opening(checking, "base", path):
             base = Checkpoint(path, family.names)

@@ -6,7 +6,7 @@ from typing import Any
 from common.config import PRETRAINED, Adapt, Anchors, Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.domain import FOLDERS, Domain, scored_tests
+from common.domain import FOLDERS, Domain, anchored_part, scored_tests
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
 from common.merging.registry import every_row, method_choices
@@ -24,6 +24,7 @@ def check_choices(config: Config, domain: Domain) -> None:
     check_tasks(config)
     check_tests(config, domain)
     check_language_options(config, domain)
+    check_part(config, domain)
     check_starts(config, domain)
     check_settings(config)
 
@@ -68,6 +69,13 @@ def check_language_options(config: Config, domain: Domain) -> None:
             raise InputError(f"model.{option} is for language models, not for {config.domain}")
     if config.eval.dtype:
         raise InputError(f"eval.dtype is for language models, not for {config.domain}")
+
+
+def check_part(config: Config, domain: Domain) -> None:
+    """What is to be anchored of a layer is something that the domain can anchor."""
+    if anchored_part(config, domain) not in domain.PARTS:
+        can = " or ".join(domain.PARTS)
+        raise InputError(f"anchors.part is {config.anchors.part}; what is anchored in {domain.NAME} is the {can}")
 
 
 def check_starts(config: Config, domain: Domain) -> None:

@@ -167,7 +167,14 @@ def architectures(domain: str) -> str:
         found.setdefault(", ".join(f"`{name}`" for name in named), []).append(f"`{kind}`")
     lines = [(named, ", ".join(kinds)) for named, kinds in found.items()]
     head = ("Anchored", "Architectures (`model_type`)")
-    return "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n"
+    more = whole_layers(pico.MIXTURES, [kind for kind in pico.LAYERS if kind not in kinds]) if domain == "nlg" else ""
+    return "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n" + more
+
+
+def whole_layers(mixtures: Sequence[str], alone: Sequence[str]) -> str:
+    """A sentence on the architectures of which anchors.part layer anchors the layers."""
+    without, besides = (", ".join(f"`{kind}`" for kind in kinds) for kinds in (mixtures, alone))
+    return f"\nWhole layers (`anchors.part: layer`): of all but the mixtures {without}; and of {besides} besides.\n"
 
 
 PICO = {"nlg": "pico_decoders", "nlu": "pico_encoders"}  # of tests/: what architectures are tested

@@ -26,7 +26,7 @@ import numpy as np
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
-from common.domain import Domain, first_tests, scored_tests
+from common.domain import Domain, anchored_part, first_tests, scored_tests
 from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, scores_of
@@ -172,7 +172,7 @@ def of_ablations(config: Config, domain: Domain) -> Iterator[tuple[str, str, Con
     """
     config = replace(config, compare=replace(config.compare, starts=[PRETRAINED], inits=[config.anchors.init]))
     anchors, adapt = config.anchors, config.adapt.for_start(PRETRAINED)
-    tokens = anchors.tokens or domain.token_shape(config.model)[0]
+    tokens = anchors.tokens or domain.token_shape(config.model, anchored_part(config, domain))[0]
 
     def changed(what: str, name: str, init: str = anchors.init, **to: Any) -> tuple[str, str, Config]:
         point = replace(config, compare=replace(config.compare, inits=[init]), anchors=replace(anchors, **to))

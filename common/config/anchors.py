@@ -12,10 +12,12 @@ class Anchors:
     """How anchors are made (paper section 3, box 1).
 
     Args:
+        part: What is anchored of a layer: its mlp (each expert of a mixture), as in the paper for nlg, or the whole
+            layer with its attention, as in the paper for vision and nlu. Unset: as in the paper.
         init: Where the anchors start: rows of the expert's weights, or scaled Gaussian noise.
         number: Anchors per task and block.
         chunk: Anchors in memory at once. Unset: all; the result is the same to rounding.
-        tokens: Tokens per anchor. Unset: what the architecture sees.
+        tokens: Tokens per anchor. Unset: what the architecture sees; one for an MLP, 5 for the layers of text models.
         scale: Factor on the initial anchors. Unset: the paper's, 1 for weight and 0.01 for gauss.
         distance: Between the outputs of the base block and the expert's.
         optimizer: Of the anchors. muon reaches the same loss in a sixth of the steps, with lr 0.3 to 0.6, linear.
@@ -34,6 +36,7 @@ class Anchors:
             or {slug} in it, the folder of one task.
     """
 
+    part: Literal["mlp", "layer"] | None = None
     init: Literal["weight", "gauss"] = "weight"
     number: int = 64
     chunk: int | None = None

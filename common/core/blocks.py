@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from common.core.task_vectors import Params
 
 NUMBERS = ("layer_idx", "layer_number", "training")  # attributes that change nothing of a block by itself
+Parts = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
+"""From a layer to (path within it, module) of what is anchored of it."""
 Block = Callable[[Params, Tensor], Tensor]
 """A transformer block as a pure function: block(params, x_ATD) -> y_ATD."""
 
@@ -100,12 +102,13 @@ class BlockFamily:
     stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
+    part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default.
     """
 
     blocks: str
     path: str = ""
     call: Callable[[nn.Module, Tensor], Tensor] = call_module
-    parts: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = whole_layer
+    parts: Parts = whole_layer
     names: Callable[[str], str | None] = str
     before_head: str = ""
     scope: str = ""
@@ -115,6 +118,7 @@ class BlockFamily:
     stored: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] = own_shapes
     pieces: Pieces = no_pieces
     vocabulary: tuple[str, ...] = ()
+    part: str | None = None
 
     def modules(self, skeleton: nn.Module) -> list[BlockModule]:
         """The anchored modules of a model, in order."""

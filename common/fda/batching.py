@@ -64,7 +64,9 @@ def mapped_step(
     def blank(shapes: NamedShapes) -> Params:
         return {name: torch.empty(shape, device=device) for name, shape in shapes}
 
-    traced = make_fx(step, tracing_mode="fake")(blank(theta), blank(theta), blank(tau), torch.empty(x, device=device))
+    # a block can hold constants: masks, angles of positions
+    trace = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced = trace(blank(theta), blank(theta), blank(tau), torch.empty(x, device=device))
     over_tasks = torch.vmap(traced, in_dims=(None, 0, 0, 0))
     return over_tasks if compiler == "eager" else torch.compile(over_tasks, backend=compiler)
 

@@ -14,7 +14,7 @@ import yaml
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule, by_kind
 from common.core.errors import InputError
-from common.domain import Domain, scored_tests
+from common.domain import Domain, anchored_part, scored_tests
 from common.experiment import Experiment
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
@@ -203,9 +203,10 @@ def in_short(alike: Sequence[BlockModule]) -> str:
 def needs(config: Config, domain: Domain) -> list[str]:
     """Units, disk, memory and arithmetic, counted on blocks without weights (the meta device), the largest of each."""
     try:
-        skeleton, family = domain.skeleton(config.model), domain.family(config.model)
+        part = anchored_part(config, domain)
+        skeleton, family = domain.skeleton(config.model), domain.family(config.model, part)
         modules = family.modules(skeleton)
-        tokens, width = domain.token_shape(config.model)
+        tokens, width = domain.token_shape(config.model, part)
     except InputError as error:
         return [f"Needs: not known yet ({error})"]
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
@@ -227,7 +228,7 @@ def needs(config: Config, domain: Domain) -> list[str]:
     warm = settings.warm_start == "regmean"
     closed = memory_of_warm_start(largest, 2 * len(config.tasks) * anchors) if warm else 0
     rows = {
-        "blocks": "; ".join(map(in_short, kinds)) + f"; D {width}",
+        "blocks": "; ".join(map(in_short, kinds)) + f"; anchored part {part}; D {width}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
