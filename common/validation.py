@@ -10,7 +10,7 @@ from common.domain import FOLDERS, Domain, anchored_part, scored_tests
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
 from common.merging.registry import every_row, method_choices
-from common.merging.starts import JOINED, chain_of, check_hyper, check_part, hyper_of
+from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
 
 POSITIVE = {
     "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
@@ -87,7 +87,7 @@ def check_starts(config: Config, domain: Domain) -> None:
         if JOINED in key:
             raise InputError(f"start.hyper.{key}: hyperparameters are given by part, under each of {key.split(JOINED)}")
         if key in every_row() and key != start.method:
-            check_part(key, start.hyper[key], len(config.tasks))
+            check_hyper_of(key, start.hyper[key], len(config.tasks))
     named = {start.method, *config.compare.starts, *config.adapt.by_start} - {PRETRAINED}
     for method in sorted(named | {key for key in start.hyper if key not in every_row()}):
         if method == start.method and start.checkpoint:

@@ -182,10 +182,10 @@ def check_hyper(start: str, hyper: Hyper, tasks: int | None = None) -> None:
     """
     chain = chain_of(start)
     for part, own in by_part(chain, hyper).items():
-        check_part(part, own, tasks)
+        check_hyper_of(part, own, tasks)
 
 
-def check_part(part: str, hyper: Hyper, tasks: int | None = None) -> None:
+def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
     """`check_hyper` of one key of `METHODS` or `STEPS`."""
     accepted = hyperparameters(part)
     for name, value in hyper.items():
