@@ -171,7 +171,7 @@ def test_an_interrupted_run_says_so_and_one_that_is_refused_leaves_nothing(pico_
         run_reported(quiet, adapt)
     assert not quiet.run.dir.exists()
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     construct(quiet, domain)
