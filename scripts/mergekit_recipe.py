@@ -115,7 +115,7 @@ def start_of(
         if not normalize:
             raise InputError(f"{file}: {method} is understood with normalize: true, the mean of those that agree")
         if method == "ties":
-            return "ties", {"density": density, "scale": said["lambda"]}
+            return "ties", {"density": density, "scale": said["lambda"], "granularity": "tensor"}
         return "dare_ties", {"drop": 1 - density, "density": 1.0, "scale": said["lambda"]}
     if method == "breadcrumbs":
         gamma = one(models, said, "gamma", 0.01, file)

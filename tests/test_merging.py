@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from common.config import ROOT
 from common.core.errors import InputError
-from common.core.task_vectors import LazyParams
+from common.core.task_vectors import LazyParams, subtract
 from common.io.checkpoints import Checkpoint
 from common.merging.registry import METHODS, STEPS, Method, hyperparameters, method_table
 from common.merging.starts import check_hyper, merge, survey
@@ -40,11 +40,11 @@ DEFAULTS = {
     "layer_swap": {"outer": 0, "bottom": 5, "top": 2, "transition": 1, "unnumbered": "mean"},
     "ta": {"scale": 0.3},
     "rws": {"clean": 0, "scale": None, "keep": None},
-    "ties": {"density": 0.2, "scale": 1.0},
+    "ties": {"density": 0.2, "scale": 1.0, "granularity": "model"},
     "dare_ta": {"drop": 0.9, "scale": 0.3, "seed": 0},
     "dare_ties": {"drop": 0.9, "density": 0.2, "scale": 1.0, "seed": 0},
     "breadcrumbs": {"keep": 0.15, "outliers": 0.006, "scale": 0.2},
-    "pcb": {"ratio": 0.05, "clip": 1e-4, "scale": 1.2},
+    "pcb": {"ratio": 0.05, "clip": 1e-4, "scale": 1.2, "granularity": "model"},
     "sce": {"select": 0.1, "masked": False},
     "varm": {},
     "consensus_ta": {"agree": 2, "threshold": 0.4, "scale": 0.3},
@@ -62,8 +62,16 @@ DEFAULTS = {
     "actmat": {"longest": 20000, "scale": 1.0, "others": None},
     "tact": {"density": 0.5, "longest": 20000, "scale": 1.0, "others": None},
     "ace": {"epsilon": 1e-2, "uneven": 0.3, "share": 0.3, "scale": 1.0, "others": None},
-    "doge_ta": {"eta": 0.07, "subspace": 6, "density": 0.3, "steps": 400, "lr": 1e-4, "others": 0.0},
-    "opcm": {"alpha": 0.5},
+    "doge_ta": {
+        "eta": 0.07,
+        "subspace": 6,
+        "density": 0.3,
+        "steps": 400,
+        "lr": 1e-4,
+        "others": 0.0,
+        "granularity": "model",
+    },
+    "opcm": {"alpha": 0.5, "granularity": "model"},
     "widen": {"ratio": 1.0, "calibration": 1.0},
 }
 
@@ -110,7 +118,7 @@ KEEPS_IDENTICAL = {
     "wudi_exact": {},
     "actmat": {},
     "tact": {"density": 1.0},
-    "opcm": {},
+    "opcm": {"granularity": "tensor"},
     "layer_swap": {},
     "rws": {},
     "sce": {},
@@ -313,6 +321,23 @@ def test_every_method_merges_a_checkpoint(method, pico_config):
     moved = {name for name in base.names("visual.") if not torch.equal(*(c.read([name])[name] for c in (merged, base)))}
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in moved
     assert ("visual.conv1.weight" in moved) == (METHODS[method].scope == "all")
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "doge_ta", "opcm", "pact+ties"])
+def test_what_counts_over_the_whole_model_does_so_in_a_checkpoint(method, pico_config):
+    """Read tensor by tensor in several passes, a checkpoint is merged as the whole of it in memory is."""
+    part = {"doge_ta": {"doge_ta": {"steps": 2}}}.get(method, {})
+    config = replace(pico_config, start=replace(pico_config.start, method=method, hyper=part))
+    merged = Checkpoint(merge_alone(replace(config, run=replace(config.run, score=False)), domain))
+    base = Checkpoint(config.model.path("base"))
+    experts = [Checkpoint(config.model.path("expert", task)) for task in config.tasks]
+    names = base.names("visual.transformer.resblocks." if method == "doge_ta" else "visual.")
+    theta = base.read(names)
+    deltas = [subtract(expert.read(names), theta) for expert in experts]
+    whole = merge(method, theta, deltas, part.get(method, {}))
+    ours = merged.read(names)
+    for name in names:
+        torch.testing.assert_close(ours[name], theta[name] + whole[name], rtol=0, atol=1e-6)
 
 
 MEASURED = """

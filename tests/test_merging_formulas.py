@@ -14,9 +14,11 @@ from common.merging.fisher import fisher_mean
 from common.merging.registry import METHODS, hyperparameters
 from common.merging.starts import merge
 from common.merging.swudi import filtered
+from common.merging.whole import nth_largest
 from common.merging.widen import rank_limit
 from common.merging.wudi import minimise_interference
 from helpers import assert_close
+from pico_golden import GOLDEN, golden_task_vectors
 from pico_task_vectors import MATRICES, OTHERS, SHAPES, task_vectors
 
 
@@ -88,11 +90,38 @@ def ties_by_loop(taus, density):
     return merged.reshape(taus.shape[1:])
 
 
+def in_one(deltas, names=SHAPES):
+    """Every task vector as one row."""
+    return np.hstack([stack64(deltas, name).reshape(len(deltas), -1) for name in names])
+
+
+def taken_apart(flat, names=SHAPES):
+    """{name: its part of a row}, as `in_one` joins them."""
+    ends = np.cumsum([np.prod(SHAPES[name], dtype=int) for name in names])[:-1]
+    parts = np.split(flat, ends)
+    return {n: part.reshape(SHAPES[n]) for n, part in zip(names, parts, strict=True)}
+
+
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_is_its_algorithm(density):
     base, deltas = task_vectors(4)
-    for name, tensor in merge("ties", base, deltas, {"density": density, "scale": 0.5}).items():
+    deltas[1] = {name: (3 if name == "fc.bias" else 1) * tau for name, tau in deltas[1].items()}
+    hyper = {"density": density, "scale": 0.5}
+    whole = taken_apart(ties_by_loop(in_one(deltas), density))
+    for name, tensor in merge("ties", base, deltas, hyper).items():
+        assert_close(tensor, 0.5 * whole[name])
+    for name, tensor in merge("ties", base, deltas, hyper | {"granularity": "tensor"}).items():
         assert_close(tensor, 0.5 * ties_by_loop(stack64(deltas, name), density))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_ties_is_what_fusion_bench_computes(share):
+    """Of 60 weights it keeps one more than the share: the threshold's own place, counted from below."""
+    base, deltas = golden_task_vectors()
+    ours = merge("ties", base, deltas, {"density": (60 * share + 1) / 60})
+    assert ours.keys() == GOLDEN[f"ties, K {share}"].keys()
+    for name, expected in GOLDEN[f"ties, K {share}"].items():
+        assert_close(ours[name], expected, rtol=1e-12, atol=0)
 
 
 def test_ties_by_hand():
@@ -116,8 +145,8 @@ def test_dare_drops_at_its_rate_and_rescales_the_rest(drop):
     if drop:
         assert all(not torch.equal(m, n) for m, n in itertools.combinations(masks.values(), 2))
         assert not torch.equal(once[0]["a"], dropped(deltas, drop, seed=1)[0]["a"])
-    for method, then in (("dare_ta", "ta"), ("dare_ties", "ties")):
-        merged, expected = merge(method, base, deltas, {"drop": drop}), merge(then, base, once, {})
+    for method, then, hyper in (("dare_ta", "ta", {}), ("dare_ties", "ties", {"granularity": "tensor"})):
+        merged, expected = merge(method, base, deltas, {"drop": drop}), merge(then, base, once, hyper)
         assert torch.equal(merged["a"], expected["a"])
 
 
@@ -183,9 +212,14 @@ def pcb_by_sorting(taus, ratio, clip):
 @pytest.mark.parametrize(("ratio", "clip"), [(0.2, 0.0), (0.5, 0.1), (1.0, 0.02)])
 def test_pcb_is_its_formula(ratio, clip):
     base, deltas = task_vectors(3, {"w": (20, 10), "b": (30,)}, size=1.0)
-    merged = merge("pcb", base, deltas, {"ratio": ratio, "clip": clip, "scale": 1.5})
+    hyper = {"ratio": ratio, "clip": clip, "scale": 1.5}
+    merged = merge("pcb", base, deltas, hyper | {"granularity": "tensor"})
     for name, tensor in merged.items():
         assert_close(tensor, 1.5 * pcb_by_sorting(stack64(deltas, name), ratio, clip), rtol=2e-4, atol=1e-5)
+    flat = 1.5 * pcb_by_sorting(in_one(deltas, base), ratio, clip)
+    merged = merge("pcb", base, deltas, hyper)
+    assert_close(merged["w"], flat[:200].reshape(20, 10), rtol=2e-4, atol=1e-5)
+    assert_close(merged["b"], flat[200:], rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("agree", "threshold"), [(0, 0.4), (1, 0.4), (2, 0.4), (2, 1.0), (3, 0.2)])
@@ -263,8 +297,8 @@ def test_iso_cts_is_its_formula(fraction, k):
         assert_close(merged[name], stack64(deltas, name).mean(axis=0))
 
 
-def opcm_by_full_bases(taus, alpha):
-    """In the full bases of U and V, with the paper's λ of every step."""
+def opcm_by_full_bases(taus, alpha, scaled=True):
+    """In the full bases of U and V, with the paper's λ of every step; or D_N as it is."""
     merged, scale = taus[0], 1.0
     for t, tau in enumerate(taus[1:], start=2):
         if tau.ndim == 2:
@@ -275,7 +309,7 @@ def opcm_by_full_bases(taus, alpha):
             inner[:k, :k] = 0
             tau = u @ inner @ vt
         step = scale * merged + tau
-        scale = norm(step) / np.mean([norm(x) for x in taus[:t]])
+        scale = norm(step) / np.mean([norm(x) for x in taus[:t]]) if scaled else 1.0
         merged = step / scale
     return merged
 
@@ -283,8 +317,18 @@ def opcm_by_full_bases(taus, alpha):
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
 def test_opcm_is_its_recursion(alpha):
     base, deltas = task_vectors(4)
-    for name, tensor in merge("opcm", base, deltas, {"alpha": alpha}).items():
-        assert_close(tensor, opcm_by_full_bases(stack64(deltas, name), alpha), rtol=1e-4, atol=1e-6)
+    ours = merge("opcm", base, deltas, {"alpha": alpha, "granularity": "tensor"})
+    expected = {name: opcm_by_full_bases(stack64(deltas, name), alpha) for name in SHAPES}
+    for name, tensor in ours.items():
+        assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+    # of the whole model each tensor has the same direction, and all have one length: that of an expert on average
+    lengths = [norm(np.concatenate([delta[name].double().numpy().ravel() for name in SHAPES])) for delta in deltas]
+    ours = {name: tensor.double().numpy() for name, tensor in merge("opcm", base, deltas, {"alpha": alpha}).items()}
+    assert norm(np.concatenate([x.ravel() for x in ours.values()])) == pytest.approx(np.mean(lengths), rel=1e-5)
+    sums = {name: opcm_by_full_bases(stack64(deltas, name), alpha, scaled=False) for name in SHAPES}
+    factor = np.mean(lengths) / norm(np.concatenate([x.ravel() for x in sums.values()]))
+    for name in SHAPES:
+        assert_close(torch.tensor(ours[name]), factor * sums[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (64, 48), (31, 200)], ids=str)
@@ -463,7 +507,7 @@ def test_fisher_mean_counts_each_weight_by_its_fisher_information():
 # --- DOGE and WIDEN --------------------------------------------------------------------------------------------------
 
 
-def doge_by_autograd(taus, eta, subspace, density, steps, lr):
+def doge_by_autograd(taus, eta, subspace, density, steps, lr, floors=None):
     """The literal loss, its gradient by autograd, the projection as a full matrix."""
     taus = torch.tensor(taus)
     scales = [eta / tau.norm() for tau in taus]
@@ -479,7 +523,8 @@ def doge_by_autograd(taus, eta, subspace, density, steps, lr):
         change.grad -= basis @ basis.T @ change.grad
         adam.step()
     assert change.abs().max() > 5 * lr
-    floors = [tau.abs().flatten().sort(descending=True).values[int(density * tau.numel()) - 1] for tau in taus]
+    if floors is None:
+        floors = [tau.abs().flatten().sort(descending=True).values[int(density * tau.numel()) - 1] for tau in taus]
     kept = [s * (t + change) * (t.abs() >= f) for s, t, f in zip(scales, taus, floors, strict=True)]
     return sum(kept).detach().numpy()
 
@@ -487,10 +532,16 @@ def doge_by_autograd(taus, eta, subspace, density, steps, lr):
 @pytest.mark.parametrize("hyper", [{}, {"eta": 0.5, "subspace": 2, "density": 0.6, "steps": 20, "lr": 1e-3}], ids=str)
 def test_doge_ta_is_its_formula(hyper):
     base, deltas = task_vectors(3, dtype=torch.float64, size=0.1)
-    merged = merge("doge_ta", base, deltas, hyper)
+    deltas[0]["fc.weight"] *= 2
     defaults = {"eta": 0.07, "subspace": 6, "density": 0.3, "steps": 400, "lr": 1e-4}
-    for name in MATRICES:
-        assert_close(merged[name], doge_by_autograd(stack64(deltas, name), **(defaults | hyper)), rtol=1e-6, atol=1e-9)
+    settings = defaults | hyper
+    sizes = np.sort(np.abs(in_one(deltas, MATRICES)), axis=1)[:, ::-1]
+    whole = sizes[:, int(settings["density"] * sizes.shape[1] + 1e-9) - 1]
+    for granularity, floors in (("tensor", None), ("model", whole)):
+        merged = merge("doge_ta", base, deltas, hyper | {"granularity": granularity})
+        for name in MATRICES:
+            expected = doge_by_autograd(stack64(deltas, name), **settings, floors=floors)
+            assert_close(merged[name], expected, rtol=1e-6, atol=1e-9)
     assert not any(merged[name].any() for name in OTHERS)
 
 
@@ -651,3 +702,19 @@ def test_what_is_no_matrix_is_scaled_as_asked(method, others, factor):
     merged = merge(method, base, deltas, {"others": others})
     for name in OTHERS:
         assert_close(merged[name], factor * stack64(deltas, name).sum(axis=0))
+
+
+# --- order statistics of a whole model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_nth_largest_number_of_many_tensors_is_found_exactly(dtype, monkeypatch):
+    monkeypatch.setattr("common.merging.whole.PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((300,), (20, 7), ())]
+    tensors.append(torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3.0, 3.0, 3.0, -3e38, 3e38], dtype=dtype))
+    every = np.sort(np.concatenate([x.numpy().ravel() for x in tensors]))[::-1]
+    for n in (1, 2, 4, 5, 225, 226, 227, len(every) - 1, len(every)):
+        found = nth_largest(lambda: itertools.product([0, 1], tensors), lambda count, n=n: min(n, count))
+        assert found == {0: every[n - 1], 1: every[n - 1]}
+    assert nth_largest(lambda: [(0, tensors[0])], lambda count: 0) == {0: np.inf} and nth_largest(list, len) == {}

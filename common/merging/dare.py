@@ -4,7 +4,8 @@
 are merged by task arithmetic (`dare_ta`) or by TIES (`dare_ties`).
 
 Source: Yu et al. 2024, "Language models are Super Mario" (arXiv 2311.03099). Defaults: p 0.9, one of the rates that the
-paper finds to cost nothing; the rest as `ta` and `ties` have it. With p ≥ 1 − density TIES finds nothing left to trim.
+paper finds to cost nothing; the rest as `ta` and `ties` have it. With p ≥ 1 − density TIES finds nothing left to trim;
+else it trims each tensor by itself.
 Every mask comes from the seed, the tensor's name and the task's place in the list, so it is the same on every machine
 and in every order of work.
 """
@@ -43,7 +44,7 @@ def dare_ties(
 
     `drop` is p. InputError unless it lies in [0, 1).
     """
-    return ties(base, dropped(deltas, drop, seed), density=density, scale=scale)
+    return ties(base, dropped(deltas, drop, seed), None, density=density, scale=scale, granularity="tensor")
 
 
 def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams]:

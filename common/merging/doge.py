@@ -9,10 +9,12 @@ keeps the fraction `density` of τᵢ that is largest in magnitude. Other tensor
 Source: Wei et al. 2025, "Modeling multi-task model merging as adaptive projective gradient descent" (arXiv 2501.01230),
 as released with FusionBench. Defaults: eta 0.07, subspace 6, density 0.3, 400 steps, lr 1e-4. Like the code, it belongs
 to the matrices of the blocks (`scope` in registry.py).
-Deviation: mᵢ trims one tensor; the paper trims the whole task vector.
+`granularity`: mᵢ trims the matrices of a task vector by one threshold (model), as the code does, or each by itself
+(tensor), which spares two passes over the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +22,21 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.linalg import truncated_svd
 from common.core.task_vectors import Params
-from common.merging.magnitude import trim
-from common.merging.tensorwise import each_matrix, require_fraction, total
+from common.merging.magnitude import Granularity, magnitude_thresholds, trim
+from common.merging.tensorwise import Parts, each_matrix, require_fraction, total
+
+Thresholds = Mapping[int, float] | None
+
+
+def thresholds(parts: Parts, *, density: float = 0.3, granularity: Granularity = "model", **_: Any) -> Thresholds:
+    """The magnitude by which each task vector is trimmed, where it is one for all matrices."""
+    return magnitude_thresholds(parts, density, matrices=True) if granularity == "model" else None
 
 
 def doge_ta(
     base: Params,
     deltas: Sequence[Params],
+    trimmed: Thresholds,
     *,
     eta: float = 0.07,
     subspace: int = 6,
@@ -34,6 +44,7 @@ def doge_ta(
     steps: int = 400,
     lr: float = 1e-4,
     others: float | None = 0.0,
+    granularity: Granularity = "model",
 ) -> Params:
     """The DOGE-TA delta; `others` is the λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
     require_fraction("doge_ta", "density", density)
@@ -41,12 +52,19 @@ def doge_ta(
         raise InputError(f"doge_ta: subspace ≥ 1, steps ≥ 0, lr > 0 are needed; they are {subspace}, {steps}, {lr}")
 
     def merged(taus: Sequence[Tensor]) -> Tensor:
-        moving = [tau for tau in taus if tau.any()]
+        moving, floors = [], []
+        for i, tau in enumerate(taus):
+            if tau.any():
+                moving.append(tau)
+                floors.append((trimmed or {}).get(i))
         if not moving:
             return torch.zeros_like(taus[0])
         scales = [eta / float(torch.linalg.vector_norm(tau)) for tau in moving]
         change = reconciling_change(moving, scales, shared_basis(moving, subspace), steps, lr)
-        kept = (scale * (tau + change) * (trim(tau, density) != 0) for scale, tau in zip(scales, moving, strict=True))
+        kept = (
+            scale * (tau + change) * (trim(tau, density, floor) != 0)
+            for scale, tau, floor in zip(scales, moving, floors, strict=True)
+        )
         return sum(kept, torch.zeros_like(change))
 
     return each_matrix(merged, base, deltas, others)

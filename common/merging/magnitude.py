@@ -1,16 +1,38 @@
-"""Thresholds on the magnitudes of one tensor. Equal magnitudes share their fate, so nothing depends on their order."""
+"""Thresholds on magnitudes, of one tensor or of a model. Equal ones share their fate: nothing hangs on their order."""
 
 import math
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from common.merging.tensorwise import rounded_down
+from common.merging.tensorwise import Parts, Taus, rounded_down
+from common.merging.whole import nth_largest
+
+Granularity = Literal["model", "tensor"]
+"""Whether a threshold or norm is one for the whole model, as most papers have it, or one for each tensor."""
 
 
-def trim(tau: Tensor, density: float) -> Tensor:
-    """τ with zeros but for the fraction `density` of its weights that is largest in magnitude, at least one weight."""
-    threshold = largest(tau.abs(), max(1, share(tau, density)))
+def magnitude_thresholds(parts: Parts, density: float, matrices: bool = False) -> dict[int, float]:
+    """{task: the magnitude that the fraction `density` of its weights reaches, at least one of them}, over the
+    whole model or all its matrices. The model is passed over twice.
+    """
+
+    def magnitudes() -> Iterator[tuple[int, Tensor]]:
+        for base, deltas in parts():
+            for name, theta in base.items():
+                if theta.ndim == 2 or not matrices:
+                    yield from ((i, tau.abs()) for i, tau in enumerate(Taus(deltas, name)))
+
+    return nth_largest(magnitudes, lambda n: max(1, rounded_down(n * density)))
+
+
+def trim(tau: Tensor, density: float, threshold: float | None = None) -> Tensor:
+    """τ with zeros but for the fraction `density` of its weights that is largest in magnitude, at least one weight; or
+    for those whose magnitude reaches a `threshold`."""
+    if threshold is None:
+        threshold = largest(tau.abs(), max(1, share(tau, density)))
     return tau.where(tau.abs() >= threshold, 0)  # a product with the mask would make a number of each of its bits
 
 

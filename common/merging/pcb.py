@@ -9,59 +9,125 @@ Before this, |τᵢ| is cut at the value that the fraction `clip` of it exceeds.
 Source: Du et al. 2024, "Parameter competition balancing for model merging" (arXiv 2410.02396), as its released code has
 it: the printed formulas have a softmax for the exponential, of which μ removes the denominator, and a sum of softmaxes
 over pairs of tasks for tanh. Defaults: ratio 0.05 and λ 1.2, what the code takes for vision models; clip 1e-4.
-Deviation: minimum, maximum, qᵢ and cut are those of one tensor, not of the whole task vector.
+`granularity`: minimum, maximum, qᵢ and cut are those of a whole task vector (model), as in the code, or of each tensor
+by itself, which spares four passes over the model.
 Deviation: the code also lifts the smallest 1e-4 of |τᵢ| to a common value, which changes nothing that can be seen.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.merging.magnitude import largest, share
-from common.merging.tensorwise import each_tensor, require_fraction, total
+from common.merging.magnitude import Granularity
+from common.merging.tensorwise import Parts, Taus, require_fraction, rounded_down, total
+from common.merging.whole import nth_largest
 
 EQUAL = 1e-6  # relative difference between two balances that are equal but for the rounding of exp and tanh
 
 
+@dataclass(frozen=True)
+class Range:
+    """Of one task: least |τᵢ| and what the largest are cut at, qᵢ, and the largest bᵢ."""
+
+    low: float
+    cut: float
+    threshold: float = 0.0
+    top: float = 0.0
+
+
+def whole_ranges(
+    parts: Parts, *, ratio: float = 0.05, clip: float = 1e-4, granularity: Granularity = "model", **_: Any
+) -> Mapping[int, Range] | None:
+    """The range of each task over the whole model, where it is one for all tensors; four passes over the model."""
+    return ranges(parts, ratio, clip) if granularity == "model" else None
+
+
 def pcb(
-    base: Params, deltas: Sequence[Params], *, ratio: float = 0.05, clip: float = 1e-4, scale: float = 1.2
+    base: Params,
+    deltas: Sequence[Params],
+    surveyed: Mapping[int, Range] | None,
+    *,
+    ratio: float = 0.05,
+    clip: float = 1e-4,
+    scale: float = 1.2,
+    granularity: Granularity = "model",
 ) -> Params:
-    """The PCB delta, for tensors of any shape. Every tensor keeps at least one weight of each task."""
+    """The PCB delta, for tensors of any shape. At least one weight of each task is kept, of the model or tensor."""
     require_fraction("pcb", "ratio", ratio)
     if not 0 <= clip < 1:
         raise InputError(f"pcb: clip must lie in [0, 1), it is {clip}")
 
-    def merged(taus: Sequence[Tensor]) -> Tensor:
+    def merged(name: str) -> Tensor:
+        taus = Taus(deltas, name)
+        found = surveyed
+        if found is None:
+            found = ranges(lambda: [({name: base[name]}, deltas)], ratio, clip)
         every = total(taus)
         delta, weights = torch.zeros_like(every), torch.zeros_like(every)
-        for tau in filter(Tensor.any, taus):  # a task that moved nothing has no say
-            cut = largest(tau.abs(), share(tau, clip) + 1)
-            clipped, agreement = tau.clamp(-cut, cut), tau * every
+        for i, tau in enumerate(taus):
+            if found[i].cut > 0:  # a task that moved nothing has no say
+                weight = competition(balance(tau, every, len(taus), found[i]), found[i])
+                delta += tau.clamp(-found[i].cut, found[i].cut).mul_(weight)
+                weights += weight
+                del weight
             del tau
-            weight = competition(clipped, agreement, len(taus), ratio)
-            del agreement
-            delta += clipped.mul_(weight)
-            weights += weight
-            del clipped, weight
         return delta.div_(weights.clamp_(min=1e-12)).mul_(scale)
 
-    return each_tensor(merged, base, deltas)
+    return {name: merged(name) for name in base}
 
 
-def competition(tau: Tensor, agreement: Tensor, tasks: int, ratio: float) -> Tensor:
-    """wᵢ in [0, 1] of one task, from its τᵢ and from τᵢ ⊙ Σⱼ τⱼ, which is overwritten."""
-    balance = to_unit_range(tau.abs()).square_().mul_(tasks).exp_().mul_(agreement.tanh_())
-    threshold = largest(agreement.copy_(balance), max(1, share(tau, ratio)))
-    equal = EQUAL * abs(threshold)
-    if threshold + equal >= float(balance.max()):  # one weight is left, or several as heavy: max − min would be 0
-        return (balance >= threshold - equal).to(tau)
-    return to_unit_range(balance.clamp_(min=threshold))
+def ranges(parts: Parts, ratio: float, clip: float) -> dict[int, Range]:
+    """{task: its range} over all parts."""
+    lows: dict[int, float] = {}
+
+    def magnitudes() -> Iterator[tuple[int, Tensor]]:
+        for base, deltas in parts():
+            for name in base:
+                for i, tau in enumerate(Taus(deltas, name)):
+                    size = tau.abs()
+                    lows[i] = min(lows.get(i, math.inf), float(size.min()))
+                    yield i, size
+                    del tau, size
+
+    cuts = nth_largest(magnitudes, lambda n: rounded_down(n * clip) + 1)
+    found = {i: Range(lows[i], cut) for i, cut in cuts.items()}
+    tops: dict[int, float] = {}
+
+    def balances() -> Iterator[tuple[int, Tensor]]:
+        for base, deltas in parts():
+            for name in base:
+                taus = Taus(deltas, name)
+                every = total(taus)
+                for i, tau in enumerate(taus):
+                    b = balance(tau, every, len(taus), found[i])
+                    tops[i] = max(tops.get(i, -math.inf), float(b.max()))
+                    yield i, b
+                    del tau, b
+
+    thresholds = nth_largest(balances, lambda n: max(1, rounded_down(n * ratio)))
+    return {i: replace(each, threshold=thresholds[i], top=tops[i]) for i, each in found.items()}
 
 
-def to_unit_range(x: Tensor) -> Tensor:
-    """Moves and scales x, in place, to [0, 1]; to zeros if it is constant."""
-    low, high = x.min(), x.max()
+def balance(tau: Tensor, every: Tensor, tasks: int, of: Range) -> Tensor:
+    """bᵢ of one tensor, from its τᵢ and Σⱼ τⱼ."""
+    size = to_unit_range(tau.clamp(-of.cut, of.cut).abs_(), of.low, of.cut)
+    return size.square_().mul_(tasks).exp_().mul_((tau * every).tanh_())
+
+
+def competition(balance: Tensor, of: Range) -> Tensor:
+    """wᵢ in [0, 1] of one tensor, from its bᵢ, which are overwritten."""
+    equal = EQUAL * abs(of.threshold)
+    if of.threshold + equal >= of.top:  # one weight is left, or several as heavy: max − min would be 0
+        return (balance >= of.threshold - equal).to(balance)
+    return to_unit_range(balance.clamp_(min=of.threshold), of.threshold, of.top)
+
+
+def to_unit_range(x: Tensor, low: float, high: float) -> Tensor:
+    """Moves and scales x, in place, from [low, high] to [0, 1]; to zeros if that is one number."""
     return x.sub_(low).div_(high - low) if high > low else x.zero_()

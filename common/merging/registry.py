@@ -95,11 +95,11 @@ METHODS: dict[str, Method] = {
     ),
     "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors"),
     "rws": Method("rws:rws", "RWS", "one expert, patched by the others"),
-    "ties": Method("ties:ties", "TIES", "trim, elect signs, average what agrees"),
+    "ties": Method("ties:ties", "TIES", "trim, elect signs, average what agrees", survey="ties:thresholds"),
     "dare_ta": Method("dare:dare_ta", "DARE (TA)", "drop at random, rescale, then TA"),
     "dare_ties": Method("dare:dare_ties", "DARE (TIES)", "drop at random, rescale, then TIES"),
     "breadcrumbs": Method("breadcrumbs:breadcrumbs", "Breadcrumbs", "sum without outliers and small changes"),
-    "pcb": Method("pcb:pcb", "PCB", "weights compete by size and agreement"),
+    "pcb": Method("pcb:pcb", "PCB", "weights compete by size and agreement", survey="pcb:whole_ranges"),
     "sce": Method("sce:sce", "SCE", "weighs experts where they differ most"),
     "varm": Method("sce:varm", "VaRM", "mean weighted by squared changes"),
     "consensus_ta": Method("consensus:consensus_ta", "Consensus TA", "sum of weights several tasks use"),
@@ -117,8 +117,10 @@ METHODS: dict[str, Method] = {
     "actmat": Method("actmat:actmat", "ACTMat", "least squares on task vectors' covariance"),
     "tact": Method("actmat:tact", "TACT", "ACTMat on the largest changes"),
     "ace": Method("ace:ace", "ACE", "covariances of centred task vectors, evened"),
-    "doge_ta": Method("doge:doge_ta", "DOGE TA", "TA after reconciling the task vectors", "blocks"),
-    "opcm": Method("opcm:opcm", "OPCM", "one by one, orthogonal parts alone"),
+    "doge_ta": Method(
+        "doge:doge_ta", "DOGE TA", "TA after reconciling the task vectors", "blocks", survey="doge:thresholds"
+    ),
+    "opcm": Method("opcm:opcm", "OPCM", "one by one, orthogonal parts alone", survey="opcm:whole_factor"),
     "widen": Method("widen:widen", "WIDEN", "columns weighed by length and direction"),
 }
 
