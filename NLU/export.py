@@ -1,7 +1,7 @@
 """How a merged encoder is written: as stock transformers opens it, and under the head of each task asked for."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from transformers.models.auto import modeling_auto as classes
 from common.config import Model
 from common.core.errors import InputError
 from common.core.places import for_task
-from common.io.checkpoints import Checkpoint, write_tensors, write_text
+from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.model_files import INDEX_FILE
 from common.io.shards import write_stream
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.task_heads import with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
 from NLU.scoring import TASKS, expert_architecture, read_head
@@ -42,31 +42,14 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     base = Checkpoint(model.path("base"), family(model).names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
-    merged = write_stream(folder / "model.safetensors", as_stored(with_pooler(tensors, base, model), dtype, base))
+    whole = with_pooler(tensors, base, POOLER, bool(model.heads))
+    merged = write_stream(folder / "model.safetensors", as_stored(whole, dtype, base))
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_tokenizer(model.path("base"), folder)
     for task in model.heads:
         own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
-        encoder = folder / "heads" / task / "encoder.safetensors"
-        write_tensors(encoder.with_name("head.safetensors"), own)
-        encoder.unlink(missing_ok=True)
-        encoder.symlink_to("../../model.safetensors")
-        files = dict.fromkeys(merged, encoder.name) | dict.fromkeys(own, "head.safetensors")
-        write_text(encoder.with_name(INDEX_FILE), json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
-        write_classifier_surroundings(model, task, dtype, encoder.parent)
-
-
-def with_pooler(tensors: Iterable[tuple[str, Tensor]], base: Checkpoint, model: Model) -> Iterator[tuple[str, Tensor]]:
-    """The merged tensors, and the base's pooler where none was merged: stock AutoModel would draw one at random.
-
-    None at all beside classifiers, whose folders hold their own.
-    """
-    left = set() if model.heads else set(base.names(POOLER))
-    for name, tensor in tensors:
-        if not (model.heads and name.startswith(POOLER)):
-            left.discard(name)
-            yield name, tensor
-    yield from base.read(sorted(left)).items()
+        write_task_head(folder / "heads" / task, own, merged)
+        write_classifier_surroundings(model, task, dtype, folder / "heads" / task)
 
 
 def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from transformers import (
 
 from common.config import Config, Model
 from common.core.errors import InputError
-from common.core.task_vectors import Params, require_same_shapes
+from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored_by
 from common.evaluation.metrics import METRICS, REGRESSION
 from common.io.adapters import is_adapter
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
+from common.io.task_heads import read_task_head
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
@@ -133,12 +134,7 @@ def read_head(model: Model, task: str) -> Params:
         raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    in_body, prefix = body_name(model), f"{classifier.base_model_prefix}."
-    shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if in_body(name) is None}
-    full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
-    head = open_checkpoint(folder, model.path("base"), lambda stored: full.get(stored.removeprefix(prefix)))
-    require_same_shapes(head.shapes, shapes, f"the head in {folder}")
-    return head.read(shapes)
+    return read_task_head(classifier, body_name(model), folder, model.path("base"))
 
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:

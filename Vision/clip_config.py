@@ -21,6 +21,8 @@ from common.io.adapters import is_adapter
 from common.io.lineage import check_lineage
 from common.io.model_config import SHOWN, config_file, flat, is_off, read_config
 from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, find_model
+from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, kind_of
+from Vision.zero_shot import refuse_heads
 
 # Fields that change no image's way through the tower: training, which weights to begin with, the text's tokenizer.
 HARMLESS = frozenset((
@@ -45,6 +47,11 @@ def clip_file(path: Path) -> Path | None:
     return file if file.is_file() else None
 
 
+def of_transformers(path: Path) -> bool:
+    """Whether a model is a CLIP of transformers, whose tensors can be read under open_clip's names (layouts.py)."""
+    return not is_adapter(path) and not clip_file(path) and kind_of(path) == "clip"
+
+
 def resolve(fields: Mapping[str, Any], file: str) -> dict[str, Any]:
     """An open_clip config with all defaults: {"vision_cfg.head_width": 64}; InputError if open_clip cannot read it."""
     try:
@@ -67,12 +74,14 @@ def check_inputs(config: Config) -> None:
     Raises: InputError if a file is of another layout, or says that its weights are another function than is built.
     """
     model = config.model
+    refuse_heads(model)
     text = {"model.text": model.path("text")} if model.text and model.path("text").exists() else {}
     others = other_models(config) | text
+    mapped = [path for path in other_models(config).values() if of_transformers(path)]
     for path in (model.path("base"), *others.values()):
         if is_adapter(path):
             check_lineage(path, model.path("base"), None)
-        else:
+        elif path not in mapped:
             refuse_other_layouts(path, config_file(path))
     named, file = open_clip.get_model_config(model.arch) if model.arch else None, clip_file(model.path("base"))
     if named:
@@ -121,7 +130,7 @@ def refuse_other_layouts(path: Path, config: Path | None) -> None:
     called = f" ({kind} in {config.name})" if config and kind else timm_name(path)
     layout = begun[0] if begun else "Hugging Face's layout of a model"
     own = any(name.startswith(OTHER_TOWERS) for name in names)
-    served = "take the same model as open_clip saves it, or a CLIP or SigLIP of transformers"
+    served = f"take the same model as open_clip saves it, or of transformers {', '.join((*TWO_TOWERS, *CLASSIFIERS))}"
     then = "only such a tower, or a ViT of timm, can be merged" if own else served
     raise InputError(
         f"{path} holds {layout}{called}; vision anchors the blocks of open_clip's VisionTransformer, whose tensors are "

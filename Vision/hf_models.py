@@ -4,6 +4,7 @@ A base is a folder of the whole model, or of its image tower alone, with model.t
 Names of tensors are those of the whole model: vision_model.encoder.layers.0.…
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import cache
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from common.config import Config, Model
-from common.core.blocks import BlockFamily, call_alone, key_biases
+from common.core.blocks import BlockFamily, call_alone, key_biases, no_pieces
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.domain import other_models
@@ -25,7 +26,6 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.hub import is_stand_in
 from common.io.lineage import check_lineage
-from common.io.lora import open_checkpoint
 from common.io.model_config import (
     ModelConfig,
     config_file,
@@ -36,46 +36,22 @@ from common.io.model_config import (
     read_text,
     require_family,
     require_same_function,
-    resolve,
 )
 from common.io.shards import write_stream
 from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.unstacked import unstacked
+from Vision.clip_config import clip_file
+from Vision.hf_files import BLANK, PROCESSORS, TWO_TOWERS, Pixels, image_config, own_config
+from Vision.hf_files import preprocessing as preprocessing_of
+from Vision.layouts import facts_of_config, facts_of_module, in_transformers, pieces_in_transformers, require_same_facts
+from Vision.open_clip_models import skeleton as open_clip_skeleton
+from Vision.tasks import Headed
+from Vision.zero_shot import Classifier, head_of, refuse_heads
 
 IMAGE_TOWER = "vision_model."
-KINDS = ("clip", "siglip", "siglip2", "metaclip_2")  # two towers, the image's called vision_model
 PROJECTION = "visual_projection.weight"
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-
-
-def own_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The config.json of a model and its fields; InputError if it is of no architecture that is served."""
-    file = config_file(path)
-    if not file:
-        raise InputError(f"{path} holds no config.json; a folder as save_pretrained writes it is needed")
-    fields = read_config(file)
-    if not is_served(path):
-        raise InputError(
-            f"{file} has model type {fields.get('model_type')!r}; vision merges the image towers of open_clip, and of "
-            f"transformers those of {', '.join(KINDS)}"
-        )
-    return file, fields
-
-
-def is_served(path: Path) -> bool:
-    """Whether the config beside a model names an architecture that is served."""
-    file = config_file(path)
-    kind = read_config(file).get("model_type") if file else None
-    return str(kind).removesuffix("_vision_model") in KINDS
-
-
-def image_config(path: Path) -> ModelConfig:
-    """The config of a model's image tower, whether it is saved alone or with a text tower."""
-    file, fields = own_config(path)
-    kind = fields["model_type"].removesuffix("_vision_model")
-    tower = fields if kind != fields["model_type"] else fields.get("vision_config") or {}
-    return resolve(tower | {"model_type": f"{kind}_vision_model"}, str(file))
 
 
 def check_inputs(config: Config) -> None:
@@ -83,24 +59,36 @@ def check_inputs(config: Config) -> None:
 
     Raises: InputError if one of them is another function of equal weights.
     """
+    refuse_heads(config.model)
     path = config.model.path("base")
-    file, fields = own_config(path)
+    file, fields = own_config(path, TWO_TOWERS)
     require_family(fields, str(file), config.model.family)
     base = image_config(path)
     for task, other in other_models(config).items():
         if is_adapter(other):
             check_lineage(other, path, base)
+        elif clip_file(other):
+            check_open_clip(base, other)
         elif config_file(other):
             harmless = require_same_function(base, image_config(other)) - {"architectures", "dtype"}
             if harmless:  # which towers alone and whole models always differ in
                 said = ", ".join(sorted(harmless))
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
+        if not is_adapter(other):
             check_projection(config.model, other)
+
+
+def check_open_clip(base: ModelConfig, other: Path) -> None:
+    """InputError if a model of open_clip is another function of the weights of the base, a CLIPModel."""
+    if base.model_type != "clip_vision_model":
+        raise InputError(f"{other} is of open_clip, where a CLIPModel alone has a counterpart, no {base.model_type}")
+    visual = open_clip_skeleton(Model(base=str(other.absolute()))).visual
+    require_same_facts(facts_of_config(base.resolved), facts_of_module(visual, str(other)), other)
 
 
 def check_projection(model: Model, other: Path) -> None:
     """InputError if another model brings a projection of its own behind the tower, which is never merged."""
-    theirs = Checkpoint(other, family(model).names)
+    theirs = unstacked(Checkpoint(other, family(model).names), family(model).pieces)
     if PROJECTION not in theirs.shapes or is_stand_in(other):
         return
     ours = text_checkpoint(model)
@@ -116,11 +104,11 @@ def skeleton(model: Model) -> PreTrainedModel:
     """The whole model without its weights, on the meta device; attention by the plain formula, which has a second
     derivative. Of a base that is an image tower alone the text tower is that of model.text."""
     path = model.path("base")
-    if "vision_model" in own_config(path)[1]["model_type"]:
+    if "vision_model" in own_config(path, TWO_TOWERS)[1]["model_type"]:
         if not model.text:
             raise InputError(f"{path} is an image tower alone: model.text must name a folder with the whole model")
         path = model.path("text")
-    file, fields = own_config(path)
+    file, fields = own_config(path, TWO_TOWERS)
     try:
         with torch.device("meta"):
             return AutoModel.from_config(known_config(fields, str(file)), attn_implementation="eager").eval()
@@ -134,11 +122,13 @@ def skeleton(model: Model) -> PreTrainedModel:
 def family(model: Model) -> BlockFamily:
     """The layers of the image tower. Keys have a bias of their own, which no input moves."""
     tower = skeleton(model).vision_model
-    path = layers_of(tower)
+    path, names = layers_of(tower), names_of(tower)
+    of_clip = skeleton(model).config.model_type == "clip"  # which open_clip has in a layout of its own
     return BlockFamily(
         blocks=f"{IMAGE_TOWER}{path}",
         call=call_alone,
-        names=names_of(tower),
+        names=(lambda stored: names(in_transformers(stored))) if of_clip else names,
+        pieces=pieces_in_transformers if of_clip else no_pieces,
         scope=IMAGE_TOWER,
         null_gradients=key_biases(tower.get_submodule(f"{path}.0")),
         published_axes="ATD",
@@ -159,8 +149,11 @@ def names_of(tower: nn.Module) -> Callable[[str], str | None]:
 
 @cache
 def token_shape(model: Model) -> tuple[int, int]:
-    """Tokens and width that a layer sees, of an image of the size that the config says."""
+    """Tokens and width that a layer sees, of an image of the size that the config says; of one that is cut into patches
+    beforehand, as SigLIP 2's is, as many as the files beside the base make."""
     tower = skeleton(model).vision_model
+    if "spatial_shapes" in inspect.signature(tower.forward).parameters:
+        return prepared(model)([{"image": BLANK}])["pixel_values"].shape[1], tower.config.hidden_size
     return first_input(tower.get_submodule(f"{layers_of(tower)}.0"), tower, (tower.config.image_size,) * 2)
 
 
@@ -206,14 +199,14 @@ def pooled(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def preprocessing(model: Model) -> Callable[[list[dict]], Tensor]:
+def preprocessing(config: Config, task: str) -> Pixels:
     """From records with an image each to what the image tower sees of them, as the files beside the base say."""
-    for which in ("base", "text"):
-        folder = model.path(which)
-        if getattr(model, which) and any((folder / name).is_file() for name in PROCESSORS):
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            return lambda rows: processor([r["image"].convert("RGB") for r in rows], return_tensors="pt").pixel_values
-    raise InputError(f"{model.path('base')} holds no {PROCESSORS[0]}, which says how an image is prepared")
+    return prepared(config.model)
+
+
+def prepared(model: Model) -> Pixels:
+    """The same of a model, for any task."""
+    return preprocessing_of(*(model.path(which) for which in ("base", "text") if getattr(model, which)))
 
 
 class Tower(nn.Module):
@@ -231,16 +224,14 @@ class Tower(nn.Module):
 
         number_positions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model(images).pooler_output)
+    def forward(self, **images: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model(**images).pooler_output)
 
 
-def image_tower(model: Model, path: Path) -> nn.Module:
-    """The image tower with the weights of one checkpoint."""
-    tower, names = Tower(model), family(model).names
-    weights = open_checkpoint(path, model.path("base"), names).read_under(IMAGE_TOWER)
-    tower.vision_model.load_state_dict(weights, strict=False, assign=True)
-    return tower
+def classifier(config: Config, task: str) -> Headed:
+    """The image tower without weights under the head of a task."""
+    found = Classifier(Tower(config.model), head_of(config.model, task, text_directions))
+    return Headed(found, "", [found.head])
 
 
 def number_positions(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """CLIPs of open_clip: how one is opened, what is anchored of it, and how a merged one is written."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import chain
@@ -13,17 +13,28 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.config import Model
+from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.domain import other_models
 from common.io.checkpoints import Checkpoint, write_text
-from common.io.lora import open_checkpoint
 from common.io.shards import write_stream
 from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer
-from Vision.clip_config import check_inputs as check_inputs  # a part of the library
-from Vision.clip_config import clip_file, config_text
+from Vision.clip_config import check_inputs as check_configs
+from Vision.clip_config import clip_file, config_text, of_transformers
+from Vision.hf_files import Pixels, image_config
+from Vision.layouts import (
+    facts_of_config,
+    facts_of_module,
+    in_open_clip,
+    lent,
+    pieces_in_open_clip,
+    require_same_facts,
+)
+from Vision.tasks import Headed
+from Vision.zero_shot import Classifier, head_of
 
 IMAGE_TOWER = "visual."
 # null_gradients: the key part of the fused projection's bias (q, k, v).
@@ -33,6 +44,9 @@ OPEN_CLIP = BlockFamily(
     scope=IMAGE_TOWER,
     null_gradients={"attn.in_proj_bias": (1, 3)},
     published_axes="TAD",
+    names=in_open_clip,
+    pieces=pieces_in_open_clip,
+    lent=lent,
 )
 
 
@@ -45,6 +59,17 @@ def family(model: Model) -> BlockFamily:
     if model.family not in ("auto", "open_clip"):
         raise InputError(f"unknown model.family {model.family!r}; {model.path('base')} is of open_clip")
     return OPEN_CLIP if isinstance(skeleton(model).visual, VisionTransformer) else TIMM
+
+
+def check_inputs(config: Config) -> None:
+    """Compare the base's config with that of every other model, one of transformers among them.
+
+    Raises: InputError if a file is of another layout, or says that its weights are another function than is built.
+    """
+    check_configs(config)
+    for path in filter(of_transformers, other_models(config).values()):
+        ours = facts_of_module(skeleton(config.model).visual, str(config.model.path("base")))
+        require_same_facts(ours, facts_of_config(image_config(path).resolved), path)
 
 
 def architecture(model: Model) -> str:
@@ -122,10 +147,10 @@ def text_directions(model: Model, classes: Sequence[str], templates: Sequence[st
         return directions.T * clip.logit_scale.exp()
 
 
-def preprocessing(model: Model) -> Callable[[list[dict]], Tensor]:
+def preprocessing(config: Config, task: str) -> Pixels:
     """From records with an image each to what the image tower sees of them."""
-    preprocess = image_transform_v2(PreprocessCfg(**skeleton(model).visual.preprocess_cfg), is_train=False)
-    return lambda rows: torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])
+    preprocess = image_transform_v2(PreprocessCfg(**skeleton(config.model).visual.preprocess_cfg), is_train=False)
+    return lambda rows: {"pixel_values": torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])}
 
 
 class Tower(nn.Module):
@@ -135,16 +160,14 @@ class Tower(nn.Module):
         super().__init__()
         self.visual = deepcopy(skeleton(model).visual)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.visual(images)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.visual(pixel_values)
 
 
-def image_tower(model: Model, path: Path) -> nn.Module:
-    """The image tower with the weights of one checkpoint."""
-    tower = deepcopy(skeleton(model).visual)
-    weights = open_checkpoint(path, model.path("base")).read_under(IMAGE_TOWER)
-    tower.load_state_dict(weights, assign=True)
-    return tower
+def classifier(config: Config, task: str) -> Headed:
+    """The image tower without weights under the head of a task."""
+    found = Classifier(Tower(config.model), head_of(config.model, task, text_directions))
+    return Headed(found, "", [found.head])
 
 
 def check_export(model: Model) -> None:

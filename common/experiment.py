@@ -11,6 +11,7 @@ from torch import Tensor
 from common.config import Config
 from common.core.blocks import Block, BlockFamily, nonzero_tensors
 from common.core.errors import InputError
+from common.core.fused import fuse, fused_block, fused_tensors
 from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
@@ -94,6 +95,15 @@ class Experiment:
                 "anchored block; it can still be merged: scripts/merge.py"
             )
         return self.family.without_null_gradients(tau) if self.config.anchors.skip_null_gradients else tau
+
+    def matched(self, theta: Params) -> Params:
+        """θ or τ of a block as the matching loss has it: with model.fuse_qkv, q, k and v are one tensor."""
+        return fuse(theta, fused_tensors(theta)) if self.config.model.fuse_qkv else theta
+
+    def matched_function(self, index: int, theta: Params) -> Block:
+        """A block as a function of what `matched` makes of its θ."""
+        block = self.functions[index]
+        return fused_block(block, fused_tensors(theta)) if self.config.model.fuse_qkv else block
 
     def require_moved_blocks(self) -> None:
         """InputError on an expert whose headers tell that it differs from the base in no anchored block."""

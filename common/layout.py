@@ -101,14 +101,19 @@ def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, 
     for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
-    return {"anchors": settings, "run": unit}
+    return {"anchors": settings, "run": unit} | fused_or_not(config)
+
+
+def fused_or_not(config: Config) -> dict[str, Any]:
+    """What says that the matching loss had q, k and v as one tensor; nothing where it had them as they are stored."""
+    return {"model": {"fuse_qkv": True}} if config.model.fuse_qkv else {}
 
 
 def anchor_provenance(
     experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
 ) -> dict[str, Any]:
     """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
-    weights = {"base": digest(theta_0), "expert": digest(theta_t)}
+    weights = {"base": digest(experiment.matched(theta_0)), "expert": digest(experiment.matched(theta_t))}
     if experiment.config.anchors.position_embeddings:
         weights["positions"] = digest({experiment.family.positions: experiment.positions(task)})
     return anchor_settings(experiment, task, index) | {"weights": weights}
@@ -174,7 +179,7 @@ def fit_settings(experiment: Experiment) -> dict[str, Any]:
         "run": {"seed": config.run.seed},
         "anchors": {"init": config.anchors.init, "part": experiment.family.part},
         "inputs": {"model": written_as(config)},
-    }
+    } | fused_or_not(config)
 
 
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from common.config import Config
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.core.task_vectors import require_same_shapes
 from common.domain import Domain, anchored_part
 from common.experiment import Experiment
@@ -22,7 +23,7 @@ from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
 from common.run.device import prepare
 from common.run.run_log import NOTES
-from common.validation import check_choices, check_positions, check_tokenizers
+from common.validation import check_choices, check_fused, check_positions, check_tokenizers
 
 Checking = Callable[[str], AbstractContextManager[None]]
 """checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
@@ -73,6 +74,8 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
             base = Checkpoint(path, family.names)
     with checking("run.blocks"):
         check_indices(config.run.blocks or [], len(modules))
+    with checking("model.fuse_qkv"):
+        check_fused(config, modules)
     if base:
         with checking("base"):
             check_blocks(unstacked(base, family.pieces), modules)
@@ -147,8 +150,13 @@ def compare_experts(
     Returns: base and experts with the same rows for the same tokens, and how these were matched.
     """
     leave_to_heads(family.before_head, base, experts.values())
+    lent = {task: tuple(family.lent(expert.shapes)) for task, expert in experts.items()}
     base = unstacked(base, family.pieces)
     experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
+    for task, names in lent.items():
+        for name in names:
+            experts[task].borrow(name, base)
+            warn(f"the expert of {task}, {experts[task].path}, has no {name}; it is taken to be the base's")
     matching = Matching(0)
     with checking("model.vocabulary"):
         base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)

@@ -88,8 +88,8 @@ def construct_units(
     if all_there(files, provenance) & all_there(snapshots, {task: made | steps for task, made in provenance.items()}):
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
-    problems = [matching_problem(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()]
-    x_inits = [initial_anchors_of(experiment, task, index, theta_t) for task, theta_t in thetas.items()]
+    problems = matching_problems(experiment, index, theta_0, thetas)
+    x_inits = [initial_anchors_of(experiment, t, index, p.theta_t) for t, p in zip(thetas, problems, strict=True)]
     # minimise the matching loss over the anchors
     found = search_anchors(experiment, problems, x_inits, bar)
     for (task, file), best in zip(files.items(), found, strict=True):
@@ -111,12 +111,16 @@ def all_there(files: Mapping[str, Path], provenance: Mapping[str, dict[str, Any]
     return len(there) == len(files)
 
 
-def matching_problem(
-    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
-) -> MatchingProblem:
-    """What the anchors of one block and one task have to match: the task vector τ, at θ₀."""
-    tau = experiment.task_vector(task, theta_0, theta_t)
-    return MatchingProblem(experiment.functions[index], theta_0, theta_t, tau, experiment.positions(task))
+def matching_problems(
+    experiment: Experiment, index: int, theta_0: Params, thetas: Mapping[str, Params]
+) -> list[MatchingProblem]:
+    """What the anchors of one block have to match, for every task in `thetas` (θ_t): the task vector τ, at θ₀."""
+    taus = [experiment.matched(experiment.task_vector(task, theta_0, theta_t)) for task, theta_t in thetas.items()]
+    block, theta_0 = experiment.matched_function(index, theta_0), experiment.matched(theta_0)
+    return [
+        MatchingProblem(block, theta_0, experiment.matched(theta_t), tau, experiment.positions(task))
+        for (task, theta_t), tau in zip(thetas.items(), taus, strict=True)
+    ]
 
 
 def initial_anchors_of(experiment: Experiment, task: str, index: int, theta_t: Params) -> Tensor:

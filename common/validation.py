@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from common.config import PRETRAINED, Adapt, Anchors, Config, Model
-from common.core.blocks import BlockFamily
+from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
+from common.core.fused import APART, fused_tensors
 from common.domain import FOLDERS, Domain, anchored_part, scored_tests
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
@@ -169,3 +170,13 @@ def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: i
         raise InputError("anchors.position_embeddings is on, but the models have none")
     if shape[0] < tokens or shape[1] != width:
         raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")
+
+
+def check_fused(config: Config, modules: Iterable[BlockModule]) -> None:
+    """InputError if model.fuse_qkv is on and a block has no q, k and v that are apart."""
+    for prefix, module in modules if config.model.fuse_qkv else ():
+        if not fused_tensors(dict(module.named_parameters())):
+            raise InputError(
+                f"model.fuse_qkv: {prefix[:-1]} has no q, k and v in tensors of their own "
+                f"({', '.join('/'.join(names) for names in APART)}) that could be fused; leave it off"
+            )

@@ -155,20 +155,25 @@ def architectures(domain: str) -> str:
     from transformers import logging
 
     logging.set_verbosity_error()  # of pico configs it warns that their numbers are odd
-    of, pico = import_module(f"{FOLDERS[domain]}.domain"), import_module(PICO[domain])
-    kinds = pico.DECODERS if domain == "nlg" else pico.ENCODERS
+    module, listed = PICO[domain]
+    of, pico = import_module(f"{FOLDERS[domain]}.domain"), import_module(module)
     found: dict[str, list[str]] = {}
-    for kind in kinds:
+    for kind in getattr(pico, listed):
         with TemporaryDirectory() as place:
-            write_text(Path(place) / "config.json", json.dumps(pico.fields_of(kind)))
+            if domain == "vision":  # where there are two libraries
+                pico.write_config(Path(place), kind)
+            else:
+                write_text(Path(place) / "config.json", json.dumps(pico.fields_of(kind)))
             model = Model(base=place)
             prefixes = [prefix for prefix, _ in of.family(model).modules(of.skeleton(model))]
         named = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") for prefix in prefixes)
         found.setdefault(", ".join(f"`{name}`" for name in named), []).append(f"`{kind}`")
     lines = [(named, ", ".join(kinds)) for named, kinds in found.items()]
     head = ("Anchored", "Architectures (`model_type`)")
-    more = whole_layers(pico.MIXTURES, [kind for kind in pico.LAYERS if kind not in kinds]) if domain == "nlg" else ""
-    return "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n" + more
+    lined = "\n".join([line(head), line([":---"] * len(head)), *map(line, lines)]) + "\n"
+    if domain != "nlg":
+        return lined
+    return lined + whole_layers(pico.MIXTURES, [kind for kind in pico.LAYERS if kind not in pico.DECODERS])
 
 
 def whole_layers(mixtures: Sequence[str], alone: Sequence[str]) -> str:
@@ -177,7 +182,11 @@ def whole_layers(mixtures: Sequence[str], alone: Sequence[str]) -> str:
     return f"\nWhole layers (`anchors.part: layer`): of all but the mixtures {without}; and of {besides} besides.\n"
 
 
-PICO = {"nlg": "pico_decoders", "nlu": "pico_encoders"}  # of tests/: what architectures are tested
+PICO = {  # of tests/: what architectures are tested
+    "nlg": ("pico_decoders", "DECODERS"),
+    "nlu": ("pico_encoders", "ENCODERS"),
+    "vision": ("pico_vision_architectures", "ARCHITECTURES"),
+}
 KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods, "architectures": architectures}
 
 if __name__ == "__main__":

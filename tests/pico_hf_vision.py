@@ -10,8 +10,11 @@ from transformers import (
     AutoModel,
     CLIPImageProcessor,
     CLIPVisionModel,
+    MetaClip2VisionModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Siglip2ImageProcessor,
+    Siglip2VisionModel,
     SiglipVisionModel,
 )
 
@@ -24,7 +27,13 @@ EYE = SIZES | {"image_size": 16, "patch_size": 8}
 TEXT = SIZES | {
     "vocab_size": len(WORDS), "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+TOWERS = {
+    "clip": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip2": Siglip2VisionModel,
+    "metaclip_2": MetaClip2VisionModel,
+}
+EYES = {"siglip2": {"num_patches": 4}}  # what the config of an image tower says besides
 
 
 def pico_tokenizer() -> PreTrainedTokenizerFast:
@@ -36,10 +45,16 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def fields_of(kind: str) -> dict:
+    """All fields of a pico config of a model type."""
+    eye = EYE | EYES.get(kind, {})
+    return {"model_type": kind, "vision_config": eye, "text_config": TEXT, "projection_dim": 8}
+
+
 def write_pico_hf(root: Path, kind: str, alone: bool = True) -> dict[str, PreTrainedModel]:
     """root/base and root/<task>: an expert is the image tower alone, or a whole model. The stock models, by name."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vision_config=EYE, text_config=TEXT, projection_dim=8)
+    config = AutoConfig.for_model(**fields_of(kind))
     made = {name: AutoModel.from_config(config).eval() for name in ("base", *PICO_TASKS)}
     base = {
         n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in made["base"].state_dict().items()
@@ -48,7 +63,7 @@ def write_pico_hf(root: Path, kind: str, alone: bool = True) -> dict[str, PreTra
         moved = {n: t + 0.05 * torch.randn_like(t) for n, t in base.items() if n.startswith("vision_model.")}
         model.load_state_dict(base | (moved if name != "base" else {}))
         tower = TOWERS[kind]
-        if name == "base" or not alone or tower is None:
+        if name == "base" or not alone:
             model.save_pretrained(root / name)
         else:
             image = tower(config.vision_config)
@@ -57,7 +72,10 @@ def write_pico_hf(root: Path, kind: str, alone: bool = True) -> dict[str, PreTra
             image.save_pretrained(root / name)
     pico_tokenizer().save_pretrained(root / "base")
     size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "base")
+    if kind == "siglip2":  # which cuts an image into patches and never crops it
+        Siglip2ImageProcessor(patch_size=8, max_num_patches=6).save_pretrained(root / "base")
+    else:
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "base")
     return made
 
 

@@ -18,6 +18,14 @@ PICO_CLIP = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
 }
+TIMM = {
+    "embed_dim": 32, "init_logit_bias": -10, "custom_text": True,
+    "vision_cfg": {"image_size": 16, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
+        "pool_type": "last",
+    },
+}  # fmt: skip
 PICO_TASKS = ["MNIST", "SVHN"]
 
 

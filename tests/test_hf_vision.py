@@ -40,8 +40,9 @@ def test_what_is_merged_opens_as_the_stock_model_and_is_ta_of_it(pico):
         torch.testing.assert_close(merged[name], expected.to(base.dtype), atol=1e-6, rtol=1e-6)
     whole = AutoModel.from_pretrained(adapted)
     assert not torch.equal(whole.state_dict()[LAYER + "mlp.fc1.weight"], merged[LAYER + "mlp.fc1.weight"])
-    image = AutoImageProcessor.from_pretrained(adapted)(torch.zeros(3, 16, 16), return_tensors="pt")
-    assert AutoTokenizer.from_pretrained(adapted)("a photo").input_ids == [1, 4, 5, 2]
+    image = AutoImageProcessor.from_pretrained(adapted)(torch.zeros(3, 16, 16, dtype=torch.uint8), return_tensors="pt")
+    ids = [AutoTokenizer.from_pretrained(f)("a photo").input_ids for f in (adapted, config.model.path("base"))]
+    assert ids[0] == ids[1] and len(ids[0]) == 4
     assert whole.get_image_features(**image).pooler_output.isfinite().all()
 
 
@@ -75,9 +76,9 @@ def test_the_score_is_the_accuracy_of_the_stock_models(pico, pico_inputs):
     records = datasets.load_dataset(str(pico_inputs / "data" / "MNIST"), split="test")
     prompts = [f'a photo of the number: "{c}".' for c in range(10)]
     tokens = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
-    pixels = processor([r["image"].convert("RGB") for r in records], return_tensors="pt").pixel_values
+    pixels = processor([r["image"].convert("RGB") for r in records], return_tensors="pt")
     with torch.no_grad():
-        found = models["MNIST"](pixel_values=pixels, **tokens)
+        found = models["MNIST"](**pixels, **tokens)
     right = (found.logits_per_image.argmax(-1) == torch.tensor(records["label"])).float().mean().item()
     score = domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, torch.device("cpu"))["x"]
     assert score[:2] == (pytest.approx(right), 20)
@@ -120,8 +121,10 @@ def test_another_function_of_equal_weights_is_refused(pico):
 def test_a_model_type_that_is_not_served_is_named(pico):
     _, config = pico
     file = config.model.path("base") / "config.json"
-    file.write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(InputError, match=r"\(vit in config.json\); .* or a CLIP or SigLIP of transformers"):
+    file.write_text(json.dumps({"model_type": "swin"}))
+    with pytest.raises(
+        InputError, match=r"\(swin in config.json\); .*, or of transformers clip, siglip, .*, vit, deit, "
+    ):
         construct(config, domain)
     file.write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(InputError, match="model.family is 'siglip2'"):

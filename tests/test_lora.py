@@ -513,7 +513,8 @@ def test_an_adapter_of_a_clip_is_merged_and_scored(pico_config, tmp_path):
         write_adapter(tmp_path / "experts" / task, pair(module, (64, 16), seed=seed))
     config = replace(pico_config, model=replace(pico_config.model, expert=str(tmp_path / "experts" / "{task}")))
     base = Checkpoint(config.model.path("base")).read([f"{module}.weight"])[f"{module}.weight"]
-    tower = open_clip_models.image_tower(config.model, config.model.path("expert", "SVHN"))
+    empty, *_ = open_clip_models.classifier(config, "SVHN")
+    tower = vision.filled(empty, "", config.model, config.model.path("expert", "SVHN"), torch.device("cpu")).visual
     formed = base.numpy() + 3 * product(pair(module, (64, 16), seed=1))
     np.testing.assert_allclose(tower.transformer.resblocks[0].mlp.c_fc.weight.detach(), formed, rtol=1e-5, atol=1e-6)
     construct(config, vision)

@@ -12,17 +12,8 @@ from common.opening import open_experiment
 from common.pipeline import adapt, construct
 from common.planning.dry_run import describe
 from helpers import change, rewrite
-from pico_vision import PICO_TASKS, write_pico_clip
+from pico_vision import PICO_TASKS, TIMM, write_pico_clip
 from Vision import domain
-
-TIMM = {
-    "embed_dim": 32, "init_logit_bias": -10, "custom_text": True,
-    "vision_cfg": {"image_size": 16, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
-    "text_cfg": {
-        "context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "no_causal_mask": True,
-        "pool_type": "last",
-    },
-}  # fmt: skip
 
 
 @pytest.fixture

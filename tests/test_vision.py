@@ -23,7 +23,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, files_of, rewrite
 from pico_vision import PICO_TASKS
-from Vision import domain
+from Vision import domain, open_clip_models, zero_shot
 
 
 @pytest.fixture
@@ -343,13 +343,13 @@ def test_data_of_another_number_of_classes_is_refused(pico_config, pico_inputs, 
 def test_a_head_file_is_used_where_there_is_one(own_inputs):
     root, config = own_inputs
     model = replace(config.model, head="head_{task}.safetensors")
-    built = domain.zero_shot_head(model, "MNIST")
+    built = zero_shot.head_of(model, "MNIST", open_clip_models.text_directions)
     assert built.shape == (10, 8)
     write_tensors(root / "head_MNIST.safetensors", {"weight": built * 2, "bias": torch.zeros(10)})
-    torch.testing.assert_close(domain.zero_shot_head(model, "MNIST"), built * 2)
+    torch.testing.assert_close(zero_shot.head_of(model, "MNIST", open_clip_models.text_directions), built * 2)
     write_tensors(root / "head_MNIST.safetensors", {"weight": built[:9]})
     with pytest.raises(InputError, match="has 9 classes, the task MNIST has 10"):
-        domain.zero_shot_head(model, "MNIST")
+        zero_shot.head_of(model, "MNIST", open_clip_models.text_directions)
 
 
 def test_position_embeddings_are_refused_where_there_are_none(pico_config):

@@ -55,16 +55,17 @@ def measure(material: Material) -> Numbers:
     experiment, settings, panels = material.experiment, material.config.anchors, []
     for init in material.inits:
         for index in material.blocks:
-            block, problems, anchors = experiment.functions[index], {}, {}
+            problems, anchors = {}, {}
             for task in material.tasks:
                 theta_0, theta_t = material.thetas(task, index)
-                tau = nonzero_tensors(experiment.task_vector(task, theta_0, theta_t))
-                problems[task] = MatchingProblem(block, theta_0, theta_t, tau)  # stored anchors have their positions
+                tau = nonzero_tensors(experiment.matched(experiment.task_vector(task, theta_0, theta_t)))
+                block, thetas = experiment.matched_function(index, theta_0), map(experiment.matched, (theta_0, theta_t))
+                problems[task] = MatchingProblem(block, *thetas, tau)  # stored anchors have their positions
                 anchors[task] = material.anchors(init, task, index)
             matrix = []
             for i, asking in problems.items():
                 step = asked_step(asking, anchors[i], distance=settings.distance, chunk=settings.chunk)
-                moved = [interference(block, p.theta_0, step, p.theta_t, anchors[j]) for j, p in problems.items()]
+                moved = [interference(p.block, p.theta_0, step, p.theta_t, anchors[j]) for j, p in problems.items()]
                 matrix.append(moved)
             panels.append({"title": material.title("", index, init), "matrix": matrix})
     return {"tasks": material.tasks, "panels": panels}

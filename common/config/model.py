@@ -21,8 +21,12 @@ class Model:
             Empty: the config file beside the base's weights tells.
         family: The architecture, as the base's config names it. auto: whatever that says.
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
-        head: Vision only: file of a task's zero-shot head; else it is built from the text tower.
-        heads: NLU only: tasks that get heads/<task>, a classifier of that expert's head and a link to the encoder.
+        head: Vision only: file of a task's head; else a zero-shot head is built from the text tower, and a classifier's
+            is its expert's.
+        heads: Classifiers, of text or images: tasks that get heads/<task>, a classifier of that expert's head and a
+            link to the encoder.
+        fuse_qkv: Whether the matching loss takes q, k and v of an attention as one tensor, as the paper's CLIPs keep
+            them, where the checkpoint keeps them apart. It is a different loss: it has a term for each tensor.
         vocabulary: NLG only: what becomes of tokens that the base lacks; rows are matched by token, by number where a
             tokenizer.json is missing. refuse: none has more rows than the base; pad: the base's missing rows begin as
             the mean of its own; base: they are left out; union: every token of any model gets a row, which begins as
@@ -40,6 +44,7 @@ class Model:
     text: str = ""
     head: str = ""
     heads: tuple[str, ...] = ()
+    fuse_qkv: bool = False
     vocabulary: Literal["refuse", "pad", "base", "union"] = "refuse"
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
     tokenizers: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Where the blocks of an architecture live, and how one becomes a pure function of its parameters."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -57,12 +57,14 @@ def own_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
 
 class Piece(NamedTuple):
     """A part of a stored tensor: the name that it has by itself, its place in a stack, its rows if not all, and whether
-    it is stored as (inputs, outputs), where a linear map is (outputs, inputs)."""
+    it is stored as (inputs, outputs), where a linear map is (outputs, inputs). Of several stored tensors that make one,
+    its rows behind each other, `part` says the order."""
 
     name: str
     place: int | None = None
     rows: slice | None = None
     turned: bool = False
+    part: int = 0
 
 
 Pieces = Callable[[str, tuple[int, ...]], Iterable[Piece]]
@@ -71,6 +73,11 @@ Pieces = Callable[[str, tuple[int, ...]], Iterable[Piece]]
 
 def no_pieces(name: str, shape: tuple[int, ...]) -> Iterable[Piece]:
     """Of architectures that stack and turn nothing."""
+    return ()
+
+
+def nothing_lent(names: Collection[str]) -> Iterable[str]:
+    """Of experts that have all tensors that are merged."""
     return ()
 
 
@@ -103,6 +110,7 @@ class BlockFamily:
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default.
+    lent: from the names of an expert's tensors to those of the base's that it has not, and is given.
     """
 
     blocks: str
@@ -119,6 +127,7 @@ class BlockFamily:
     pieces: Pieces = no_pieces
     vocabulary: tuple[str, ...] = ()
     part: str | None = None
+    lent: Callable[[Collection[str]], Iterable[str]] = nothing_lent
 
     def modules(self, skeleton: nn.Module) -> list[BlockModule]:
         """The anchored modules of a model, in order."""

@@ -82,6 +82,10 @@ class Checkpoint:
         """From now on `name` is another name of the tensor `of`, in place of what it may have been."""
         self.rows[name], self.shapes[name] = self.rows[of], self.shapes[of]
 
+    def borrow(self, name: str, base: "Checkpoint") -> None:
+        """From now on a tensor is the base's."""
+        self.rows[name], self.shapes[name] = base.rows[name], base.shapes[name]
+
     def drop(self, name: str) -> None:
         """From now on there is no tensor of that name."""
         self.rows.pop(name, None)

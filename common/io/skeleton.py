@@ -1,12 +1,14 @@
 """What a transformers model without weights tells: where its layers are, and how its checkpoints name the tensors."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+from common.core.blocks import Piece, Pieces
 
 
 def path_of(skeleton: nn.Module, module: nn.Module) -> str:
@@ -45,6 +47,28 @@ def stored_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def stored_name(skeleton: PreTrainedModel, name: str) -> str:
     """How a checkpoint names a tensor of the model that is stored as it is, such as the head."""
     return next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1, device="meta")})))
+
+
+def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
+    """{name of a stored tensor: the model's own tensors that it holds}: one under another name, or several, the rows of
+    one behind those of the other."""
+    own = [name for name, _ in skeleton.named_parameters()]
+    stored = revert_weight_conversion(skeleton, {name: torch.tensor([number]) for number, name in enumerate(own)})
+    return {name: [own[number] for number in numbers.tolist()] for name, numbers in stored.items()}
+
+
+def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
+    """The pieces of stored tensors as `stored_parts` gives them: equal shares of the rows."""
+
+    def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+        own = parts.get(name, [name])
+        if own == [name]:
+            return
+        rows = shape[0] // len(own) if shape else 0
+        for number, part in enumerate(own):
+            yield Piece(part, rows=slice(number * rows, (number + 1) * rows) if len(own) > 1 else None)
+
+    return pieces
 
 
 def stored_path(skeleton: PreTrainedModel, path: str) -> str:

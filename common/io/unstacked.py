@@ -17,36 +17,49 @@ class Unstacked(Checkpoint):
 
     def __init__(self, own: Checkpoint, pieces: Pieces):
         self.own, self.path, self.left_out = own, own.path, own.left_out
-        self.stacks: dict[str, tuple[str, Piece]] = {}
+        self.stacks: dict[str, list[tuple[str, Piece]]] = {}
         self.shapes = {}
         for name, shape in own.shapes.items():
             of_name = list(pieces(name, shape))
             for piece in of_name:
-                self.stacks[piece.name] = name, piece
-                self.shapes[piece.name] = part_of(shape, piece)
+                self.stacks.setdefault(piece.name, []).append((name, piece))
             if not of_name:
                 self.shapes[name] = shape
+        for name, sources in self.stacks.items():
+            sources.sort(key=lambda source: source[1].part)
+            first, *others = (part_of(own.shapes[stack], piece) for stack, piece in sources)
+            self.shapes[name] = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32."""
         return {name: self.read_piece(name) if name in self.stacks else self.own.read([name])[name] for name in names}
 
     def read_piece(self, name: str) -> Tensor:
-        """One piece of a stack."""
-        stack, piece = self.stacks[name]
+        """One piece of a stack, or the pieces that make one tensor."""
+        first, *others = (self.read_part(stack, piece) for stack, piece in self.stacks[name])
+        return torch.cat([first, *others]) if others else first
+
+    def read_part(self, stack: str, piece: Piece) -> Tensor:
+        """A part of a stored tensor."""
         tensor = self.own.read([stack])[stack] if piece.place is None else self.own.read_at(stack, piece.place)
         tensor = tensor if piece.rows is None else tensor[piece.rows].clone()
         return tensor.T.contiguous() if piece.turned else tensor
 
     def touches(self, prefix: str) -> bool:
         """Whether a tensor whose name begins so may differ from the base's."""
-        stacks = {stack for name, (stack, _) in self.stacks.items() if name.startswith(prefix)}
+        begun = (sources for name, sources in self.stacks.items() if name.startswith(prefix))
+        stacks = {stack for sources in begun for stack, _ in sources}
         return self.own.touches(prefix) or any(map(self.own.touches, stacks))
 
     def resize(self, rows: Mapping[str, int]) -> None:
         """From now on the named matrices have so many rows."""
         self.own.resize(rows)
         self.shapes |= {name: self.own.shapes[name] for name in rows.keys() & self.own.shapes.keys()}
+
+    def borrow(self, name: str, base: Checkpoint) -> None:
+        """From now on a tensor is the base's."""
+        self.own.borrow(name, base)
+        self.shapes[name] = self.own.shapes[name]
 
     def fingerprint(self) -> str:
         """Identifies the checkpoint as it is stored."""
@@ -78,7 +91,10 @@ def stacked(
     Raises: InputError if a stack lacks a piece at the end.
     """
     places = {
-        piece.name: (name, piece) for name, shape in shapes.items() for piece in pieces(name, shape) if not piece.rows
+        piece.name: (name, piece)
+        for name, shape in shapes.items()
+        for piece in pieces(name, shape)
+        if not (piece.rows and piece.place is not None)
     }
     begun: dict[str, Tensor] = {}
     left: dict[str, int] = {}
@@ -88,13 +104,13 @@ def stacked(
             continue
         stack, piece = places[name]
         tensor = tensor.T.contiguous() if piece.turned else tensor
-        if piece.place is None:
+        if piece.place is None and piece.rows is None:
             yield stack, tensor
             continue
         if stack not in begun:
             begun[stack], left[stack] = torch.empty(shapes[stack], dtype=tensor.dtype), math.prod(shapes[stack][:1])
-        begun[stack][piece.place] = tensor
-        left[stack] -= 1
+        begun[stack][piece.rows if piece.place is None else piece.place] = tensor
+        left[stack] -= 1 if piece.rows is None else piece.rows.stop - piece.rows.start
         if not left[stack]:
             yield stack, begun.pop(stack)
     if begun:
