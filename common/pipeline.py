@@ -191,11 +191,23 @@ def adapt_blocks(experiment: Experiment, start: Checkpoint, provenance: Mapping[
 
 def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
     """Fit and store one merged block, unless its file is there already."""
-    config, file, block = experiment.config, RunLayout(experiment.config).block_file(index), experiment.functions[index]
+    file = RunLayout(experiment.config).block_file(index)
     if file.is_file():
         check_provenance(file, read_header(file), provenance)
         return bar.keep()
-    # the anchors of every task, and the outputs φ(θ_t; x) of its expert there
+    trained, x_ATD, y_ATD = fit_problem(experiment, start, index)
+    # minimise the distance to the experts' outputs
+    generator = seeded(experiment.config.run.seed, "adapt", index)
+    how, block = fit_settings_of(experiment.config), experiment.functions[index]
+    merged, trace = fit_block(block, trained, x_ATD, y_ATD, how, generator=generator, progress=bar.advance)
+    write_tensors(file, merged, provenance | {"trace": trace})
+
+
+def fit_problem(experiment: Experiment, start: Checkpoint, index: int) -> tuple[Trainable, Tensor, Tensor]:
+    """The merged block before the first step, the anchors of every task, and the outputs φ(θ_t; x) of its expert
+    there, in the order of the tasks.
+    """
+    config, block = experiment.config, experiment.functions[index]
     theta_0 = experiment.read_block(experiment.base, index)
     inputs, targets = [], []
     for task, expert in experiment.experts.items():
@@ -203,19 +215,18 @@ def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenanc
         inputs.append(anchors_of(experiment, task, index, theta_0, theta_t))
         with torch.no_grad():
             targets.append(block(theta_t, inputs[-1]))
-    # the merged block before the first step
-    settings = config.adapt.for_start(config.start.method)
     trained = trainable(experiment, start, index, theta_0)
-    theta_0 = theta_t = None  # a block can fill a machine; fitting holds several of its size
-    if settings.warm_start == "regmean":
+    theta_0 = theta_t = None  # a block can fill a machine
+    if config.adapt.for_start(config.start.method).warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
         trained = regmean_warm_start(block, trained, zip(thetas, inputs, strict=True))
-    # minimise the distance to the experts' outputs
-    fit = FitSettings(settings.distance, settings.lr, settings.epochs, settings.batch_size, settings.speedup)
-    generator = seeded(config.run.seed, "adapt", index)
-    x_ATD, y_ATD = torch.cat(inputs), torch.cat(targets)
-    merged, trace = fit_block(block, trained, x_ATD, y_ATD, fit, generator=generator, progress=bar.advance)
-    write_tensors(file, merged, provenance | {"trace": trace})
+    return trained, torch.cat(inputs), torch.cat(targets)
+
+
+def fit_settings_of(config: Config) -> FitSettings:
+    """How the blocks are fitted from start.method."""
+    settings = config.adapt.for_start(config.start.method)
+    return FitSettings(settings.distance, settings.lr, settings.epochs, settings.batch_size, settings.speedup)
 
 
 def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:

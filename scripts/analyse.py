@@ -7,6 +7,8 @@ python scripts/analyse.py interference --config FILE   how far one task's anchor
 python scripts/analyse.py blend        --config FILE   between a start and FDA: the anchors' word, and held-out scores
 python scripts/analyse.py matching     --config FILE   the matching loss
 python scripts/analyse.py tsne         --config FILE   anchors and real features in the plane
+python scripts/analyse.py landscape    --config FILE   the loss between pretrained, merged and adapted model
+python scripts/analyse.py projection   --config FILE   what of FDA's direction lies in the cone of real updates
 
 Options as of the two stages. Writes runs/<name>/analysis/NAME.json and NAME.png. Blocks are those of run.blocks; unset,
 few that stand for all. Anchors are those of compare.inits; with --anchors.snapshots [0,20,40,...] at the construction

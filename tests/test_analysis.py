@@ -2,27 +2,41 @@
 
 import json
 import math
+import runpy
 import shutil
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 
+from common.analysis import landscape, projection
 from common.analysis.bias import representation_bias
 from common.analysis.blend import by_block, through_all
+from common.analysis.finetuning import update_vectors
 from common.analysis.interference import asked_step, interference
+from common.analysis.landscape import inner, plane
 from common.analysis.material import plain, spread
+from common.analysis.projection import attention_and_mlp, cone_ratio
 from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
 from common.analysis.spectrum import relative_spectrum
 from common.analysis.subspace import similarity, top_subspace
 from common.analysis.tsne import mixing
+from common.config import ROOT
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.fda.matching import MatchingProblem
+from common.io.checkpoints import Checkpoint
+from common.io.examples import Sample
+from common.merging.calibration import LabelledTask
+from common.opening import open_experiment
 from common.pipeline import adapt, construct
 from helpers import change, command, linear
 from NLG import domain as nlg
-from pico_vision import PICO_TASKS
+from NLU import domain as nlu
+from pico_vision import PICO_TASKS, pico_config
 from Vision import domain
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -110,6 +124,68 @@ def test_mixing_tells_what_lies_apart():
     assert mixing(anchors, torch.cat([anchors + 1e-9] * 10)) > 0.8
 
 
+def test_the_plane_holds_both_displacements():
+    """Orthonormal, and both displacements are what their coordinates say, to rounding."""
+    first, second = ({"a": normal(3, 2, seed=s), "b": normal(4, seed=s + 9)} for s in (1, 2))
+    e_1, e_2 = plane(first, second)
+    assert inner(e_1, e_1) == pytest.approx(1) and inner(e_2, e_2) == pytest.approx(1)
+    assert inner(e_1, e_2) == pytest.approx(0, abs=1e-6) and inner(first, e_1) == pytest.approx(
+        inner(first, first) ** 0.5
+    )
+    for delta in (first, second):
+        rebuilt = {n: inner(delta, e_1) * e_1[n] + inner(delta, e_2) * e_2[n] for n in delta}
+        torch.testing.assert_close(rebuilt, delta)
+    with pytest.raises(InputError, match="lie on one line"):
+        plane(first, {name: 3 * p for name, p in first.items()})
+
+
+def test_a_vector_in_the_cone_is_its_own_projection():
+    updates = normal(5, 40)
+    inside = torch.tensor([0.5, 0, 2, 0, 1]) @ updates
+    assert cone_ratio(updates, inside) == pytest.approx(1, abs=1e-5)
+    assert cone_ratio(updates[:1], -3 * updates[0]) == 0
+    orthogonal = torch.linalg.qr(normal(40, 3)).Q.T
+    assert cone_ratio(orthogonal[:2], 3 * orthogonal[0] - 4 * orthogonal[1]) == pytest.approx(3 / 5, abs=1e-5)
+    assert cone_ratio(orthogonal[:2], orthogonal[2]) == pytest.approx(0, abs=1e-5)
+    assert cone_ratio(updates, torch.zeros(40)) == 0
+
+
+@pytest.mark.parametrize("count", [6, 60])
+def test_projection_is_that_of_scipy_on_the_vectors_themselves(count):
+    """Also of more updates than weights, and of updates that are not independent."""
+    updates, target = normal(count, 30), normal(30, seed=1)
+    updates[-1] = updates[0] + updates[1]
+    alpha, _ = nnls(updates.double().numpy().T, target.double().numpy())
+    expected = np.linalg.norm(updates.double().numpy().T @ alpha) / target.double().norm().item()
+    assert 0.1 < expected <= 1 and cone_ratio(updates, target) == pytest.approx(expected, rel=1e-4)
+
+
+def test_updates_add_up_to_the_way_gone():
+    """The first of AdamW at rate η moves a weight w by −η (sign of the gradient + decay · w), whatever the gradient."""
+    theta = {"w": torch.tensor([2.0, -1.0]), "v": torch.tensor([1.0])}
+    x = torch.tensor([3.0, -5.0])
+    task = LabelledTask(lambda theta, batch: theta["w"] @ batch["x"] + theta["v"].sum(), lambda numbers: {"x": x}, 4)
+    first, second = update_vectors(task, theta, [["w"], ["w", "v"]], updates=3, batch=2, lr=0.1, seed=0, label="x")
+    torch.testing.assert_close(first[0], torch.tensor([-0.1 * (1 + 0.1 * 2), -0.1 * (-1 - 0.1)]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second[:, :2], first, rtol=0, atol=0)
+    assert first.shape == (3, 2) and second.shape == (3, 3) and theta["w"].tolist() == [2, -1]
+
+
+def test_attention_is_found_without_a_name(pico_config, nlu_config):
+    for config, of, attention, mlp in [
+        (pico_config, domain, {"attn"}, {"mlp"}), (nlu_config, nlu, {"attention"}, {"intermediate", "output"})
+    ]:  # fmt: skip
+        experiment = open_experiment(config, of)
+        module = experiment.family.modules(of.skeleton(config.model))[1]
+        theta, x_ATD = experiment.read_block(experiment.base, 1), normal(2, *experiment.shape[1:])
+        parts = attention_and_mlp(experiment.family, module, theta, x_ATD)
+        assert {name.split(".")[0] for name in parts["attention"]} == attention
+        assert {name.split(".")[0] for name in parts["MLP"]} == mlp
+        assert set(parts["attention"]) | set(parts["MLP"]) <= set(theta)
+        with pytest.raises(InputError, match="finds no attention and MLP in"):
+            attention_and_mlp(experiment.family, module, theta, x_ATD[:, :1])
+
+
 def test_blocks_stand_for_all_as_in_the_paper():
     assert spread(12, (0.25, 0.5, 1)) == [2, 5, 11] and spread(4, (0.25, 0.5, 1)) == [0, 1, 3]
     assert spread(1, (0.25, 0.5, 1)) == [0] and spread(3, ()) == [0, 1, 2]
@@ -125,15 +201,16 @@ def test_numbers_are_written_to_six_digits():
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def made(pico_config, tmp_path):
+@pytest.fixture(scope="module")
+def made_once(pico_inputs, tmp_path_factory):
     """A run with anchors of both initialisations, snapshots and adapted models, and data with a training set."""
-    data = tmp_path / "data"
-    shutil.copytree(pico_config.eval.data, data)
-    for file in data.glob("*/*test*"):
+    root = tmp_path_factory.mktemp("analysis")
+    shutil.copytree(pico_inputs / "data", root / "data")
+    for file in root.glob("data/*/*test*"):
         shutil.copy(file, file.with_name(file.name.replace("test", "train")))
-    config = change(change(pico_config, "eval", data=str(data)), "anchors", snapshots=[0, 2, 5])
-    config = change(change(config, "run", score=False), "compare", starts=["pretrained", "ta"])
+    config = change(pico_config(pico_inputs, root), "eval", data=str(root / "data"))
+    config = change(change(config, "anchors", snapshots=[0, 2, 5]), "run", score=False)
+    config = change(config, "compare", starts=["pretrained", "ta"])
     for init in ("gauss", "weight"):
         of_init = change(config, "anchors", init=init)
         construct(of_init, domain)
@@ -142,12 +219,21 @@ def made(pico_config, tmp_path):
     return config
 
 
-def analysed(name, config, domain=domain):
-    """The numbers of an analysis; a second time they are the same bytes."""
-    analyse(name, config, domain)
+@pytest.fixture
+def made(made_once, tmp_path):
+    """A copy of that run, which a test may change."""
+    config = change(made_once, "run", root=str(tmp_path))
+    shutil.copytree(made_once.run.dir, config.run.dir)
+    return config
+
+
+def analysed(name, config):
+    """The numbers of an analysis by its command; a second time they are the same bytes."""
     file = config.run.dir / "analysis" / f"{name}.json"
+    with patch("common.command.parse", lambda *_: config), patch("sys.argv", ["scripts/analyse.py", name]):
+        runpy.run_path(str(ROOT / "scripts/analyse.py"), run_name="__main__")
     first = file.read_bytes()
-    analyse(name, config, domain)
+    analyse(name, config, {"vision": domain, "nlu": nlu}[config.domain])
     assert file.read_bytes() == first and (file.with_suffix(".png")).stat().st_size > 3000
     numbers = json.loads(first)
     assert numbers["analysis"] == name and numbers["seed"] == 0 and len(numbers["config"]) == 16 and numbers["commit"]
@@ -238,6 +324,57 @@ def test_tsne_of_each_task(made):
     assert [panel["title"] for panel in numbers["panels"]] == PICO_TASKS
     groups = {group: len(points) for group, points in numbers["panels"][0]["points"].items()}
     assert groups == {"real": 100, "anchors at first": 20, "anchors at last": 20}
+
+
+def test_landscape_of_the_paths(made):
+    """The adaptation, repeated, ends where the adapted model is, and begins at the pretrained one."""
+    numbers = analysed("landscape", change(made, "anchors", init="gauss"))
+    (panel,) = numbers["panels"]
+    assert panel["title"] == "FDA from Pretrained, Gauss" and list(panel["models"]) == ["Pretrained", "TA", "FDA"]
+    path, models = panel["adaptation"], panel["models"]
+    assert path[0] == models["Pretrained"]["at"] == [0, 0] and len(path) == len(panel["inside"]) == 3
+    assert path[-1] == pytest.approx(models["FDA"]["at"], rel=1e-4) and panel["inside"][-1] == pytest.approx(
+        1, rel=1e-3
+    )
+    assert models["TA"]["at"][0] > 0 and models["TA"]["at"][1] == pytest.approx(0, abs=1e-5)
+    assert len(panel["losses"]) == len(panel["grid"][1]) == landscape.POINTS
+    labelled = [domain.labelled_task(made, task, Sample("test", 48, 24, 0), torch.device("cpu")) for task in PICO_TASKS]
+    theta_0 = Checkpoint(made.model.path("base"))
+    theta_0 = theta_0.read(theta_0.names("visual."))
+    losses = [task.loss(theta_0, task.batch(range(20))).item() for task in labelled]
+    assert models["Pretrained"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    with pytest.raises(InputError, match="adapt.blend is 0.5"):
+        analyse("landscape", change(made, "adapt", blend=0.5), domain)
+
+
+def test_landscape_from_a_merge(made):
+    (panel,) = analysed("landscape", made.at_start("ta"))["panels"]
+    assert panel["adaptation"][0][0] > 0 and panel["adaptation"][-1] == pytest.approx(
+        panel["models"]["FDA"]["at"], rel=1e-3
+    )
+
+
+def test_projection_of_each_part(made, monkeypatch):
+    monkeypatch.setattr(projection, "UPDATES", 12)
+    numbers = analysed("projection", change(made, "compare", inits=["gauss"]))
+    titles = [panel["title"] for panel in numbers["panels"]]
+    assert len(titles) == 12 and titles[0] == "MNIST from Pretrained: attention" and titles[-1] == "SVHN from TA: mean"
+    for panel in numbers["panels"]:
+        ratios = [panel["reference"], *panel["curves"]["gauss"].values()]
+        assert list(panel["curves"]["gauss"]) == ["0", "2", "5"] and all(0 <= ratio <= 1 for ratio in ratios)
+    attention, mlp, mean = (numbers["panels"][i]["reference"] for i in (0, 4, 8))
+    assert mean == pytest.approx((attention + mlp) / 2, rel=1e-4) and mean > 0
+
+
+def test_texts_can_be_analysed_as_well(nlu_config, monkeypatch):
+    """Of three lengths, so that a batch of several would be padded; one task is a regression."""
+    monkeypatch.setattr(projection, "UPDATES", 6)
+    config = change(change(nlu_config, "compare", inits=["gauss"], starts=["ta"]), "anchors", init="gauss")
+    config = change(config, "run", score=False).at_start("ta")
+    construct(config, nlu)
+    adapt(config, nlu)
+    for name in ("subspace", "bias", "landscape", "projection"):
+        assert analysed(name, config)["panels"]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

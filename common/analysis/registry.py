@@ -46,7 +46,7 @@ class Analysis:
 
 # The paper looks at blocks 3, 6 and 12 of 12, at 12 most of all.
 ANALYSES = {
-    "spectrum": Analysis("Singular values of the anchors along their optimisation", "k", "$s_k / s_1$"),
+    "spectrum": Analysis("Singular values of the anchors along their optimisation", "$k$", "$s_k / s_1$"),
     "subspace": Analysis(
         "Top right singular subspaces: anchors against real features", "construction step", "similarity", needs="inputs"
     ),
@@ -72,6 +72,22 @@ ANALYSES = {
     ),
     "matching": Analysis("Gradient matching", "construction step", "mean 1 − cos", blocks=(0.25, 0.5, 1), columns=3),
     "tsne": Analysis("t-SNE of tokens: anchors and real features", "", "", (2.2, 2.1), needs="inputs", shared=False),
+    "landscape": Analysis(
+        "Loss in the plane of pretrained, merged and adapted model",
+        "",
+        "",
+        (5.4, 4.2),
+        needs="labels",
+        anchors="one",
+        blocks=(),
+        shared=False,
+    ),
+    "projection": Analysis(
+        "Projection on the cone of real updates",
+        "construction step",
+        "$\\|\\sum_j \\alpha_j \\Delta w_j\\| / \\|\\tau'\\|$",
+        needs="labels",
+    ),
 }
 
 
