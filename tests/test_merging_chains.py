@@ -235,7 +235,7 @@ def test_a_chain_is_a_start_like_any_other(pico_config, no_figures):
     folder = merge_alone(config, domain)
     assert folder == config.run.dir / "merged" / "pact+average+svc"
     said = json.loads((folder / "provenance.json").read_text())["start"]
-    hyper = {"pact": {"kept": 0.85, "moved": 0.95}, "average": {}, "svc": {"alpha": 0.5}}
+    hyper = {"pact": {"kept": 0.85, "moved": 0.95}, "average": {"metrics": None, "power": 1.0}, "svc": {"alpha": 0.5}}
     assert said == {"method": "pact+average+svc", "hyper": hyper}
     assert (
         "start:\n  method: pact+average+svc\n  hyper:\n    svc:\n      alpha: 0.5\n"

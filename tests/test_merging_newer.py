@@ -112,7 +112,7 @@ def test_rws_keeps_to_the_first_layers():
         assert torch.equal(ours[name], (whole if patched else deltas[0])[name])
 
 
-def test_layer_swap_takes_outer_layers_from_one_and_inner_ones_from_the_other():
+def test_layer_swap_takes_outer_layers_of_one_and_inner_ones_of_another():
     """Six layers: 0 and 1 of the outer expert, 2 and 4 the mean, 3 of the inner one, 5 of the outer one."""
     base, (a, b) = task_vectors(2, LAYERS)
     hyper = {"outer": 1, "bottom": 2, "top": 1, "unnumbered": "inner"}

@@ -59,8 +59,9 @@ def measure(material: Material) -> Numbers:
             for task in material.tasks:
                 theta_0, theta_t = material.thetas(task, index)
                 tau = nonzero_tensors(experiment.matched(experiment.task_vector(task, theta_0, theta_t)))
-                block, thetas = experiment.matched_function(index, theta_0), map(experiment.matched, (theta_0, theta_t))
-                problems[task] = MatchingProblem(block, *thetas, tau)  # stored anchors have their positions
+                block = experiment.matched_function(index, theta_0)
+                theta_0, theta_t = experiment.matched(theta_0), experiment.matched(theta_t)
+                problems[task] = MatchingProblem(block, theta_0, theta_t, tau)  # stored anchors have their positions
                 anchors[task] = material.anchors(init, task, index)
             matrix = []
             for i, asking in problems.items():
