@@ -1,8 +1,9 @@
 """What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class Domain(Protocol):
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, Scored]: ...
+
+
+def domain_of(config: Config) -> Domain:
+    """The domain that the config names, imported now: it brings libraries that take seconds."""
+    return cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.config import Config, as_dict
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.experiment import Experiment
+from common.experiment import Experiment, Unit
 from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, digest
 from common.io.hashes import file_hash, identity
@@ -39,6 +39,11 @@ class RunLayout:
         if anchors.source:
             return anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
         return self.anchor_folder / task / f"block_{index:02d}.safetensors"
+
+    def anchor_files(self, unit: Unit) -> list[Path]:
+        """The anchors of a unit for each of its tasks."""
+        index, tasks = unit
+        return [self.anchor_file(task, index) for task in tasks]
 
     @property
     def anchor_folder(self) -> Path:
@@ -64,6 +69,17 @@ class RunLayout:
     def block_file(self, index: int) -> Path:
         """Where an adapted block waits until all are there."""
         return self.adapted / "blocks" / f"block_{index:02d}.safetensors"
+
+    def files_for_block(self, index: int) -> list[Path]:
+        """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""
+        ours = not self.config.anchors.source
+        anchors = [self.anchor_file(task, index) for task in self.config.tasks if ours]
+        merged = sorted(self.start.rglob("*")) if not self.config.start.checkpoint else []
+        return anchors + [file for file in merged if file.is_file()]
+
+    def block_files(self, index: int) -> list[Path]:
+        """What a unit of adaptation writes."""
+        return [self.block_file(index)]
 
 
 # ---- what it was made from -------------------------------------------------------------------------------------------

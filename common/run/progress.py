@@ -1,8 +1,9 @@
 """The progress of a stage over its units of work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,27 +12,24 @@ from common.core.errors import InputError
 
 @dataclass
 class Units:
-    """How much of a stage this session did, and how much it found done."""
+    """How much of a stage this session did, and how much it found done; it shows nothing.
+
+    names: of the units that were looked at. loss: the last that was told, if any. workers: {who: what they did and what
+    it took} of those who worked on it in other processes.
+    """
 
     done: int = 0
     kept: int = 0
-
-
-class UnitBar(Units):
-    """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
-
-    def __init__(self, stage: str, units: int, noun: str = "units"):
-        self.layout = (
-            f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
-        )
-        super().__init__()
-        self.stage, self.units = stage, units
+    stage: str = ""
+    names: list[str] = field(default_factory=list)
+    loss: float | None = None
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextmanager
     def unit(self, name: str, count: int = 1) -> Iterator[None]:
         """One unit of work, or `count`; a loss that is not finite inside becomes an InputError that names it."""
-        self.bar.set_description_str(f"{self.stage}: {name}", refresh=False)
         kept = self.kept
+        self.names.append(name)
         try:
             yield
         except FloatingPointError as error:
@@ -41,7 +39,47 @@ class UnitBar(Units):
             raise
         if self.kept == kept:
             self.done += count
-            self.bar.update(self.done - self.bar.n)
+
+    def advance(self, fraction: float, loss: float) -> None:
+        """Say how many units are done of what is being worked on, and how large its loss is."""
+        self.loss = loss
+
+    def keep(self, count: int = 1) -> None:
+        """The work was done before: it takes no time and shall not count in the estimate of what is left."""
+        self.kept += count
+
+    def add(self, units: "Units", who: str, took: Mapping[str, Any]) -> None:
+        """Count what a worker did in a process of its own: seconds, cpu_seconds, peak_gib, and where that was."""
+        nothing = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_gib": 0.0, "units": []}
+        record = self.workers.setdefault(who, {**took, **nothing})
+        for clock in ("seconds", "cpu_seconds"):
+            record[clock] = round(record[clock] + took[clock], 3)
+        record["peak_gib"] = round(max(record["peak_gib"], took["peak_gib"]), 3)
+        record["units"] += units.names
+        self.done += units.done
+        if units.kept:
+            self.keep(units.kept)
+        if units.loss is not None:
+            self.advance(0, units.loss)
+
+
+class UnitBar(Units):
+    """A progress bar over units of work, each of which moves it on in fractions and shows its loss."""
+
+    def __init__(self, stage: str, units: int, noun: str = "units"):
+        self.layout = (
+            f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
+        )
+        super().__init__(stage=stage)
+        self.units = units
+
+    @contextmanager
+    def unit(self, name: str, count: int = 1) -> Iterator[None]:
+        """One unit of work, or `count`, shown by its name."""
+        self.bar.set_description_str(f"{self.stage}: {name}", refresh=False)
+        with super().unit(name, count):
+            yield
+        self.bar.update(self.done - self.bar.n)
 
     def advance(self, fraction: float, loss: float) -> None:
         """Say how many units are done of what is being worked on, and how large its loss is."""
@@ -50,9 +88,15 @@ class UnitBar(Units):
 
     def keep(self, count: int = 1) -> None:
         """The work was done before: it takes no time and shall not count in the estimate of what is left."""
-        self.kept += count
+        super().keep(count)
         self.bar.total -= count
         self.bar.refresh()
+
+    def add(self, units: Units, who: str, took: Mapping[str, Any]) -> None:
+        """Count and show what a worker did in a process of its own."""
+        self.bar.set_description_str(f"{self.stage}: {', '.join(units.names)}", refresh=False)
+        super().add(units, who, took)
+        self.bar.update(self.done - self.bar.n)
 
     def __enter__(self) -> "UnitBar":
         self.bar = tqdm(total=self.units, desc=self.stage, bar_format=self.layout, mininterval=0.5, smoothing=0.05)
