@@ -38,10 +38,8 @@ KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and
 def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     """The checkpoint of the start: the base itself, or what the merge method makes, unless it is on disk already."""
     method = experiment.config.start.method
-    if method == PRETRAINED:
-        return experiment.base
-    if experiment.config.start.checkpoint:
-        return experiment.given_start()
+    if method == PRETRAINED or experiment.config.start.checkpoint:
+        return opened_start(experiment)
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
         with record_stage(experiment.config, f"merge {method}"):
@@ -50,7 +48,16 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
             else:
                 tensors = merged_tensors(experiment, method)
             finish(experiment, domain, tensors, folder, provenance)
-    return unstacked(Checkpoint(folder), experiment.family.pieces)
+    return opened_start(experiment)
+
+
+def opened_start(experiment: Experiment) -> Checkpoint:
+    """The checkpoint of the start, which is there."""
+    if experiment.config.start.method == PRETRAINED:
+        return experiment.base
+    if experiment.config.start.checkpoint:
+        return experiment.given_start()
+    return unstacked(Checkpoint(RunLayout(experiment.config).start), experiment.family.pieces)
 
 
 def merged_with_data(

@@ -5,16 +5,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
-from common.domain import FOLDERS, Domain
+from common.domain import Domain, domain_of
 from common.io.hub import headers_only
 from common.planning.dry_run import Plan, describe
 from common.report.live import reported
@@ -48,7 +47,7 @@ def run(
     try:
         config = config or parse(description or "")
         check_domain(config, name or config.domain)
-        domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
+        domain = domain_of(config)
         if config.dry_run:
             with headers_only():
                 planned = plan(config, domain)

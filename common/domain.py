@@ -1,8 +1,9 @@
 """What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ class Domain(Protocol):
 def anchored_part(config: Config, domain: Domain) -> str:
     """What is anchored of a layer: anchors.part, or where that is unset what the domain has first."""
     return config.anchors.part or domain.PARTS[0]
+
+
+def domain_of(config: Config) -> Domain:
+    """The domain that the config names, imported now: it brings libraries that take seconds."""
+    return cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

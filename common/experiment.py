@@ -13,12 +13,20 @@ from common.core.blocks import Block, BlockFamily, nonzero_tensors
 from common.core.errors import InputError
 from common.core.fused import fuse, fused_block, fused_tensors
 from common.core.task_vectors import Params, require_same_shapes, subtract
+from common.fda.adaptation import shortened
 from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_like
 from common.io.matched import Matching
 from common.io.unstacked import unstacked
 from common.merging.starts import hyper_of
+
+# What steps take, measured with the toys: passes of a matching step and of one of a fit, in products of a pass forward;
+# seconds besides the products; multiplications a second of one core.
+MATCHING, FIT, STEP, RATE = 14, 4, 2e-3, 4e10
+
+Unit = tuple[int, tuple[str, ...]]
+"""What anchors are made for in one go: a block, and one task or all."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,31 @@ class Experiment:
         """Multiplications of the largest matrix product of a block, over a task's anchors or a batch of adaptation."""
         anchors, tokens, _ = self.shape
         rows = tokens * max(anchors, self.config.adapt.for_start(self.config.start.method).batch_size)
-        kinds = dict(zip(self.functions, self.prefixes, strict=True)).values()  # one of each: blocks can be thousands
-        shapes = (shape for prefix in kinds for shape in self.base.shapes_under(prefix).values())
-        return rows * max(math.prod(shape) for shape in shapes if len(shape) == 2)
+        return rows * max((size for sizes in self.matrices.values() for size in sizes), default=0)
+
+    @property
+    def matrices(self) -> dict[str, list[int]]:
+        """{prefix: number of weights of every matrix} of one block of each kind: blocks can be thousands."""
+        kinds = dict(zip(self.functions, self.prefixes, strict=True)).values()
+        shapes = {prefix: self.base.shapes_under(prefix).values() for prefix in kinds}
+        return {prefix: [math.prod(s) for s in of_kind if len(s) == 2] for prefix, of_kind in shapes.items()}
+
+    @property
+    def construct_seconds(self) -> float:
+        """What the anchors of a unit take on one core, roughly: no more hangs on it than where the work is done."""
+        tasks = 1 if self.config.anchors.together == "no" else len(self.experts)
+        return tasks * self.config.anchors.steps * self.step_seconds(MATCHING * self.shape[0])
+
+    @property
+    def adapt_seconds(self) -> float:
+        """What the adaptation of a block takes on one core, roughly."""
+        fit = self.config.adapt.for_start(self.config.start.method)
+        batches = math.ceil(len(self.experts) * self.shape[0] / fit.batch_size)
+        return shortened(fit.epochs, fit.speedup) * batches * self.step_seconds(FIT * fit.batch_size)
+
+    def step_seconds(self, anchors: int) -> float:
+        """A step, whose products are those of so many anchors on their way through the largest block."""
+        return STEP + max(map(sum, self.matrices.values())) * anchors * self.shape[1] / RATE
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:
         """The named tensors, on the device."""
@@ -67,17 +97,20 @@ class Experiment:
         prefix = self.prefixes[index]
         return {n.removeprefix(prefix): p for n, p in self.read(checkpoint, checkpoint.names(prefix)).items()}
 
-    def units(self) -> Iterator[tuple[int, Params, dict[str, Params]]]:
-        """For every block, for every task: block, θ₀, {task: θ_t}, on the device; with anchors.together for every block
-        the θ_t of all tasks. Each weight is read once.
-        """
-        for index in self.blocks:
-            theta_0 = self.read_block(self.base, index)
-            thetas = ((task, self.read_block(expert, index)) for task, expert in self.experts.items())
-            if self.config.anchors.together != "no":
-                yield index, theta_0, dict(thetas)
-            else:
-                yield from ((index, theta_0, {task: theta_t}) for task, theta_t in thetas)
+    @property
+    def units(self) -> list[Unit]:
+        """Every block with every task, or with all of anchors.together; those of a block one after the other."""
+        tasks = tuple(self.experts)
+        sets = [tasks] if self.config.anchors.together != "no" else [(task,) for task in tasks]
+        return [(index, some) for index in self.blocks for some in sets]
+
+    def read_units(self, units: Iterable[Unit]) -> Iterator[tuple[int, Params, dict[str, Params]]]:
+        """For every unit: block, θ₀, {task: θ_t}, on the device. Each weight is read once if blocks come in turn."""
+        last, theta_0 = None, {}
+        for index, tasks in units:
+            theta_0 = theta_0 if index == last else self.read_block(self.base, index)
+            last = index
+            yield index, theta_0, {task: self.read_block(self.experts[task], index) for task in tasks}
 
     def rest_names(self) -> list[str]:
         """Names of the merged tensors that lie outside the anchored blocks."""

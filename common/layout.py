@@ -19,7 +19,7 @@ from torch import Tensor
 from common.config import Config, as_dict
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.experiment import Experiment
+from common.experiment import Experiment, Unit
 from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, digest
 from common.io.hashes import file_hash, identity
@@ -47,6 +47,11 @@ class RunLayout:
         """The anchors of a unit along their optimisation, if anchors.snapshots asked for any."""
         return self.anchor_folder / task / f"snapshots_{index:02d}.safetensors"
 
+    def anchor_files(self, unit: Unit) -> list[Path]:
+        """The anchors of a unit for each of its tasks."""
+        index, tasks = unit
+        return [self.anchor_file(task, index) for task in tasks]
+
     @property
     def anchor_folder(self) -> Path:
         """All anchors that are made from anchors.init."""
@@ -71,6 +76,17 @@ class RunLayout:
     def block_file(self, index: int) -> Path:
         """Where an adapted block waits until all are there."""
         return self.adapted / "blocks" / f"block_{index:02d}.safetensors"
+
+    def files_for_block(self, index: int) -> list[Path]:
+        """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""
+        ours = not self.config.anchors.source
+        anchors = [self.anchor_file(task, index) for task in self.config.tasks if ours]
+        merged = sorted(self.start.rglob("*")) if not self.config.start.checkpoint else []
+        return anchors + [file for file in merged if file.is_file()]
+
+    def block_files(self, index: int) -> list[Path]:
+        """What a unit of adaptation writes."""
+        return [self.block_file(index)]
 
 
 # ---- what it was made from -------------------------------------------------------------------------------------------

@@ -1,19 +1,23 @@
 """Opening an experiment: its inputs read by their headers, compared and checked, before any weight is in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import torch
+from tqdm import tqdm
 
 from common.config import Config
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.core.task_vectors import require_same_shapes
-from common.domain import Domain, anchored_part
+from common.domain import FOLDERS, Domain, anchored_part, domain_of
 from common.experiment import Experiment
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
@@ -21,10 +25,13 @@ from common.io.heads import leave_to_heads, open_experts
 from common.io.matched import Matching
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
-from common.run.device import prepare
+from common.run.device import WORTH_THREADS, prepare, threads_for
+from common.run.engine import Demand, Files, Memory, place_for, value_of
+from common.run.progress import UnitBar, Units
 from common.run.run_log import NOTES
 from common.validation import check_choices, check_fused, check_positions, check_tokenizers
 
+_OPEN: dict[str, Experiment] = {}  # what a worker has open
 Checking = Callable[[str], AbstractContextManager[None]]
 """checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
 
@@ -36,6 +43,51 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
     experiment = open_inputs(config, domain, lambda _: nullcontext())
     assert experiment  # what is missing has been refused
     return replace(experiment, device=prepare(config.run.device))
+
+
+def carry_out(
+    each: Callable[..., None],
+    experiment: Experiment,
+    units: Sequence[Any],
+    bar: UnitBar,
+    *arguments: Any,
+    reads: Callable[[Any], Sequence[Path]] = lambda unit: (),
+    writes: Callable[[Any], Sequence[Path]],
+    seconds: float,
+    memory: Callable[[], Memory],
+) -> None:
+    """each(experiment, units, bar, *arguments): here, or a unit at a time wherever run.engine lets units be worked on.
+
+    Args:
+        each: A function of a module. It writes the files of each unit, and tells the bar what it does.
+        reads, writes: The files of a unit in the run's folder. Where all that it writes are there it is kept.
+        seconds, memory: What a unit takes on one core, roughly; and the forecast of the dry run.
+    """
+    config, todo = experiment.config, [unit for unit in units if not all(file.is_file() for file in writes(unit))]
+    demand = Demand(len(todo), seconds, experiment.largest_product < WORTH_THREADS, memory)
+    place = place_for(config.run, demand, ("common.pipeline", f"{FOLDERS[config.domain]}.domain"))
+    if place is None:
+        return each(experiment, units, bar, *arguments)
+    tqdm.write(f"{bar.stage}: {place.said}")
+    there = replace(config, run=replace(config.run, root=place.root or config.run.root))
+    work = partial(unit_of_worker, each, there, bar.stage, uuid4().hex, arguments)
+    files = Files(Path(config.run.root).expanduser(), reads, writes)
+    with closing(place.outcomes(work, units, files)) as outcomes:
+        for _, outcome in outcomes:
+            bar.add(value_of(outcome), outcome.who, outcome.took)
+
+
+def unit_of_worker(
+    each: Callable[..., None], config: Config, stage: str, call: str, arguments: Any, unit: Any
+) -> Units:
+    """One unit, in a process that has opened the experiment for this call of `carry_out` and keeps it open."""
+    if call not in _OPEN:
+        _OPEN.clear()
+        _OPEN[call] = open_experiment(config, domain_of(config))
+    experiment, units = _OPEN[call], Units(stage=stage)
+    with threads_for(experiment.largest_product):
+        each(experiment, [unit], units, *arguments)
+    return units
 
 
 @contextmanager

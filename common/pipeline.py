@@ -14,21 +14,22 @@ Box 2, `adapt`. For every block φ:
 Then put the merged model together from its blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.assembly import assemble, merge_start, remove_blocks
+from common.assembly import assemble, merge_start, opened_start, remove_blocks
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
 from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
-from common.experiment import Experiment
+from common.experiment import Experiment, Unit
 from common.fda.adaptation import FitSettings, Trainable, coefficients, fit_block, own_weights, regmean_warm_start
 from common.fda.anchors import initial_anchors
 from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors, optimise_together
@@ -45,10 +46,11 @@ from common.layout import (
     is_finished,
     require_own_anchors,
 )
-from common.opening import open_experiment
+from common.opening import carry_out, open_experiment
+from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
 from common.run.device import threads_for
-from common.run.progress import UnitBar
+from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
 
 
@@ -61,10 +63,17 @@ def construct(config: Config, domain: Domain) -> None:
     require_own_anchors(config)
     experiment = open_experiment(config, domain)
     experiment.require_moved_blocks()
-    bar = UnitBar("construct", len(experiment.blocks) * len(config.tasks))
+    bar, layout = UnitBar("construct", len(experiment.blocks) * len(config.tasks)), RunLayout(config)
     threads = threads_for(experiment.largest_product)
-    with threads, record_stage(config, f"construct {config.anchors.init}", bar), bar, write_behind() as write:
-        for index, theta_0, thetas in read_ahead(experiment.units()):
+    with threads, record_stage(config, f"construct {config.anchors.init}", bar), bar:
+        forecast = {"seconds": experiment.construct_seconds, "memory": partial(memory_of_construction, config, domain)}
+        carry_out(construct_each, experiment, experiment.units, bar, writes=layout.anchor_files, **forecast)
+
+
+def construct_each(experiment: Experiment, units: Iterable[Unit], bar: Units) -> None:
+    """Box 1 for some units, each a block and one task, or all tasks: in one process, one after the other."""
+    with write_behind() as write:
+        for index, theta_0, thetas in read_ahead(experiment.read_units(units)):
             with bar.unit(f"{' + '.join(thetas)}, block {index}", len(thetas)):
                 construct_units(experiment, index, theta_0, thetas, bar, write)
 
@@ -74,7 +83,7 @@ def construct_units(
     index: int,
     theta_0: Params,
     thetas: Mapping[str, Params],
-    bar: UnitBar,
+    bar: Units,
     write: Callable[..., None],
 ) -> None:
     """Make and store the anchors of one block for every task in `thetas` (θ_t), unless all their files are there."""
@@ -132,7 +141,7 @@ def initial_anchors_of(experiment: Experiment, task: str, index: int, theta_t: P
 
 
 def search_anchors(
-    experiment: Experiment, problems: Sequence[MatchingProblem], x_inits: Sequence[Tensor], bar: UnitBar
+    experiment: Experiment, problems: Sequence[MatchingProblem], x_inits: Sequence[Tensor], bar: Units
 ) -> list[OptimisedAnchors]:
     """Optimise the anchors of one block for some tasks, as the config says."""
     config, theta_0 = experiment.config.anchors, problems[0].theta_0
@@ -172,7 +181,7 @@ def adapt(config: Config, domain: Domain) -> Path:
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
     else:
-        adapt_blocks(experiment, start, provenance)
+        adapt_blocks(experiment, domain, provenance)
         assemble(experiment, domain, start, provenance)
     if config.run.score:
         score_run(config, domain)
@@ -180,16 +189,25 @@ def adapt(config: Config, domain: Domain) -> Path:
     return folder
 
 
-def adapt_blocks(experiment: Experiment, start: Checkpoint, provenance: Mapping[str, Any]) -> None:
-    """Fit and store every merged block."""
-    bar = UnitBar(f"adapt {RunLayout(experiment.config).adapted.name}", len(experiment.blocks), "blocks")
-    with threads_for(experiment.largest_product), record_stage(experiment.config, bar.stage, bar), bar:
-        for index in experiment.blocks:
-            with bar.unit(f"block {index}"):
-                adapt_block(experiment, start, index, block_provenance(provenance), bar)
+def adapt_blocks(experiment: Experiment, domain: Domain, provenance: Mapping[str, Any]) -> None:
+    """Fit and store every merged block; the start is there."""
+    config, layout = experiment.config, RunLayout(experiment.config)
+    bar = UnitBar(f"adapt {layout.adapted.name}", len(experiment.blocks), "blocks")
+    with threads_for(experiment.largest_product), record_stage(config, bar.stage, bar), bar:
+        forecast = {"seconds": experiment.adapt_seconds, "memory": partial(memory_of_adaptation, config, domain)}
+        files = {"reads": layout.files_for_block, "writes": layout.block_files}
+        carry_out(adapt_each, experiment, experiment.blocks, bar, block_provenance(provenance), **files, **forecast)
 
 
-def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: UnitBar) -> None:
+def adapt_each(experiment: Experiment, blocks: Iterable[int], bar: Units, provenance: dict) -> None:
+    """Box 2 for some blocks, one after the other; the start is there."""
+    start = opened_start(experiment)
+    for index in blocks:
+        with bar.unit(f"block {index}"):
+            adapt_block(experiment, start, index, provenance, bar)
+
+
+def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenance: dict, bar: Units) -> None:
     """Fit and store one merged block, unless its file is there already."""
     file = RunLayout(experiment.config).block_file(index)
     if file.is_file():

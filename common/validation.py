@@ -1,9 +1,10 @@
 """Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
-from common.config import PRETRAINED, Adapt, Anchors, Config, Model
+from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.fused import APART, fused_tensors
@@ -28,6 +29,7 @@ def check_choices(config: Config, domain: Domain) -> None:
     check_part(config, domain)
     check_starts(config, domain)
     check_settings(config)
+    check_engine(config.run)
 
 
 def check_domain(config: Config, name: str) -> None:
@@ -151,6 +153,21 @@ def require_positive(where: str, section: Any, names: Iterable[str]) -> None:
         value = getattr(section, name)
         if value is not None and value <= 0:
             raise InputError(f"{where}.{name} is {value}; it must be above zero")
+
+
+def check_engine(run: Run) -> None:
+    """What does the work is there, and is told nothing that is for another."""
+    if run.workers is not None and run.workers < 1:
+        raise InputError(f"run.workers is {run.workers}; it must be at least 1")
+    if run.engine != "ray":
+        for option in ("gpus_per_unit", "address"):
+            if getattr(run, option) != getattr(Run(), option):
+                raise InputError(f"run.{option} is for run.engine ray, not for {run.engine}")
+    elif not find_spec("ray"):
+        raise InputError("run.engine is ray, and Ray is not installed; pip install -e '.[cluster]' adds it")
+    share = run.gpus_per_unit
+    if share is not None and (share < 0 or (share > 1 and share % 1)):
+        raise InputError(f"run.gpus_per_unit is {share:g}; it must be a part of one GPU or a whole number of them")
 
 
 def check_tokenizers(config: Config, matching: Matching) -> None:

@@ -68,6 +68,12 @@ class Run:
             large; a CPU that would have to emulate it takes float32. The loss that chooses the best anchors, and
             adaptation, are always float32.
         seed: Every draw derives from it, the task and the block.
+        engine: Who works on the units, a task and a block each: processes of this machine, or of a Ray cluster (extra
+            cluster). Either gives the same bytes.
+        workers: How many units are worked on at once. Unset: on a CPU one process a core where matrix products are too
+            small for threads and there is enough to do, on a GPU one a GPU, on a cluster as many as it has room for.
+        gpus_per_unit: ray only: share of a GPU that a unit takes. Unset: what its memory needs, of 1, 1/2, 1/3 or 1/4.
+        address: ray only: the cluster's head, host:port, or auto on one of its machines. Empty: this machine.
         blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
         score: Score the merged model at the end of adapt.
         report: Keep a page of the run, report.html in its folder, and measure the task vectors for it unless there are
@@ -79,6 +85,10 @@ class Run:
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     seed: int = 0
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    gpus_per_unit: float | None = None
+    address: str = ""
     blocks: list[int] | None = None
     score: bool = True
     report: Literal["auto", "full", "no"] = "auto"

@@ -12,12 +12,12 @@ from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.evaluation.tuning import FDA, SPLIT, candidates, held_out, read_search, record, scores_on_cut, with_fields
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, digest
+from common.io.checkpoints import digest
 from common.layout import RunLayout, block_provenance, fit_provenance
 from common.opening import open_experiment
 
-Fit = Callable[[Experiment, Checkpoint, Mapping[str, Any]], None]
-"""fit(experiment, start, provenance) stores those adapted blocks that are not stored yet where RunLayout says."""
+Fit = Callable[[Experiment, Domain, Mapping[str, Any]], None]
+"""fit(experiment, domain, provenance) stores those adapted blocks that are not stored yet where RunLayout says."""
 START = {"blend": 0.0}  # the candidate that is always there
 
 
@@ -76,7 +76,7 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
     if fields == START:
         path = start.path
     else:
-        fit(experiment, start, provenance)
+        fit(experiment, domain, provenance)
         write_model(experiment, domain, adapted_tensors(experiment, start), folder)
         path = folder
     row |= scores_on_cut(config, domain, folder.name, path)

@@ -1,7 +1,7 @@
 """What the work needs: operations and memory, counted on one block without weights (the meta device)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from common.config import PRETRAINED, Config
-from common.core.blocks import Block
+from common.core.blocks import Block, BlockFamily, BlockModule, by_kind
 from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vector
+from common.domain import Domain, anchored_part
 from common.fda.adaptation import BETAS, coefficients, own_weights
 from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient
 from common.fda.precision import effective_precision, forward_in
 from common.merging.registry import hyperparameters
 from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge
+from common.run.engine import Memory
 
 GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
@@ -85,6 +87,48 @@ def arithmetic(config: Config, module: nn.Module, shape: tuple[int, int, int]) -
     x = torch.empty(shape, device="meta")[: config.anchors.chunk]
     device = torch.device("cpu" if on_cpu else "cuda")
     return effective_precision(config.run.precision, device, dict(module.named_parameters()), x)
+
+
+def blocks_of(config: Config, domain: Domain) -> tuple[BlockFamily, list[list[BlockModule]], tuple[int, int, int]]:
+    """The family of the base, its blocks kind by kind, and the shape of the anchors of a unit; all without weights."""
+    part = anchored_part(config, domain)
+    family = domain.family(config.model, part)
+    tokens, width = domain.token_shape(config.model, part)
+    kinds = list(by_kind(family.modules(domain.skeleton(config.model))))
+    return family, kinds, (config.anchors.number, config.anchors.tokens or tokens, width)
+
+
+def largest_of(kinds: Iterable[Sequence[BlockModule]]) -> nn.Module:
+    """The block that has most weights."""
+    return max((group[0].module for group in kinds), key=size_of)
+
+
+def memory_of_construction(config: Config, domain: Domain) -> Memory:
+    """What a unit of construction takes."""
+    family, kinds, shape = blocks_of(config, domain)
+    precision = arithmetic(config, largest_of(kinds), shape)
+    modules = [group[0].module for group in kinds]
+    ledgers = [cost_of_step(family.pure(module), module, shape, config, precision)[1] for module in modules]
+    return construction_memory(max(ledgers, key=lambda ledger: ledger.peak), largest_of(kinds), shape)
+
+
+def construction_memory(step: "Ledger", module: nn.Module, shape: tuple[int, int, int]) -> Memory:
+    """The same of a step's ledger."""
+    return Memory(step.peak, host_of_construction(module, shape[2], 4 * math.prod(shape)), step.resident)
+
+
+def memory_of_adaptation(config: Config, domain: Domain) -> Memory:
+    """What the adaptation of a block takes."""
+    family, kinds, shape = blocks_of(config, domain)
+    return adaptation_memory(config, family, largest_of(kinds), shape)
+
+
+def adaptation_memory(config: Config, family: BlockFamily, module: nn.Module, shape: tuple[int, int, int]) -> Memory:
+    """The same of a block."""
+    step, anchors = cost_of_fit(family.pure(module), module, shape, config), 4 * math.prod(shape)
+    warm = config.adapt.for_start(config.start.method).warm_start == "regmean"
+    closed = memory_of_warm_start(module, 2 * len(config.tasks) * anchors) if warm else 0
+    return Memory(max(step.peak, closed), 2 * size_of(module) + 2 * anchors, max(step.resident, closed))
 
 
 def size_of(module: nn.Module) -> int:

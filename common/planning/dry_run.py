@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from common.config import PRETRAINED, Config, as_dict
-from common.core.blocks import BlockModule, by_kind
+from common.core.blocks import BlockModule
 from common.core.errors import InputError
-from common.domain import Domain, anchored_part, scored_tests
+from common.domain import Domain, scored_tests
 from common.experiment import Experiment
 from common.fda.adaptation import shortened
 from common.io.adapters import is_adapter, open_adapter
@@ -32,13 +32,14 @@ from common.layout import (
 from common.opening import open_inputs
 from common.planning.cost import (
     GIB,
+    adaptation_memory,
     arithmetic,
-    cost_of_fit,
+    blocks_of,
+    construction_memory,
     cost_of_step,
-    host_of_construction,
     in_words,
+    largest_of,
     memory_of_merge,
-    memory_of_warm_start,
     memory_with_data,
     size_of,
 )
@@ -203,46 +204,33 @@ def in_short(alike: Sequence[BlockModule]) -> str:
 def needs(config: Config, domain: Domain) -> list[str]:
     """Units, disk, memory and arithmetic, counted on blocks without weights (the meta device), the largest of each."""
     try:
-        part = anchored_part(config, domain)
-        skeleton, family = domain.skeleton(config.model), domain.family(config.model, part)
-        modules = family.modules(skeleton)
-        tokens, width = domain.token_shape(config.model, part)
+        skeleton, (family, kinds, shape) = domain.skeleton(config.model), blocks_of(config, domain)
     except InputError as error:
         return [f"Needs: not known yet ({error})"]
-    shape = (config.anchors.number, config.anchors.tokens or tokens, width)
-    anchors, blocks = math.prod(shape) * 4, len(config.run.blocks or modules)
+    depth, largest = sum(map(len, kinds)), largest_of(kinds)
+    anchors, blocks = math.prod(shape) * 4, len(config.run.blocks or range(depth))
     units = blocks * len(config.tasks)
-    kinds = by_kind(modules)
-    largest = max((group[0].module for group in kinds), key=size_of)
     precision = arithmetic(config, largest, shape)
     steps = [cost_of_step(family.pure(group[0].module), group[0].module, shape, config, precision) for group in kinds]
-    operations = sum(len(group) * step for group, (step, _) in zip(kinds, steps, strict=True)) / len(modules)
+    operations = sum(len(group) * step for group, (step, _) in zip(kinds, steps, strict=True)) / depth
     construction = max((ledger for _, ledger in steps), key=lambda ledger: ledger.peak)
-    adaptation = cost_of_fit(family.pure(largest), largest, shape, config)
+    adaptation = adaptation_memory(config, family, largest, shape)
     dtype = getattr(torch, config.model.dtype or "float32")
     merged = {n: shape for n, shape in sorted(family.stored(skeleton).items()) if n.startswith(family.scope)}
     weights = list(map(math.prod, merged.values()))
     passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
     epochs = shortened(settings.epochs, settings.speedup)
-    warm = settings.warm_start == "regmean"
-    closed = memory_of_warm_start(largest, 2 * len(config.tasks) * anchors) if warm else 0
     rows = {
-        "blocks": "; ".join(map(in_short, kinds)) + f"; anchored part {part}; D {width}",
+        "blocks": "; ".join(map(in_short, kinds)) + f"; anchored part {family.part}; D {shape[2]}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
         "construct, in": precision,
-        "construct, memory": in_words(
-            construction.peak, host_of_construction(largest, width, anchors), construction.resident
-        ),
+        "construct, memory": in_words(*construction_memory(construction, largest, shape)),
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
-        "adapt, memory": in_words(
-            max(adaptation.peak, closed),
-            max(2 * size_of(largest) + 2 * anchors, passing),
-            max(adaptation.resident, closed),
-        ),
+        "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
         **memory_of_merge(config, merged, f"{family.blocks}.", passing),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize / GIB:.2f} GiB "

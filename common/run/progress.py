@@ -1,13 +1,13 @@
 """The progress of a stage over its units of work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-from common.core.errors import InputError
-from common.run.stages import Units, current
+from common.run.stages import current
+from common.run.units import Units
 
 
 class UnitBar(Units):
@@ -17,26 +17,18 @@ class UnitBar(Units):
         self.layout = (
             f"{{desc}} |{{bar:20}}| {{n:.1f}}/{{total}} {noun} [{{elapsed}} gone, {{remaining}} left{{postfix}}]"
         )
-        super().__init__()
-        self.stage, self.units = stage, units
+        super().__init__(stage=stage)
+        self.units = units
         self.bar: Any = None
 
     @contextmanager
     def unit(self, name: str, count: int = 1) -> Iterator[None]:
-        """One unit of work, or `count`; a loss that is not finite inside becomes an InputError that names it."""
+        """One unit of work, or `count`, shown by its name."""
         self.bar.set_description_str(f"{self.stage}: {name}", refresh=False)
-        kept = self.kept
-        try:
+        with super().unit(name, count):
             yield
-        except FloatingPointError as error:
-            raise InputError(f"{self.stage}: {name}: {error}") from error
-        except Exception as error:
-            error.add_note(f"{self.stage}, {name}")  # for the command to say
-            raise
-        if self.kept == kept:
-            self.done += count
-            self.bar.update(self.done - self.bar.n)
-            current().tell()
+        self.bar.update(self.done - self.bar.n)
+        current().tell()
 
     @property
     def reached(self) -> float:
@@ -53,9 +45,16 @@ class UnitBar(Units):
 
     def keep(self, count: int = 1) -> None:
         """The work was done before: it takes no time and shall not count in the estimate of what is left."""
-        self.kept += count
+        super().keep(count)
         self.bar.total -= count
         self.bar.refresh()
+
+    def add(self, units: Units, who: str, took: Mapping[str, Any]) -> None:
+        """Count and show what a worker did in a process of its own."""
+        self.bar.set_description_str(f"{self.stage}: {', '.join(units.names)}", refresh=False)
+        super().add(units, who, took)
+        self.bar.update(self.done - self.bar.n)
+        current().tell()
 
     def __enter__(self) -> "UnitBar":
         self.bar = tqdm(total=self.units, desc=self.stage, bar_format=self.layout, mininterval=0.5, smoothing=0.05)

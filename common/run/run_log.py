@@ -5,7 +5,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,11 +58,23 @@ def environment_info() -> dict[str, Any]:
     return {
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {part: version_of(part) for part in PARTS},
-        "machine": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **machine_info(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def machine_info() -> dict[str, Any]:
+    """What this process computes on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def hardware(noted: Mapping[str, Any]) -> str:
+    """What a stage was computed on, as noted: in a line."""
+    if noted.get("workers"):
+        kinds = Counter(worker["hardware"] for worker in noted["workers"].values())
+        return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{noted['gpu'] if noted['device'] != 'cpu' else 'CPU'}, {noted['threads']} threads, {noted['machine']}"
 
 
 def reset_peak(device: torch.device) -> None:
@@ -91,7 +104,8 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
     seconds by the clock and of the processors, and its peak memory in GiB.
 
     A stage that keeps units adds to what was noted of the session that did them: that they are of the same settings is
-    known from their provenance. Where all is kept the note stays as it is.
+    known from their provenance. Where all is kept the note stays as it is. The processor seconds of workers in other
+    processes are counted too, the peak is the largest of one process, and "workers" says what each did.
     """
     device = prepare(config.run.device)
     read_notes(config.run.dir)  # damaged notes are refused before the work, not when it is done
@@ -104,8 +118,16 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
         ended = type(error).__name__
         raise
     finally:
-        session = {"seconds": time.monotonic() - began[0], "cpu_seconds": time.process_time() - began[1]}
+        session: dict[str, Any] = {
+            "seconds": time.monotonic() - began[0],
+            "cpu_seconds": time.process_time() - began[1],
+        }
         session |= {"peak_gib": peak_gib(device), "ended": ended}
+        if units and units.workers:
+            workers = units.workers.values()
+            session["cpu_seconds"] += sum(worker["cpu_seconds"] for worker in workers)
+            session["peak_gib"] = max(session["peak_gib"], *(worker["peak_gib"] for worker in workers))
+            session["workers"] = units.workers
         done, kept = (units.done, units.kept) if units else (1, 0)
         if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
             note(config, stage, session | {"device": str(device)}, done, kept)
@@ -124,6 +146,8 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     for clock in filter(session.__contains__, CLOCKS):
         session[clock] = round(session[clock] + counted.get(clock, 0), 3)
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
+    if workers := counted.get("workers", {}) | session.get("workers", {}):
+        session["workers"] = workers
     session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
     notes[stage] = session | environment_info() | {"config": as_dict(config)}
     write_text(config.run.dir / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
@@ -150,9 +174,7 @@ def total_cost(run_dir: Path, stages: Sequence[str]) -> dict[str, Any]:
     with interpreted(run_dir / NOTES, WHAT):
         if not notes or not all(whole) or any(n["config"]["run"]["blocks"] for n in notes):
             return {}
-        machines = [
-            f"{n['gpu'] if n['device'] != 'cpu' else 'CPU'}, {n['threads']} threads, {n['machine']}" for n in notes
-        ]
+        machines = [hardware(n) for n in notes]
     clocks = [clock for clock in CLOCKS if all(clock in n for n in notes)]
     return {clock: round(sum(n[clock] for n in notes), 3) for clock in clocks} | {
         "peak_gib": max(n["peak_gib"] for n in notes),

@@ -6,23 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-
-@dataclass
-class Units:
-    """How much of a stage this session did, and how much it found done."""
-
-    done: int = 0
-    kept: int = 0
-
-    @property
-    def reached(self) -> float:
-        """Units that this session did, with the part that is done of those it works on."""
-        return self.done
-
-    @property
-    def wanted(self) -> int:
-        """Units that this session has to do."""
-        return self.done
+from common.run.units import Units
 
 
 @dataclass

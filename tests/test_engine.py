@@ -1,0 +1,218 @@
+"""Units of work in other processes: the same bytes, the same sentences, and a lost worker costs its unit alone."""
+
+import os
+import pickle
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.core.errors import InputError
+from common.pipeline import adapt, construct
+from common.run.cluster import chosen, room_in, roomy
+from common.run.engine import Demand, Files, Memory, outcome_of, picklable, place_for, value_of, workers_for
+from common.run.processes import Pool, pool_of
+from common.run.progress import UnitBar, Units
+from common.run.run_log import read_notes, record_stage, total_cost
+from common.validation import check_engine
+from helpers import change, files_of
+from Vision import domain
+
+NO_FILES = Files(Path(), lambda unit: (), lambda unit: ())
+GIB = 2**30
+
+
+@pytest.fixture
+def pool() -> Pool:
+    """Two workers, which the tests of this file share."""
+    return pool_of(2, 1, 0, ["common.pipeline", "Vision.domain"])
+
+
+def noted(folder: str, what: str, unit: int) -> int:
+    """What the unit does: it leaves a file that says that it was begun. The first time unit 2 ends its process, in
+    `kill`, or unit 1 raises, in `raise`."""
+    first = not list(Path(folder).glob(f"{unit}-*"))
+    Path(folder, f"{unit}-{os.getpid()}-{time.monotonic_ns()}").touch()
+    if what == "kill" and unit == 2 and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "always" and unit == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "raise" and unit == 1:
+        with Units(stage="construct").unit("DTD, block 3"):
+            raise ZeroDivisionError("by nothing")
+    return unit**2
+
+
+def begun(folder: Path) -> Counter[int]:
+    return Counter(int(file.name.split("-")[0]) for file in folder.iterdir())
+
+
+def test_a_lost_worker_costs_its_unit_and_no_other(pool, tmp_path):
+    outcomes = pool.outcomes(partial(noted, str(tmp_path), "kill"), range(6), NO_FILES)
+    assert {unit: value_of(outcome) for unit, outcome in outcomes} == {unit: unit**2 for unit in range(6)}
+    assert begun(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}
+
+
+def test_a_unit_that_always_loses_its_worker_is_refused_by_name(pool, tmp_path):
+    with pytest.raises(InputError, match=r"3 processes were lost at the unit 2, the last with status -9 .*run.workers"):
+        list(pool.outcomes(partial(noted, str(tmp_path), "always"), [2], NO_FILES))
+
+
+def test_an_error_of_a_worker_is_that_of_one_process(pool, tmp_path):
+    """Its type, its words and its notes; the traceback is its cause."""
+    with pytest.raises(ZeroDivisionError, match="by nothing") as raised:
+        for _, outcome in pool.outcomes(partial(noted, str(tmp_path), "raise"), [1], NO_FILES):
+            value_of(outcome)
+    assert raised.value.__notes__ == ["construct, DTD, block 3"]
+    assert "in noted" in str(raised.value.__cause__)
+
+
+def test_an_error_that_no_pickle_holds_keeps_its_words():
+    class Local(Exception):
+        """Of no module."""
+
+    error = Local("boom")
+    error.add_note("adapt, block 1")
+    other = picklable(error)
+    assert str(other) == "Local: boom" and other.__notes__ == ["adapt, block 1"]
+    assert type(pickle.loads(pickle.dumps(other))) is RuntimeError
+    assert outcome_of(int, "x").error.args == ("invalid literal for int() with base 10: 'x'",)
+
+
+def test_two_workers_make_the_bytes_of_one_process(pico_config, pool):
+    one = change(pico_config, "run", name="one", score=False)
+    two = change(one, "run", name="two", workers=2)
+    for config in (one, two):
+        construct(config, domain)
+        adapt(config, domain)
+    for folder in ("anchors", "merged"):
+        assert files_of(one.run.dir / folder) == files_of(two.run.dir / folder)
+    notes = read_notes(two.run.dir)
+    for stage, names in (
+        ("construct weight", {f"{task}, block {i}" for task in one.tasks for i in (0, 1)}),
+        ("adapt fda-pretrained-weight", {"block 0", "block 1"}),
+    ):
+        workers = notes[stage]["workers"].values()
+        assert sorted(name for worker in workers for name in worker["units"]) == sorted(names)
+        assert all(worker["peak_gib"] > 0.1 and worker["seconds"] > 0 for worker in workers)
+        assert (notes[stage]["units"], notes[stage]["ended"]) == (len(names), "finished")
+    assert total_cost(two.run.dir, list(notes))["hardware"].count("CPU, 1 threads") >= 1
+    construct(two, domain)  # nothing is left to do, so no worker is asked and no note changes
+    assert read_notes(two.run.dir) == notes
+
+
+def test_an_interruption_ends_the_workers_and_loses_no_unit(pico_config, pool, monkeypatch):
+    config = change(change(pico_config, "run", score=False, workers=2), "anchors", steps=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitBar, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            construct(config, domain)
+    assert not pool.workers
+    saved = files_of(config.run.dir / "anchors")
+    assert 1 <= len(saved) < 4 and not [name for name in saved if name.endswith("tmp")]
+    construct(config, domain)
+    alone = change(config, "run", name="alone", workers=1)
+    construct(alone, domain)
+    assert files_of(config.run.dir / "anchors") == files_of(alone.run.dir / "anchors")
+    assert saved.items() <= files_of(config.run.dir / "anchors").items()
+
+
+def interrupted(self, fraction, loss):
+    raise KeyboardInterrupt
+
+
+def test_what_workers_took_is_added_up(pico_config):
+    """Processor seconds of all, the peak of the largest, what each did; and over sessions."""
+    took = {"seconds": 2.0, "cpu_seconds": 1.5, "peak_gib": 300.0, "node": "n", "hardware": "CPU, 1 threads, Linux"}
+    for _ in range(2):
+        units = Units(kept=1)
+        with record_stage(pico_config, "work", units):
+            units.add(Units(done=1, names=["DTD, block 0"]), "n 1", took)
+            units.add(Units(done=1, names=["DTD, block 1"]), "n 1", took | {"peak_gib": 100.0})
+            units.add(Units(done=1, names=["SVHN, block 0"], loss=0.5), "n 2", took)
+    noted = read_notes(pico_config.run.dir)["work"]
+    assert noted["cpu_seconds"] == pytest.approx(9, abs=0.5) and noted["peak_gib"] == 300
+    assert noted["workers"]["n 1"]["units"] == ["DTD, block 0", "DTD, block 1"]
+    assert (noted["workers"]["n 1"]["seconds"], noted["workers"]["n 2"]["peak_gib"]) == (4, 300)
+    assert (units.done, units.kept, units.loss) == (3, 1, 0.5)
+    assert total_cost(pico_config.run.dir, ["work"])["hardware"] == "2 x CPU, 1 threads, Linux"
+
+
+def demand(units=32, seconds=4.0, small=True, gib=0.5):
+    return Demand(units, seconds, small, lambda: Memory(0, 0, gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers"),
+    [
+        (demand(), 4),
+        (demand(units=3, seconds=40.0), 3),
+        (demand(units=3), 1),  # 12 seconds: not worth the beginning
+        (demand(small=False), 1),  # its threads are better
+        (demand(gib=2), 3),  # of 10 GiB each takes 2, and 1 for the libraries
+        (demand(gib=20), 0),
+    ],
+)
+def test_the_engine_chooses_by_products_work_and_memory(pico_config, monkeypatch, asked, workers):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("common.run.engine.available_memory", lambda: 10 * GIB)
+    assert workers_for(pico_config.run, asked) == workers
+    assert workers_for(replace(pico_config.run, workers=7), asked) == min(7, asked.units)
+    if workers < 2:
+        assert place_for(pico_config.run, asked, []) is None
+
+
+def test_tests_and_small_runs_stay_in_one_process(pico_config, monkeypatch):
+    """A run of milliseconds is over before a worker has begun, however many cores there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("common.run.processes.pool_of", None)
+    construct(pico_config, domain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"workers": 0}, "run.workers is 0"),
+        ({"address": "auto"}, "run.address is for run.engine ray, not for local"),
+        ({"gpus_per_unit": 0.5}, "run.gpus_per_unit is for run.engine ray, not for local"),
+        ({"engine": "ray", "gpus_per_unit": 1.5}, "run.gpus_per_unit is 1.5; it must be"),
+    ],
+)
+def test_engine_options_are_used_or_refused(pico_config, monkeypatch, fields, message):
+    monkeypatch.setattr("common.validation.find_spec", lambda name: object())
+    with pytest.raises(InputError, match=message):
+        check_engine(replace(pico_config.run, **fields))
+
+
+def test_ray_is_refused_where_it_is_not_installed(pico_config, monkeypatch):
+    monkeypatch.setattr("common.validation.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[cluster\]'"):
+        check_engine(replace(pico_config.run, engine="ray"))
+
+
+def test_machines_get_units_of_blocks_that_they_have_read():
+    """Two machines, three blocks of two tasks: each block is read by one machine, until blocks run out."""
+    pending = [(block, (task,)) for block in range(3) for task in "ab"]
+    readers: dict = {}
+    given = {"x": [], "y": []}
+    for node in "xyxyxy":
+        unit = pending.pop(chosen(pending, node, readers))
+        readers.setdefault(unit[0], set()).add(node)
+        given[node].append(unit[0])
+    assert given == {"x": [0, 0, 2], "y": [1, 1, 2]}
+
+
+def test_machines_are_filled_by_the_room_that_they_have():
+    needs = {"CPU": 2, "GPU": 0, "memory": 10}
+    nodes = {"large": {"CPU": 9, "memory": 45}, "small": {"CPU": 4, "memory": 19}, "head": {"CPU": 0, "memory": 99}}
+    assert {node: room_in(has, needs) for node, has in nodes.items()} == {"large": 4, "small": 1, "head": 0}
+    running: list = []
+    while node := roomy(nodes, needs, running, None):
+        running.append((len(running), node))
+    assert Counter(node for _, node in running) == {"large": 8, "small": 2}  # one waits for each that is worked on
+    assert roomy(nodes, needs, running[:3], 3) is None and roomy(nodes, needs, running[:2], 3)
