@@ -5,15 +5,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
-from common.domain import FOLDERS, Domain
+from common.domain import Domain, module_of
 from common.io.hub import headers_only
 from common.planning.dry_run import Plan, describe
 from common.validation import check_domain
@@ -45,7 +44,7 @@ def run(
     try:
         config = config or parse(description or "")
         check_domain(config, name or config.domain)
-        domain = cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
+        domain = module_of(config.domain)
         if config.dry_run:
             with headers_only():
                 planned = plan(config, domain)

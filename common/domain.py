@@ -1,8 +1,9 @@
 """What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class Domain(Protocol):
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, Scored]: ...
+
+
+def module_of(name: str) -> Domain:
+    """The module of a domain, a key of FOLDERS; imported when it is asked for, as it brings its libraries."""
+    return cast(Domain, import_module(f"{FOLDERS[name]}.domain"))
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

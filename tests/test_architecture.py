@@ -22,7 +22,7 @@ ORDER = [
     ["assembly"],
     ["evaluation", "planning"],
     ["pipeline"],
-    ["command"],
+    ["command", "api"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
