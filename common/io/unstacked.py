@@ -1,15 +1,16 @@
 """Checkpoints that keep many matrices in one tensor, or keep them turned, read one at a time; and the way back."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from common.core.blocks import Piece, Pieces
 from common.core.errors import InputError
 from common.core.task_vectors import Params
 from common.io.checkpoints import Checkpoint
+from common.io.shards import Stored, put, stored_at, waiting_in
 
 
 class Unstacked(Checkpoint):
@@ -67,20 +68,21 @@ def unstacked(checkpoint: Checkpoint, pieces: Pieces) -> Checkpoint:
 
 
 def stacked(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, folder: Path
+) -> Iterator[tuple[str, Tensor | Stored]]:
     """Put the pieces of each stack together again; all else passes as it is.
 
     Args:
-        tensors: Named tensors in any order; a stack is in memory from its first piece to its last.
+        tensors: Named tensors in any order, in the types that they are stored in.
         shapes: {name: shape} of the checkpoint that is written.
         pieces: What its stacks are made of.
-    Raises: InputError if a stack lacks a piece at the end.
+        folder: Where the pieces of a stack wait, in files without a name: only one is in memory.
+    Raises: InputError if a stack lacks a piece at the end, or there is no room for it.
     """
     places = {
         piece.name: (name, piece) for name, shape in shapes.items() for piece in pieces(name, shape) if not piece.rows
     }
-    begun: dict[str, Tensor] = {}
+    begun: dict[str, BinaryIO] = {}
     left: dict[str, int] = {}
     for name, tensor in tensors:
         if name not in places:
@@ -92,10 +94,11 @@ def stacked(
             yield stack, tensor
             continue
         if stack not in begun:
-            begun[stack], left[stack] = torch.empty(shapes[stack], dtype=tensor.dtype), math.prod(shapes[stack][:1])
-        begun[stack][piece.place] = tensor
+            begun[stack], left[stack] = waiting_in(folder), shapes[stack][0]
+        put(begun[stack], piece.place * tensor.nbytes, tensor)
         left[stack] -= 1
         if not left[stack]:
-            yield stack, begun.pop(stack)
+            yield stack, stored_at(begun.pop(stack), 0, tensor.dtype, shapes[stack])
+        del tensor  # before the next is made
     if begun:
         raise InputError(f"the stack {next(iter(begun))} lacks {left[next(iter(begun))]} of its parts")
