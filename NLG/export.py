@@ -42,8 +42,9 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     text, where = config_text(model)
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
-    whole = stacked(tensors, reading(model).stored(skeleton(model)), reading(model).pieces)
-    shapes = stage_shards(as_stored(whole, dtype, base), folder)
+    written = as_stored(tensors, dtype, base)
+    whole = stacked(written, reading(model).stored(skeleton(model)), reading(model).pieces, folder)
+    shapes = stage_shards(whole, folder)
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
         rows = {"vocab_size": shapes[embedding][0]}

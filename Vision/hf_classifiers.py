@@ -133,8 +133,9 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     root, base = skeleton(model), Checkpoint(model.path("base"), family(model).names)
     text = read_text(base.folder / CONFIG_FILE)
     dtype = output_type(base, parse(text, CONFIG_FILE))
-    whole = stacked(with_pooler(tensors, base, POOLER, bool(model.heads)), stored_shapes(root), family(model).pieces)
-    merged = write_stream(folder / "model.safetensors", as_stored(whole, dtype, base))
+    written = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
+    whole = stacked(written, stored_shapes(root), family(model).pieces, folder)
+    merged = write_stream(folder / "model.safetensors", whole)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
     for task in model.heads:
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
-from common.domain import Domain, domain_of
+from common.domain import Domain, module_of
 from common.io.hub import headers_only
 from common.planning.dry_run import Plan, describe
 from common.report.live import reported
@@ -47,7 +47,7 @@ def run(
     try:
         config = config or parse(description or "")
         check_domain(config, name or config.domain)
-        domain = domain_of(config)
+        domain = module_of(config.domain)
         if config.dry_run:
             with headers_only():
                 planned = plan(config, domain)

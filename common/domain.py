@@ -77,9 +77,9 @@ def anchored_part(config: Config, domain: Domain) -> str:
     return config.anchors.part or domain.PARTS[0]
 
 
-def domain_of(config: Config) -> Domain:
-    """The domain that the config names, imported now: it brings libraries that take seconds."""
-    return cast(Domain, import_module(f"{FOLDERS[config.domain]}.domain"))
+def module_of(name: str) -> Domain:
+    """The module of a domain, a key of FOLDERS; imported when it is asked for, as its libraries take seconds."""
+    return cast(Domain, import_module(f"{FOLDERS[name]}.domain"))
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

@@ -17,7 +17,7 @@ from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.core.task_vectors import require_same_shapes
-from common.domain import FOLDERS, Domain, anchored_part, domain_of
+from common.domain import FOLDERS, Domain, anchored_part, module_of
 from common.experiment import Experiment
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
@@ -83,7 +83,7 @@ def unit_of_worker(
     """One unit, in a process that has opened the experiment for this call of `carry_out` and keeps it open."""
     if call not in _OPEN:
         _OPEN.clear()
-        _OPEN[call] = open_experiment(config, domain_of(config))
+        _OPEN[call] = open_experiment(config, module_of(config.domain))
     experiment, units = _OPEN[call], Units(stage=stage)
     with threads_for(experiment.largest_product):
         each(experiment, [unit], units, *arguments)

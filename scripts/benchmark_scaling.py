@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 
 from benchmark_blocks import TOYS
 from benchmark_clock import Clock
-from common.command import FOLDERS, parse
+from common.command import parse
+from common.domain import module_of
 from common.pipeline import construct
 
 LEAST = {"blocks": 1, "tasks": 2, "anchors": 32}  # what the two counts are while the third is doubled
@@ -19,7 +19,7 @@ LEAST = {"blocks": 1, "tasks": 2, "anchors": 32}  # what the two counts are whil
 def scaling(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
     """Seconds of the processor that construction takes on a toy, 40 steps a unit, as one count doubles twice."""
     config = parse("", [f"--config=configs/{TOYS[name]}.yaml", "--preset=fast", "--anchors.steps=40"])
-    domain = import_module(f"{FOLDERS[config.domain]}.domain")
+    domain = module_of(config.domain)
     config = replace(config, model=replace(config.model, root=f"toy/{name}/checkpoints"), tasks=config.tasks[:4])
     taken: dict[str, dict[int, float]] = {"blocks": {}, "tasks": {}, "anchors": {}}
     for what, counts in {"blocks": (1, 1, 2, 4), "tasks": (1, 2, 4), "anchors": (16, 32, 64)}.items():

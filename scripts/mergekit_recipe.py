@@ -2,7 +2,13 @@
 
 Read are linear, slerp, task_arithmetic, ties, dare_linear, dare_ties and breadcrumbs over whole models, with one number
 for each weight, density and t. Not read are gradients of them, filters by tensor name, slices of layers, and what the
-merge method here cannot do: TIES with unlike weights, say. What DARE drops is drawn by another generator.
+merge method here cannot do: TIES with unlike weights, say. tests/test_mergekit_recipe.py compares with what mergekit
+0.1.5 makes. Beyond rounding these differ:
+- What DARE drops is drawn by another generator, and rescaled by 1/density, where mergekit restores the sum of |τ|.
+- A dtype is that of the result, as out_dtype; mergekit computes in it too, so its task vectors are rounded.
+- Where trimmed task vectors cancel to the last bit, TIES is 0 here and takes the positive ones there; of changes of
+  equal size at the threshold all are kept here, and some there.
+int8_mask says how mergekit keeps a mask, and is passed over.
 """
 
 import math
@@ -46,7 +52,9 @@ def config_of(file: Path, domain: str, run: Run) -> Config:
         raise InputError(f"{file}: {method} needs a base_model")
     base = place(recipe.get("base_model") or next(iter(models)))
     said = {"normalize": None, "lambda": 1.0} | parameters(recipe, "", str(file))
-    if method in WHOLE:  # the base is one of what is mixed, the first of two for slerp
+    if method in WHOLE:  # the base is one of what is mixed, listed or not, and the first of two for slerp
+        if recipe.get("base_model") and base not in map(place, models):
+            models[recipe["base_model"]] = {}
         models = dict(sorted(models.items(), key=lambda named: method == "slerp" and place(named[0]) != base))
     else:
         models = {name: own for name, own in models.items() if place(name) != base}
@@ -88,7 +96,14 @@ def start_of(
     method: str, models: Mapping[str, Mapping[str, float]], said: Mapping[str, Any], file: str
 ) -> tuple[str, dict[str, Any]]:
     """(start.method, its hyperparameters) that do what the recipe asks for."""
-    weights = [float(own.get("weight", said.get("weight", 1.0))) for own in models.values()]
+    if method == "slerp":
+        if len(models) != 2:
+            raise InputError(f"{file}: slerp mixes the base_model and one other model, not {len(models)} in all")
+        return "slerp", {"t": number(said, "t", method, file)}
+    for name, own in models.items():
+        if "weight" not in own and "weight" not in said:
+            raise InputError(f"{file}: {method} needs a weight for {name}")
+    weights = [float(own.get("weight", said.get("weight"))) for own in models.values()]
     normalize = NORMALIZED.get(method, False) if said["normalize"] is None else bool(said["normalize"])
     if normalize and not math.isclose(sum(weights), 0):
         shares = [weight / sum(weights) for weight in weights]
@@ -104,14 +119,14 @@ def start_of(
         return "ta", {"scale": shares}
     if method == "task_arithmetic":
         return "ta", {"scale": [said["lambda"] * share for share in shares]}
-    if method == "slerp":
-        return "slerp", {"t": number(said, "t", method, file)}
     density = one(models, said, "density", 1.0, file)
     if method == "dare_linear":
         return "dare_ta", {"drop": 1 - density, "scale": [said["lambda"] * share for share in shares]}
     if len(set(weights)) > 1:
         raise InputError(f"{file}: {method} is understood with equal weights, not {', '.join(map(str, weights))}")
     if method in ("ties", "dare_ties"):
+        if not all(weights):
+            raise InputError(f"{file}: {method} is understood with weights that are not zero")
         if not normalize:
             raise InputError(f"{file}: {method} is understood with normalize: true, the mean of those that agree")
         if method == "ties":
@@ -119,6 +134,12 @@ def start_of(
         return "dare_ties", {"drop": 1 - density, "density": 1.0, "scale": said["lambda"]}
     if method == "breadcrumbs":
         gamma = one(models, said, "gamma", 0.01, file)
+        if density >= 1:  # then no outlier is removed either
+            return "breadcrumbs", {"keep": 1.0, "outliers": 0.0, "scale": said["lambda"] * shares[0]}
+        if density + gamma > 1:
+            raise InputError(
+                f"{file}: breadcrumbs is understood with density + gamma of at most 1, not {density} + {gamma}"
+            )
         return "breadcrumbs", {"keep": density, "outliers": gamma, "scale": said["lambda"] * shares[0]}
     known = "linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs"
     raise InputError(f"{file}: merge_method {method!r} is not understood; read are {known}")
@@ -161,6 +182,10 @@ def types_of(recipe: Mapping[str, Any], domain: str, file: str) -> dict[str, Any
     """What the recipe says of the type and tokens of the merged model, which are options of language models."""
     dtype, tokens = recipe.get("out_dtype") or recipe.get("dtype"), recipe.get("tokenizer_source")
     if domain != "nlg":
+        if dtype is not None:
+            raise InputError(f"{file}: dtype is for language models; a merged model of {domain} has its base's type")
+        if tokens not in (None, "base"):
+            raise InputError(f"{file}: tokenizer_source {tokens!r} is for language models, not for {domain}")
         return {}
     if tokens is not None and tokens not in VOCABULARIES:
         raise InputError(f"{file}: tokenizer_source {tokens!r} is not understood; read are {', '.join(VOCABULARIES)}")

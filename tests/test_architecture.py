@@ -24,7 +24,7 @@ ORDER = [
     ["report"],
     ["pipeline"],
     ["analysis"],
-    ["command"],
+    ["command", "api"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))

@@ -1,6 +1,7 @@
 """Recipes of mergekit: what is read gives what the recipe's formula gives by hand, what is not is named."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from common.pipeline import merge_alone
 from mergekit_recipe import config_of, place
 from NLG import domain
 from pico_nlg import write_pico_models
+from pico_recipes import KEPT, RECIPES, dropped, looked_at, recipe_of, write_recipe_models
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,60 @@ def test_recipes_merge_as_their_formulas_say(models, tmp_path):
     check(slerp_of, merge_method="slerp", models={"math": {}, "base": {}}, parameters={"t": 0.25})
 
 
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory):
+    """The models that mergekit merged."""
+    root = tmp_path_factory.mktemp("integers")
+    write_recipe_models(root)
+    return root
+
+
+def by_recipe(name, root, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_of(name, root)))
+    config = config_of(file, "nlg", Run(name="recipe", root=str(tmp_path), device="cpu", score=False))
+    return Checkpoint(merge_alone(config, domain)).read_under("")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "dare_linear"])
+def test_merges_are_those_of_mergekit(integers, tmp_path, name):
+    """To rounding in float32; to one of bfloat16 where the result is in it, to two where mergekit computes in it."""
+    expected = json.loads(KEPT.read_text())[name]
+    found = looked_at(by_recipe(name, integers, tmp_path))
+    assert found.keys() == expected.keys() and len(found) == 21
+    places = {"task_arithmetic, out bfloat16": 2**-8, "task_arithmetic, bfloat16": 2**-7}.get(name, 1e-6)
+    sums = {"task_arithmetic, bfloat16": 0.1, "task_arithmetic, out bfloat16": 1e-3}.get(name, 1e-5)
+    for tensor, values in expected.items():
+        assert found[tensor][2:] == pytest.approx(values[2:], rel=places, abs=places / 4), tensor
+        assert found[tensor][:2] == pytest.approx(values[:2], rel=sums, abs=sums), tensor
+
+
+def test_dare_keeps_and_rescales_as_mergekit_does_on_the_whole(integers, tmp_path):
+    """Which changes are dropped is drawn; a share of 1/2 of 5,712 is kept to 4 standard deviations, 0.026. Ours are
+    doubled; mergekit's have the sum of |τ| that all had, so that the factor is near 2."""
+    base, math = (Checkpoint(integers / name).read_under("") for name in ("base", "math"))
+    kept, factor = json.loads(KEPT.read_text())["dare_linear"]
+    ours = dropped(by_recipe("dare_linear", integers, tmp_path), base, {n: math[n] - base[n] for n in base})
+    assert ours[0] == pytest.approx(0.5, abs=0.026) and kept == pytest.approx(0.5, abs=0.026)
+    assert ours[1] == pytest.approx(2, abs=1e-4) and factor == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("of", ["vision", "nlu"])
+def test_types_and_tokens_are_for_language_models(tmp_path, of):
+    file = tmp_path / "recipe.yaml"
+    plain = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "a", **weighted(1)}]}
+    for more, said in [
+        ({"dtype": "bfloat16"}, f"dtype is for language models; a merged model of {of} has its base's type"),
+        ({"out_dtype": "float16"}, "dtype is for language models"),
+        ({"tokenizer_source": "union"}, "tokenizer_source 'union' is for language models"),
+    ]:
+        file.write_text(yaml.safe_dump(plain | more))
+        with pytest.raises(InputError, match=said):
+            config_of(file, of, Run(name="x"))
+    file.write_text(yaml.safe_dump(plain | {"tokenizer_source": "base"}))
+    assert config_of(file, of, Run(name="x")).domain == of
+
+
 def slerp_of(base, math, code):
     """A quarter of the way from base to math on the arc, by angles in float64."""
     a, b = base.double().flatten(), math.double().flatten()
@@ -114,7 +170,7 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
         ({"models": [{"model": "a", "parameters": {"weight": [0, 1]}}]}, r"a: weight is \[0, 1\]; one number for all"),
         ({"parameters": {"select": 1}}, "select is not understood; read are density"),
         ({"merge_method": "ties", "parameters": {"normalize": False}}, "ties is understood with normalize: true"),
-        ({"merge_method": "slerp"}, "slerp needs parameters.t"),
+        ({"merge_method": "slerp", "models": [{"model": "a"}]}, "slerp needs parameters.t"),
         ({"base_model": None}, "task_arithmetic needs a base_model"),
         (
             {"merge_method": "dare_linear", "parameters": {"rescale": False}},
@@ -128,11 +184,26 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
             {"merge_method": "ties", "models": [{"model": "a", **weighted(1)}, {"model": "b", **weighted(2)}]},
             "ties is understood with equal weights, not 1.0, 2.0",
         ),
+        ({"models": [{"model": "a"}]}, "task_arithmetic needs a weight for a"),
+        ({"merge_method": "linear"}, "linear needs a weight for base"),
+        (
+            {"merge_method": "slerp", "parameters": {"t": 0.5}},
+            "slerp mixes the base_model and one other.* not 3 in all",
+        ),
+        (
+            {"merge_method": "breadcrumbs", "parameters": {"density": 0.9, "gamma": 0.2}},
+            r"density \+ gamma of at most 1, not 0.9 \+ 0.2",
+        ),
+        (
+            {"merge_method": "ties", "models": [{"model": "a", **weighted(0)}]},
+            "ties is understood with weights that are not zero",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(recipe, said, tmp_path):
     file = tmp_path / "recipe.yaml"
-    plain = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}
+    models = [{"model": name, **weighted(1)} for name in ("a", "b")]
+    plain = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
     file.write_text(yaml.safe_dump(plain | recipe))
     with pytest.raises(InputError, match=f"recipe.yaml.*{said}"):
         config_of(file, "nlg", Run(name="x"))

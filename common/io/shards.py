@@ -26,7 +26,7 @@ from common.io.model_files import INDEX_FILE
 from common.io.pickles import Pickled, lazy_tensors
 
 SHARD_BYTES = 2 * 2**30
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 STAGED = ".model-*.staged"
 PUBLISHED = "model-*-of-*.safetensors"
 DTYPES = {
@@ -35,11 +35,21 @@ DTYPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its type as safetensors calls it, its shape, and its bytes when asked for, in pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterable[bytes | memoryview]]
+
+
 # ---- a stream of tensors ---------------------------------------------------------------------------------------------
 
 
 def stage_shards(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor | Stored]], folder: Path, limit: int = SHARD_BYTES
 ) -> dict[str, tuple[int, ...]]:
     """Write a stream of named tensors as shards under hidden names; what the folder held before stays as it was.
 
@@ -55,7 +65,7 @@ def stage_shards(
     return shapes
 
 
-def write_stream(file: Path, tensors: Iterable[tuple[str, Tensor]], expected: Iterable[str] = ()) -> list[str]:
+def write_stream(file: Path, tensors: Iterable[tuple[str, Tensor | Stored]], expected: Iterable[str] = ()) -> list[str]:
     """Write a stream of named tensors into one safetensors file that is whole or not there, one in memory at a time.
 
     Returns: their names. InputError if one of the names `expected` is not among them.
@@ -93,16 +103,6 @@ def write_index(shards: Iterable[Path], folder: Path) -> None:
 
 
 # ---- tensors where they lie ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its type as safetensors calls it, its shape, and its bytes when asked for, in pieces."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    pieces: Callable[[], Iterable[bytes | memoryview]]
 
 
 @contextmanager
@@ -144,7 +144,9 @@ def stored_pickle(tensor: Pickled) -> Stored:
     return Stored(DTYPES[tensor.dtype], tensor.shape, math.prod(tensor.shape) * tensor.dtype.itemsize, pieces)
 
 
-def in_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: float) -> Iterator[dict[str, Stored]]:
+def in_shards(
+    tensors: Iterable[tuple[str, Tensor | Stored]], folder: Path, limit: float
+) -> Iterator[dict[str, Stored]]:
     """A stream in groups of at most `limit` bytes, or one tensor.
 
     A file begins with what is in it, which is known when all of it has come. Until then the bytes wait in a file
@@ -155,11 +157,11 @@ def in_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: float)
         with TemporaryFile(dir=folder) as waiting:
             shard: dict[str, Stored] = {}
             for name, tensor in tensors:
-                if shard and waiting.tell() + tensor.nbytes > limit:
+                if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > limit:
                     yield shard
                     shard = {}
                     waiting.seek(0)
-                shard[name] = appended(waiting, tensor.detach().cpu().contiguous())
+                shard[name] = tensor if isinstance(tensor, Stored) else appended(waiting, tensor)
                 del tensor  # before the next is made
             yield shard
     except OSError as error:
@@ -169,10 +171,31 @@ def in_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: float)
 def appended(handle: BinaryIO, tensor: Tensor) -> Stored:
     """A tensor whose bytes are written where a file stands."""
     begin = handle.tell()
-    handle.write(bytes_of(tensor))
+    put(handle, begin, tensor)
+    handle.seek(begin + tensor.nbytes)
+    return stored_at(handle, begin, tensor.dtype, tuple(tensor.shape))
+
+
+def waiting_in(folder: Path) -> BinaryIO:
+    """A new file without a name in a folder; InputError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return TemporaryFile(dir=folder)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}") from error
+
+
+def put(handle: BinaryIO, begin: int, tensor: Tensor) -> None:
+    """Write the bytes of a tensor at a place of a file."""
+    handle.seek(begin)
+    handle.write(bytes_of(tensor.detach().cpu().contiguous()))
     handle.flush()
-    pieces = partial(read_handle, handle, begin, begin + tensor.nbytes)
-    return Stored(DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, pieces)
+
+
+def stored_at(handle: BinaryIO, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+    """The tensor whose bytes lie at a place of an open file, which is there as long as this is."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return Stored(DTYPES[dtype], shape, nbytes, partial(read_handle, handle, begin, begin + nbytes))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -1,7 +1,8 @@
 """Checkpoints that keep many matrices in one tensor, or keep them turned, read one at a time; and the way back."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from common.core.blocks import Piece, Pieces
 from common.core.errors import InputError
 from common.core.task_vectors import Params
 from common.io.checkpoints import Checkpoint
+from common.io.shards import Stored, put, stored_at, waiting_in
 
 
 class Unstacked(Checkpoint):
@@ -80,15 +82,16 @@ def unstacked(checkpoint: Checkpoint, pieces: Pieces) -> Checkpoint:
 
 
 def stacked(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, folder: Path
+) -> Iterator[tuple[str, Tensor | Stored]]:
     """Put the pieces of each stack together again; all else passes as it is.
 
     Args:
-        tensors: Named tensors in any order; a stack is in memory from its first piece to its last.
+        tensors: Named tensors in any order, in the types that they are stored in.
         shapes: {name: shape} of the checkpoint that is written.
         pieces: What its stacks are made of.
-    Raises: InputError if a stack lacks a piece at the end.
+        folder: Where the pieces of a stack wait, in files without a name: only one is in memory.
+    Raises: InputError if a stack lacks a piece at the end, or there is no room for it.
     """
     places = {
         piece.name: (name, piece)
@@ -96,7 +99,7 @@ def stacked(
         for piece in pieces(name, shape)
         if not (piece.rows and piece.place is not None)
     }
-    begun: dict[str, Tensor] = {}
+    begun: dict[str, BinaryIO] = {}
     left: dict[str, int] = {}
     for name, tensor in tensors:
         if name not in places:
@@ -108,10 +111,13 @@ def stacked(
             yield stack, tensor
             continue
         if stack not in begun:
-            begun[stack], left[stack] = torch.empty(shapes[stack], dtype=tensor.dtype), math.prod(shapes[stack][:1])
-        begun[stack][piece.rows if piece.place is None else piece.place] = tensor
-        left[stack] -= 1 if piece.rows is None else piece.rows.stop - piece.rows.start
+            begun[stack], left[stack] = waiting_in(folder), shapes[stack][0]
+        rows = 1 if piece.rows is None else piece.rows.stop - piece.rows.start
+        first = piece.rows.start if piece.rows else piece.place or 0
+        put(begun[stack], first * tensor.nbytes // rows, tensor)
+        left[stack] -= rows
         if not left[stack]:
-            yield stack, begun.pop(stack)
+            yield stack, stored_at(begun.pop(stack), 0, tensor.dtype, shapes[stack])
+        del tensor  # before the next is made
     if begun:
         raise InputError(f"the stack {next(iter(begun))} lacks {left[next(iter(begun))]} of its parts")

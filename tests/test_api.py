@@ -1,0 +1,219 @@
+"""The interface from Python: on modules in memory and on places it makes, bit by bit, what the commands make."""
+
+import inspect
+import json
+import re
+import runpy
+import sys
+
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from common.api import Adapt, Anchors, AnchorSet, Model, Start, adapt, calls, construct, merge
+from common.api.modules import domain_of
+from common.config import ROOT, Config, Run, as_dict
+from common.core.errors import InputError
+from helpers import change, files_of
+from pico_nlg import write_pico_models
+from pico_vision import PICO_CLIP
+
+ANCHORS = Anchors(number=12, steps=5)
+START = Start("ta", hyper={"ta": {"scale": 0.5}})
+FIT = Adapt(rest="start", epochs=2, batch_size=8)
+
+
+def command(script: str, config: Config, monkeypatch) -> None:
+    """A command of the command line with a config in a file."""
+    file = config.run.dir.parent / "config.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}))
+    monkeypatch.setattr(sys, "argv", [script, "--config", str(file)])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def weights(folder):
+    """{name: tensor} of all files of a merged model."""
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def same(module, tensors):
+    """Whether a module has these very weights."""
+    own = module.state_dict()
+    return all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.fixture
+def llamas(tmp_path):
+    """Folders of a base and two experts without tokenizers, and the models in memory."""
+    write_pico_models(tmp_path / "llama", "llama", extra_tokens=0)
+    for file in (tmp_path / "llama").glob("*/*token*"):
+        file.unlink()
+    paths = {name: tmp_path / "llama" / name for name in ("base", "math", "code")}
+    return paths, {name: AutoModelForCausalLM.from_pretrained(path) for name, path in paths.items()}
+
+
+def split(named):
+    """(base, experts) of a dictionary of models."""
+    return named["base"], {task: model for task, model in named.items() if task != "base"}
+
+
+def test_modules_and_places_give_what_the_commands_give(llamas, nlg_config, tmp_path, monkeypatch):
+    paths, modules = llamas
+    config = change(nlg_config, "model", root=str(tmp_path / "llama"), vocabulary="refuse", tokenizers=())
+    config = change(change(config, "start", hyper=START.hyper), "run", root=str(tmp_path / "command"))
+    config = change(change(config, "anchors", **vars(ANCHORS)), "adapt", **vars(FIT))
+    for script in ("NLG/construct_fda.py", "NLG/adapt.py"):
+        command(script, config, monkeypatch)
+    expected = {name: weights(config.run.dir / "merged" / name) for name in ("ta", "fda-ta-weight")}
+
+    before = {name: {n: t.clone() for n, t in model.state_dict().items()} for name, model in modules.items()}
+    merged, anchors = merge(*split(modules), START), construct(*split(modules), ANCHORS)
+    adapted = adapt(*split(modules), anchors, START, FIT)
+    assert type(merged) is type(adapted) is type(modules["base"])
+    assert same(merged, expected["ta"]) and same(adapted, expected["fda-ta-weight"])
+    assert not same(merged, expected["fda-ta-weight"])
+    assert all(same(model, before[name]) for name, model in modules.items()), "the inputs stay as they are"
+    made = files_of(config.run.dir / "anchors" / "weight", "*.safetensors")
+    assert len(made) == 4 and files_of(anchors.config.run.dir / "anchors" / "weight", "*.safetensors") == made
+    assert {task: [tuple(x.shape) for x in of] for task, of in anchors.items()} == dict.fromkeys(
+        ("math", "code"), [(12, 1, 16)] * 2
+    )
+
+    run = tmp_path / "ours"
+    construct(*split(paths), ANCHORS, folder=run)
+    folder = adapt(*split(paths), AnchorSet(anchors.config), START, FIT, folder=run)
+    assert files_of(run / "anchors", "*.safetensors") == files_of(config.run.dir / "anchors", "*.safetensors")
+    assert folder == run / "merged" / "fda-ta-weight"
+    assert files_of(folder, "*.safetensors") == files_of(config.run.dir / "merged" / folder.name, "*.safetensors")
+
+
+def test_a_text_encoder_keeps_its_head(nlu_inputs):
+    root = nlu_inputs / "roberta"
+    base = AutoModelForMaskedLM.from_pretrained(root / "base")
+    experts = {
+        task: AutoModelForSequenceClassification.from_pretrained(root / task / "model") for task in ("cola", "mnli")
+    }
+    merged = merge(base, experts, "average").state_dict()
+    head = [name for name in merged if name.startswith("lm_head") and "decoder" not in name]
+    assert head and all(torch.equal(merged[name], base.state_dict()[name]) for name in head)
+    name = "roberta.encoder.layer.1.output.dense.weight"
+    mean = sum(expert.state_dict()[name] for expert in experts.values()) / 2
+    torch.testing.assert_close(merged[name], mean, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def clips(pico_inputs, monkeypatch):
+    """A base of open_clip and an expert in memory, and the architecture under a name that open_clip knows."""
+    root = pico_inputs / "clip"
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "pico", PICO_CLIP)
+    base, expert = (open_clip.create_model(f"local-dir:{root / 'base'}") for _ in range(2))
+    expert.load_state_dict(load_file(root / "MNIST" / "finetuned.safetensors"), strict=False)
+    return root, base, expert
+
+
+def test_an_open_clip_module_merges_as_its_files_do(clips, tmp_path):
+    root, base, expert = clips
+    places = {"MNIST": root / "MNIST" / "finetuned.safetensors", "SVHN": root / "SVHN" / "finetuned.safetensors"}
+    folder = merge(root / "base", places, "tsv", folder=tmp_path / "run")
+    merged = merge(base, places | {"MNIST": expert}, "tsv", model=Model(arch="pico"))
+    assert same(merged, load_file(folder / "open_clip_model.safetensors")) and not same(merged, base.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "a model of open_clip does not say its architecture; model=Model"),
+        ({"model": Model(arch="pico-gelu")}, "base answers an image otherwise than the architecture pico-gelu"),
+        ({"model": Model(arch="pico-narrow")}, "base is not of the architecture pico-narrow: .*size mismatch"),
+    ],
+)
+def test_another_function_of_the_same_tensors_is_refused(clips, monkeypatch, given, said):
+    _, base, expert = clips
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "pico-gelu", PICO_CLIP | {"quick_gelu": False})
+    narrow = PICO_CLIP | {"vision_cfg": PICO_CLIP["vision_cfg"] | {"width": 8}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "pico-narrow", narrow)
+    with pytest.raises(InputError, match=said):
+        merge(base, {"MNIST": expert}, "ta", **given)
+
+
+def test_refusals_are_those_of_the_commands(llamas, tmp_path):
+    paths, modules = llamas
+    base, experts = split(modules)
+    anchors = construct(base, experts, ANCHORS)
+    other = {"math": experts["code"], "code": experts["math"]}
+    for call, said in [
+        (lambda: merge(base, experts, "tis"), "unknown start 'tis'; choose from pretrained, average"),
+        (lambda: merge(base, experts, Start("ta", hyper={"ta": {"x": 1}})), "ta: unknown hyperparameter 'x'"),
+        (lambda: merge(base, {"math": nn.Linear(2, 2)}, "ta"), r"experts\['math'\] is a Linear; a model of transf"),
+        (lambda: merge(base, [modules["math"]], "ta"), "experts is a list; {task: module or path} is needed"),
+        (lambda: merge(base, {}, "ta"), "tasks must name at least one task"),
+        (lambda: merge(base, {"math": tmp_path / "none"}, "ta"), "none"),
+        (lambda: merge(paths["base"], experts, "ta"), "base is a place and no module.* folder= says where"),
+        (lambda: merge(base, experts, "ta", domain="text"), "unknown domain 'text'; choose from vision, nlu, nlg"),
+        (lambda: merge(base, experts, "ta", model=Model(base="x")), "model.base is set, but base and experts are arg"),
+        (lambda: merge(base, experts, "ta", model=Model(tokenizers=("math",))), "folder= says where"),
+        (lambda: merge(base, experts, "regmean"), "regmean needs data of the tasks; nlg has none"),
+        (lambda: adapt(base, other, anchors, START, FIT), "was made with weights.expert = .*, now it is"),
+        (lambda: adapt(base, experts, anchors, START, FIT, seed=1), "was made with run.seed = 0, now it is 1"),
+        (lambda: adapt(base, experts, tmp_path, START, FIT), "there is no file .*dual_anchors_layer_1.npy"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+def test_the_domain_is_found_or_asked_for(llamas, nlu_inputs, pico_inputs, tmp_path):
+    paths, modules = llamas
+    assert domain_of(modules["base"]) == domain_of(str(paths["base"])) == "nlg"
+    assert domain_of(nlu_inputs / "bert" / "base") == "nlu"
+    assert domain_of(AutoModelForMaskedLM.from_pretrained(nlu_inputs / "roberta" / "base")) == "nlu"
+    assert domain_of(pico_inputs / "clip" / "base") == "vision"
+    with pytest.raises(InputError, match="does not tell what kind of model it is; domain= says so: vision, nlu, nlg"):
+        domain_of(tmp_path)
+
+
+def test_defaults_are_those_of_the_config():
+    for function in (merge, construct, adapt):
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = {"seed": Run.seed, "device": Run.device, "precision": Run.precision}.get(name)
+            if parameter.default not in (parameter.empty, None, "") and default is None:
+                default = getattr(calls, name.capitalize())()
+            assert parameter.default in (parameter.empty, None, "", default), name
+    assert inspect.signature(merge).parameters["device"].default == Run.device
+
+
+def test_the_example_of_the_page_runs(llamas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "scripts/README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(example, found)
+    assert type(found["merged"]) is type(found["adapted"]) is type(found["base"])
+    assert [x.shape for x in found["anchors"]["code"]] == [(64, 1, 16)] * 2
+    assert not same(found["adapted"], found["merged"].state_dict())
+
+
+def test_the_notebook_is_kept_without_outputs():
+    notebook = json.loads((ROOT / "scripts/example.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) > 5 and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    """It ends, experts know their own tasks alone, and every merge knows something of each."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "scripts/example.ipynb", 4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    table = next(o["text"] for o in code[-1].outputs if o.get("name") == "stdout").splitlines()
+    rows = {line[:26].strip(): [float(x) for x in line[26:].split()] for line in table[1:]}
+    print(rows)
+    assert rows["base"] == [0, 0, 0] and rows["expert of plants"][1] > 90 > 10 > rows["expert of plants"][0]
+    for name in ("task arithmetic", "TSV", "FDA from task arithmetic", "FDA from TSV"):
+        assert min(rows[name]) > 10, name
