@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import shutil
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -393,6 +394,12 @@ def test_missing_anchors_are_named(pico_config):
         analyse("spectrum", config, domain)
     with pytest.raises(InputError, match="compare.inits, which names none"):
         analyse("spectrum", change(config, "compare", inits=[]), domain)
+
+
+def test_a_dry_run_says_what_the_analysis_lacks(pico_config):
+    command_file = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/analyse.py")))
+    refusals = command_file.plan("tsne", change(pico_config, "compare", inits=["gauss"]), domain).refusals
+    assert len(refusals) == 1 and "there are no anchors at" in refusals[0] and "gauss/MNIST" in refusals[0]
 
 
 def test_the_command_lists_what_there_is():

@@ -91,7 +91,7 @@ class Material:
         if (file := layout.snapshot_file(task, index)).is_file():
             made = anchor_provenance(experiment, task, index, *thetas)
             return {step: x.to(self.device) for step, x in load_snapshots(file, made, experiment.shape).items()}
-        first = initial_anchors_of(experiment, task, index, thetas[1]) + experiment.positions(task)
+        first = initial_anchors_of(experiment, task, index, experiment.matched(thetas[1])) + experiment.positions(task)
         return {0: first, int(self.header(init, task, index)["steps_done"]): kept}
 
     def header(self, init: str, task: str, index: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ out.
 The paper leaves open what τ' is (one gradient, or an adaptation): an adaptation here. Ours too: the rate of the
 fine-tuning is adapt's from the pretrained model, which is that of the experts in the paper's settings, and constant;
 from task arithmetic the paper's reference is an epoch of another fine-tuning, here it is what is left to the expert.
+The updates are kept in memory, 2 KiB for each weight that is looked at: 13.5 GiB of a block of ViT-B/32.
 """
 
 from collections.abc import Mapping
