@@ -31,6 +31,7 @@ from common.io.task_heads import read_task_head
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
+from common.run.stages import lines_only
 from NLU.encoders import architecture, body_name, family
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
@@ -88,7 +89,7 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
     for name, path in checkpoints.items():
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
-        bar = tqdm(batches, desc=f"score {task}", leave=False)
+        bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")

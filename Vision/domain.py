@@ -26,6 +26,7 @@ from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.unstacked import unstacked
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
+from common.run.stages import lines_only
 from Vision import hf_classifiers, hf_models, open_clip_models
 from Vision.clip_config import clip_file
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, Pixels, kind_of
@@ -126,7 +127,7 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
     loader = torch.utils.data.DataLoader(
         records, config.eval.batch_size, collate_fn=collate, num_workers=config.eval.workers
     )
-    for images, labels in tqdm(loader, desc=f"score {task}", leave=False):
+    for images, labels in tqdm(loader, desc=f"score {task}", leave=False, disable=lines_only()):
         images, labels = {name: x.to(device) for name, x in images.items()}, labels.to(device)
         for name, model in models.items():
             right[name].append((model(**images).argmax(-1) == labels).cpu())

@@ -39,11 +39,13 @@ class Config:
     def at_start(self, method: str) -> "Config":
         """The config of one of compare.starts alone; start.checkpoint is that of start.method only."""
         checkpoint = self.start.checkpoint if method == self.start.method else ""
+        others = {start for start in self.compare.starts if start != method}
+        search = {what: lists for what, lists in self.compare.search.items() if what not in others}
         return replace(
             self,
             start=replace(self.start, method=method, checkpoint=checkpoint),
             adapt=replace(self.adapt, by_start={s: c for s, c in self.adapt.by_start.items() if s == method}),
-            compare=replace(self.compare, starts=[method]),
+            compare=replace(self.compare, starts=[method], search=search),
         )
 
 

@@ -76,6 +76,8 @@ class Run:
         address: ray only: the cluster's head, host:port, or auto on one of its machines. Empty: this machine.
         blocks: Work on these blocks only (0 is the first); the others may run elsewhere. Unset: all.
         score: Score the merged model at the end of adapt.
+        log: File that a line for each unit, stage and warning is added to; batch systems that show no terminal get the
+            same lines in place of bars.
         report: Keep a page of the run, report.html in its folder, and measure the task vectors for it unless there are
             more than 4 billion weights to read. full: whatever there is to read. no: no page.
     """
@@ -91,6 +93,7 @@ class Run:
     address: str = ""
     blocks: list[int] | None = None
     score: bool = True
+    log: str = ""
     report: Literal["auto", "full", "no"] = "auto"
 
     @property

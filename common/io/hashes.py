@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,13 +53,18 @@ def identity(parts: Sequence) -> str:
     return SCHEME + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
+
+
 def read_hash(file: Path) -> str:
     """SHA-256 of a file, read from its first byte to its last."""
     sha, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
     size = os.stat(file).st_size
     with (
         open(file, "rb", buffering=0) as handle,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"hash {file.name}", disable=size < LARGE, leave=False) as bar,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"hash {file.name}", disable=size < LARGE or None, leave=False
+        ) as bar,
     ):
         while count := handle.readinto(piece):
             sha.update(piece[:count])

@@ -23,6 +23,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import Batch, CalibrationTask
 from common.merging.tensorwise import require_examples, total
+from common.run.stages import lines_only
 
 
 def adamerging(
@@ -48,7 +49,7 @@ def adamerging(
     lambdas = {name: tau.new_full((len(deltas),), initial) for name, tau in deltas[0].items()}
     adam = torch.optim.Adam(lambdas.values(), lr=lr)
     streams = [repeated(task.batches) for task in calibration]
-    for _ in tqdm(range(steps), desc="adamerging", leave=False):
+    for _ in tqdm(range(steps), desc="adamerging", leave=False, disable=lines_only()):
         theta = as_leaf_tensors(add(base, combined(lambdas, deltas)))
         for task, stream in zip(calibration, streams, strict=True):
             logits_AC = task.answer(theta, next(stream))

@@ -23,6 +23,7 @@ from common.core.seeding import random_choice, seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import CalibrationTask
 from common.merging.tensorwise import require_examples
+from common.run.stages import lines_only
 
 
 def fisher(
@@ -65,7 +66,7 @@ def fisher_information(
     """The diagonal of the Fisher matrix at θ, by tensor: its mean over the task's inputs."""
     at = as_leaf_tensors(theta)
     total = {name: torch.zeros_like(p) for name, p in theta.items()}
-    for batch in tqdm(task.batches, desc="fisher", leave=False, disable=not theta):
+    for batch in tqdm(task.batches, desc="fisher", leave=False, disable=not theta or lines_only()):
         logits_AC = task.answer(at, batch)
         terms = list(log_likelihoods(logits_AC, exact, generator))
         for i, (weight, likelihood) in enumerate(terms, start=1):

@@ -23,6 +23,7 @@ from common.core.seeding import seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import BlockInputs, CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
+from common.run.stages import lines_only
 
 Flow = Sequence[BlockInputs]  # what reaches a block, batch by batch
 
@@ -71,7 +72,7 @@ def distilled(
     """Σᵢ αᵢ ⊙ τᵢ of one block, trained to meet the targets of every task on its inputs."""
     alphas = [{name: torch.full_like(tau, initial) for name, tau in of_task.items()} for of_task in taus]
     adam = torch.optim.Adam([alpha for of_task in alphas for alpha in of_task.values()], lr=lr)
-    for _ in tqdm(range(epochs), desc="prodistill, a block", leave=False):
+    for _ in tqdm(range(epochs), desc="prodistill, a block", leave=False, disable=lines_only()):
         orders = [torch.randperm(len(flow), generator=generator).tolist() for flow in inputs]
         for step in range(max(map(len, orders))):
             theta = as_leaf_tensors(add(theta_0, combined(alphas, taus)))

@@ -14,6 +14,7 @@ from common.evaluation.rows import Row, display, is_shown, rank, row_name, value
 from common.evaluation.significance import Difference, Scores, difference, findings, in_words, scores_of
 from common.evaluation.tables import MISSING, footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
+from common.merging.starts import JOINED
 from common.report.reading import RunRecord
 
 UNITS = {"s": 1, "min": 60, "h": 3600, "GiB": 1}
@@ -164,7 +165,7 @@ def group_of(row: Row) -> str:
     method = row["method"]
     if method in ("pretrained", "individual", "fda"):
         return "fda" if method == "fda" else "end"
-    return "data" if method in METHODS and METHODS[method].data else "merge"
+    return "data" if any(part in METHODS and METHODS[part].data for part in method.split(JOINED)) else "merge"
 
 
 def beside_starts(lines: Iterable[Line], by_name: Mapping[str, Row]) -> list[Line]:

@@ -1,5 +1,6 @@
 """How far a command is: its stages in order, what a unit of each kind takes, and who is told when a unit is done."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,12 +33,13 @@ class Stages:
     """The stages of one command.
 
     expected: "run: stage" of all that are to come, in order, as far as it is known. watchers: called when a unit is
-    done and when a stage has ended well. place: of the stage that goes on, in `expected`. last: what was said of the
-    one before. going: the stage, and those within it.
+    done and when a stage has ended well. listeners: handed a line of text on each. place: of the stage that goes on, in
+    `expected`. last: how far the one before came. going: the stage, and those within it.
     """
 
     expected: list[str] = field(default_factory=list)
     watchers: list[Callable[[], None]] = field(default_factory=list)
+    listeners: list[Callable[[str], None]] = field(default_factory=list)
     place: int = -1
     last: str = ""
     going: list[Going] = field(default_factory=list)
@@ -59,9 +61,10 @@ class Stages:
             yield
             self.measure(now, done=units.done if units else 1)
         finally:
-            self.last = self.said
+            self.last = self.reached
             self.going.remove(now)
-        self.tell()
+        took = f"{self.last}, done in {in_words(time.monotonic() - now.began)}"
+        self.tell(f"{took}, {units.kept} kept" if units and units.kept else took)
 
     def measure(self, stage: Going, done: float) -> None:
         """Note what a stage took."""
@@ -70,8 +73,19 @@ class Stages:
         pace.units += done
         pace.size = stage.units.done + stage.units.kept if stage.units else 1
 
-    def tell(self) -> None:
-        """Call the watchers."""
+    def unit_done(self, name: str) -> None:
+        """Tell that a unit of the stage that goes on is done."""
+        if not self.going:
+            return self.tell("")
+        units, left = self.going[0].units, self.seconds_of_stage()
+        loss = f"loss {units.loss:.4f}" if units and units.loss is not None else ""
+        parts = [self.reached, name, loss, f"{in_words(left)} left" if left else "", self.left]
+        self.tell(", ".join(filter(None, parts)))
+
+    def tell(self, line: str) -> None:
+        """Hand a line to the listeners, if it says anything, and call the watchers."""
+        for listener in list(self.listeners) if line else []:
+            listener(line)
         for watcher in list(self.watchers):
             watcher()
 
@@ -81,27 +95,44 @@ class Stages:
         return f"stage {self.place + 1} of {len(self.expected)}" if self.place >= 0 else ""
 
     @property
-    def said(self) -> str:
-        """Where the command is, in words: stage, units and the time that is left; of one between stages, the last."""
+    def reached(self) -> str:
+        """How far the command is, in words: stage and units; of one between two stages, the last."""
         if not self.going:
             return self.last or "the beginning"
         now = self.going[0]
         units = f"{now.units.reached:.0f} of {now.units.wanted} units" if now.units else ""
-        return ", ".join(filter(None, (self.where, now.name, units, self.left)))
+        return ", ".join(filter(None, (self.where, now.name, units)))
+
+    @property
+    def said(self) -> str:
+        """How far the command is, and the time that is left."""
+        return ", ".join(filter(None, (self.reached, self.left)))
+
+    def pace_of_stage(self) -> Pace | None:
+        """What units of the kind that goes on took, those of this stage so far among them; None if it counts none."""
+        if not self.going or not (units := self.going[0].units):
+            return None
+        now = self.going[0]
+        before = self.paces.get(kind_of(now.name), Pace())
+        return Pace(
+            before.seconds + time.monotonic() - now.began, before.units + units.reached, units.wanted + units.kept
+        )
+
+    def seconds_of_stage(self) -> float:
+        """Seconds that are left of the stage that goes on; 0 if nothing was measured."""
+        pace = self.pace_of_stage()
+        if not pace or not pace.units or not (units := self.going[0].units):
+            return 0.0
+        return pace.seconds / pace.units * max(0.0, units.wanted - units.reached)
 
     def seconds_left(self) -> tuple[float, bool]:
         """Seconds that are left by what units took so far, and whether every kind that is to come was measured."""
-        kinds = [kind_of(key.partition(": ")[2]) for key in self.expected[self.place + 1 :]]
-        paces, left = dict(self.paces), 0.0
-        if self.going and self.going[0].units:
-            now, units = self.going[0], self.going[0].units
-            before = paces.get(kind_of(now.name), Pace())
-            spent, reached = before.seconds + time.monotonic() - now.began, before.units + units.reached
-            paces[kind_of(now.name)] = Pace(spent, reached, units.wanted)
-            left += spent / reached * max(0, units.wanted - units.reached) if reached else 0
+        kinds, paces = [kind_of(key.partition(": ")[2]) for key in self.expected[self.place + 1 :]], dict(self.paces)
+        if pace := self.pace_of_stage():
+            paces[kind_of(self.going[0].name)] = pace
         known = [paces[kind] for kind in kinds if kind in paces and paces[kind].units]
-        left += sum(pace.seconds / pace.units * pace.size for pace in known)
-        return left, len(known) == len(kinds)
+        later = sum(pace.seconds / pace.units * pace.size for pace in known)
+        return self.seconds_of_stage() + later, len(known) == len(kinds)
 
     @property
     def left(self) -> str:
@@ -147,3 +178,8 @@ def command_stages() -> Iterator[Stages]:
         yield current()
     finally:
         _CURRENT.reset(token)
+
+
+def lines_only() -> bool:
+    """Whether progress is told in lines of text alone: in a command whose standard error is no terminal."""
+    return bool(current().listeners) and not sys.stderr.isatty()
