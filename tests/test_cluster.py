@@ -1,0 +1,138 @@
+"""A Ray cluster of two machines, played by two raylets on this one: the same bytes, and losses cost what they hit."""
+
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from common import opening
+from common.core.errors import InputError
+from common.layout import RunLayout
+from common.pipeline import adapt, construct, construct_each
+from common.run.engine import Memory
+from common.run.progress import UnitBar
+from common.run.run_log import read_notes
+from helpers import change, files_of
+from pico_vision import PICO_CLIP, PICO_TASKS, pico_config, write_pico_clip
+from Vision import domain
+
+pytestmark = pytest.mark.slow
+LOSSES = 20
+NODE = {"num_cpus": 1, "object_store_memory": 2**28}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without work and two machines for one unit each, which ask for a token of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", uuid4().hex)
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")  # a busy machine takes its time
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        import ray
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            made.add_node(**NODE)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def deep(tmp_path, cluster):
+    """An experiment of sixteen units, on the cluster, and the same in one process."""
+    write_pico_clip(tmp_path / "clip", fields=PICO_CLIP | {"vision_cfg": PICO_CLIP["vision_cfg"] | {"layers": 8}})
+    alone = change(pico_config(tmp_path, tmp_path), "run", name="alone", score=False)
+    return alone, change(alone, "run", name="cluster", engine="ray", address=cluster.address)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines_make_the_bytes_of_one_process(deep, shared, monkeypatch):
+    """From a merged start, which machines that do not see the run's folder are sent."""
+    monkeypatch.setattr("common.run.cluster.sees", Path.is_file if shared else Path.is_dir)
+    alone, many = (change(config, "start", method="ta") for config in deep)
+    for config in (alone, many):
+        construct(config, domain)
+        adapt(config, domain)
+    for folder in ("anchors", "merged"):
+        assert files_of(alone.run.dir / folder) == files_of(many.run.dir / folder)
+    assert not list(many.run.dir.glob(".*")), "the file by which machines see the folder is left"
+    workers = read_notes(many.run.dir)["construct weight"]["workers"]
+    blocks = [{name.split("block ")[1] for name in worker["units"]} for worker in workers.values()]
+    assert sum(len(worker["units"]) for worker in workers.values()) == 16
+    assert sum(map(len, blocks)) <= 8 + 2, "a block is read by one machine, but for the last ones"
+
+
+def test_what_no_machine_has_is_refused(deep):
+    with pytest.raises(InputError, match="no machine of the Ray cluster has what a unit takes: 1 CPU, 0 GPU and 1025"):
+        opening.carry_out(
+            construct_each,
+            opening.open_experiment(deep[1], domain),
+            [(0, ("MNIST",))],
+            UnitBar("construct", 1),
+            writes=RunLayout(deep[1]).anchor_files,
+            seconds=1.0,
+            memory=lambda: Memory(0, 0, 2**50),
+        )
+
+
+def begun_each(experiment, units, bar):
+    """Construction that leaves a file at the beginning of each unit, and takes a second or so for it."""
+    for index, tasks in units:
+        folder = Path(experiment.config.run.root) / "begun"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{index} {tasks[0]} {os.getpid()} {uuid4().hex}").touch()
+        time.sleep(random.Random(index).uniform(0.5, 2))
+    construct_each(experiment, units, bar)
+
+
+def test_twenty_losses_change_no_byte_and_cost_what_they_hit(deep, cluster, tmp_path):
+    """Machines are removed and workers killed at random moments; each loss costs one unit at most."""
+    alone, many = deep
+    construct(alone, domain)
+    moments, lost, done = random.Random(), [], threading.Event()
+
+    def lose():
+        while len(lost) < LOSSES and not done.wait(moments.uniform(2, 8)):
+            if len(lost) % 2:
+                node = moments.choice(list(cluster.worker_nodes))
+                cluster.remove_node(node, allow_graceful=False)
+                cluster.add_node(**NODE)
+                lost.append("machine")
+            else:
+                newest = max((tmp_path / "begun").glob("*"), key=lambda file: file.stat().st_mtime, default=None)
+                with suppress(ProcessLookupError):
+                    if newest and newest.stat().st_mtime > time.time() - 5:
+                        os.kill(int(newest.name.split()[2]), signal.SIGKILL)
+                        lost.append("worker")
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    runs = 0
+    try:
+        while thread.is_alive() or not runs:
+            config = change(many, "run", name=f"cluster{runs}")
+            experiment = opening.open_experiment(config, domain)
+            memory = {"memory": lambda: Memory(0, 0, 2**20), "seconds": 2.0}
+            with UnitBar("construct", 16) as bar:
+                opening.carry_out(
+                    begun_each, experiment, experiment.units, bar, writes=RunLayout(config).anchor_files, **memory
+                )
+            runs += 1
+            assert bar.done + bar.kept == 16 and bar.kept <= len(lost)
+            assert files_of(alone.run.dir / "anchors") == files_of(config.run.dir / "anchors")
+    finally:
+        done.set()
+        thread.join()
+    attempts = len(list((tmp_path / "begun").iterdir()))
+    print(f"{len(lost)} losses in {runs} runs of 16 units: {attempts} attempts")
+    assert len(lost) == LOSSES and 16 * runs <= attempts <= 16 * runs + LOSSES
+    assert {len(tasks) for _, tasks in experiment.units} == {1} and list(experiment.experts) == PICO_TASKS
