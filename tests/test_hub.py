@@ -1,13 +1,18 @@
 """The hub wherever a path goes: fetched into its cache, headers alone in a dry run, every failure one sentence."""
 
 import itertools
+import re
 import runpy
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
 
 import pico_hub
 from common.command import parse as parse_command
@@ -15,14 +20,16 @@ from common.config import ROOT, Model
 from common.core.errors import InputError
 from common.core.places import path_of
 from common.io import hub as hub_module
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, write_tensors
 from common.io.hub import headers_only, parse
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import change, files_of
 from NLG import domain
+from NLU import domain as nlu
 from pico_hf_vision import write_pico_hf
 from pico_hub import COMMIT
+from pico_vision import PICO_CLIP
 from Vision import domain as vision
 
 publish = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "publish.py")))
@@ -149,11 +156,83 @@ def test_pickles_are_fetched_only_where_nothing_else_is(hub, tmp_path, nlg_input
     folder = path_of("hf://pico/pickled")
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert all(torch.equal(t, weights[n]) for n, t in Checkpoint(folder).read_under("").items())
-    with headers_only(), pytest.raises(InputError, match="pytorch_model.bin is a pickle, whose tensors are not known"):
-        path_of("hf://pico/pickled")
+    with headers_only():
+        assert Checkpoint(path_of("hf://pico/pickled")).shapes, "what is in the cache is read"
     (source / "model.safetensors").write_bytes((nlg_inputs / "llama" / "base" / "model.safetensors").read_bytes())
     hub.add("pico/both", source)
     assert "converted" not in str(path_of("hf://pico/both")) and not list(path_of("hf://pico/both").glob("*.bin"))
+
+
+@pytest.fixture
+def published(hub, pico_inputs, tmp_path, monkeypatch):
+    """configs/vision/vit_b32.yaml for two tasks, with pickled pico models on the hub under the names that it has."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "pico", PICO_CLIP)
+    clip, folder = pico_inputs / "clip", tmp_path / "published"
+    whole = load_file(clip / "base" / "open_clip_model.safetensors")
+    models = {"zeroshot": {n: t for n, t in whole.items() if n.startswith("visual.")}, "ViT-B-32": whole}
+    for task in ("MNIST", "SVHN"):
+        models[f"{task}/finetuned"] = load_file(clip / task / "finetuned.safetensors")
+        models[f"head_{task}"] = {"weight": torch.ones(10, 8)}
+    for name, tensors in models.items():
+        file = folder / "ViT-B-32" / f"{name}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, file)
+        write_tensors(tmp_path / "converted" / f"{name}.safetensors", tensors)
+    hub.add("SphereLab/vision_models_in_FDA", folder)
+    config = parse_command("", ["--config", str(ROOT / "configs/vision/vit_b32.yaml")])
+    config = change(replace(config, tasks=["MNIST", "SVHN"]), "model", arch="pico")
+    return change(change(config, "run", root=str(tmp_path), score=False, device="cpu"), "start", method="ta")
+
+
+def test_the_paper_s_pickles_are_noted_by_a_dry_run_and_fetched_by_the_run(hub, published, tmp_path):
+    with headers_only():
+        plan = describe(published, vision)
+    root = "hf://SphereLab/vision_models_in_FDA/ViT-B-32"
+    assert not plan.refusals and "construct, memory" in plan.text
+    for what, name in [("base", "zeroshot"), ("expert SVHN", "SVHN/finetuned"), ("text tower", "ViT-B-32")]:
+        assert re.search(f"not fetched {what}: {root}/{name}.safetensors, .* GB of pickles, read when the", plan.text)
+    assert f"not fetched head MNIST: {root}/head_MNIST.safetensors, " in plan.text
+    asked = [
+        request for request in hub.asked if request != "GET /api/models/SphereLab/vision_models_in_FDA/revision/main"
+    ]
+    assert not asked and len(hub.asked) == 6 and not hub.sent, "a listing for each of six files, and no file"
+    merged = merge_alone(published, vision)
+    local = change(change(published, "model", root=str(tmp_path / "converted")), "run", name="local")
+    assert files_of(merged, "*.safetensors") == files_of(merge_alone(local, vision), "*.safetensors")
+    assert "base_model:\n- SphereLab/vision_models_in_FDA\n" in (merged / "README.md").read_text()
+    hub_module._resolved.cache_clear()  # as in another process
+    with headers_only():
+        plan = describe(published, vision)
+    assert re.findall("not fetched (.*):", plan.text) == [f"head {task}: hf" for task in published.tasks], (
+        "never scored"
+    )
+    assert not plan.refusals and "in block 0: MNIST" in plan.text
+
+
+def test_the_paper_s_encoders_merge_from_the_hub(hub, nlu_inputs, tmp_path):
+    """configs/nlu/roberta_base.yaml for two tasks: a base of safetensors, and pickled experts."""
+    folder = tmp_path / "published"
+    shutil.copytree(nlu_inputs / "roberta" / "base", folder / "roberta-base")
+    for slug in ("cola", "mnli"):
+        expert = folder / slug / "roberta-base_lr1e-05"
+        shutil.copytree(nlu_inputs / "roberta" / slug / "model", expert)
+        torch.save(load_file(expert / "model.safetensors"), expert / "pytorch_model.bin")
+        (expert / "model.safetensors").unlink()
+    hub.add("SphereLab/nlu_models_in_FDA", folder)
+    config = parse_command("", ["--config", str(ROOT / "configs/nlu/roberta_base.yaml")])
+    config = change(replace(config, tasks=["CoLA", "MNLI"]), "run", root=str(tmp_path), score=False, device="cpu")
+    config = change(config, "start", method="average")
+    with headers_only():
+        plan = describe(config, nlu)
+    assert not plan.refusals and not [name for name in hub.sent if name.endswith((".bin", ".safetensors"))][1:]
+    assert (
+        "found      base: " in plan.text
+        and "not fetched expert MNLI: hf://SphereLab/nlu_models_in_FDA/mnli" in plan.text
+    )
+    local = change(change(config, "model", root=str(nlu_inputs / "roberta"), base="base", expert="{slug}/model"), "run",
+                   name="local")  # fmt: skip
+    ours, theirs = (files_of(merge_alone(each, nlu), "*.safetensors") for each in (config, local))
+    assert ours == theirs
 
 
 def test_anchors_are_taken_from_a_data_set(hub, tmp_path, nlg_config):

@@ -99,7 +99,10 @@ def test_the_papers_settings(name, scale, epochs):
         **dict.fromkeys(("ta", "tsv", "wudi"), (1e-2, epochs[1], 128, "mse")),
     }
     assert config.tasks == list(domain.TASKS)[:8]
-    assert config.model.path("expert", "SST-2") == Path(f"checkpoints/glue/sst2/roberta-{name}_lr1e-05")
+    expert = f"sst2/roberta-{name}_lr1e-05"
+    assert config.model.named("expert", "SST-2") == f"hf://SphereLab/nlu_models_in_FDA/{expert}"
+    on_disk = replace(config.model, root="checkpoints/glue")
+    assert on_disk.path("expert", "SST-2") == Path("checkpoints/glue") / expert
 
 
 MEASURED = """

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.core.places import for_task, path_of
+from common.core.places import for_task, path_of, within
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Model:
             place on the hub, hf://org/name[@revision][/path]; so may every path here be, and anchors.source.
         expert: The same for the expert of one task; {task} is its name, {slug} that in a-z and 0-9 (SST-2: sst2).
         experts: {task: path} of experts that are not where `expert` says.
-        root: Folder that the other paths are relative to.
+        root: Folder that the other paths are relative to, or a place on the hub.
         arch: Architecture: an open_clip model name; NLG: a config.json's text, read where the base is not there yet.
             Empty: the config file beside the base's weights tells.
         family: The architecture, as the base's config names it. auto: whatever that says.
@@ -57,6 +57,6 @@ class Model:
         return path_of(self.named(name, task), self.root)
 
     def named(self, name: Literal["base", "expert", "text", "head"], task: str = "") -> str:
-        """One of the paths as the config writes it, for a task."""
+        """One of the paths as the config writes it, for a task; with a root on the hub all of the place."""
         own = self.experts.get(task) if name == "expert" else None
-        return for_task(own or getattr(self, name), task)
+        return within(for_task(own or getattr(self, name), task), self.root)

@@ -22,11 +22,18 @@ def place_name(text: str) -> str:
     return "/".join(rest.removeprefix("datasets/").split("@")[0].split("/")[:2])
 
 
+def within(text: str, root: str) -> str:
+    """A place below a root on a hub; what is a place or an absolute path by itself, or has another root, as it is."""
+    own = "://" in text or Path(text).expanduser().is_absolute()
+    return text if own or "://" not in root else f"{root.rstrip('/')}/{text}"
+
+
 def path_of(text: str, root: str = ".") -> Path:
     """The local path that a text means, relative to `root` if it is none by itself, "~" expanded.
 
     Raises: InputError if nothing resolves its scheme, or what resolves it cannot.
     """
+    text = within(text, root)
     scheme, sign, _ = text.partition("://")
     if not sign:
         return Path(root).expanduser() / Path(text).expanduser()

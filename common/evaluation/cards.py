@@ -80,7 +80,8 @@ def front_matter(config: Config, folder: Path) -> str:
     """The metadata that the hub reads: what was merged, tags, library, and the licence that the base's card says."""
     from huggingface_hub import ModelCardData
 
-    ids = [place_name(config.model.base)] + [place_name(config.model.named("expert", task)) for task in config.tasks]
+    places = [config.model.named("base"), *(config.model.named("expert", task) for task in config.tasks)]
+    ids = map(place_name, places)
     known = [name for name in dict.fromkeys(ids) if "/" in name]
     data = ModelCardData(
         base_model=known or None,
@@ -134,7 +135,7 @@ def data_used(made: Mapping[str, Any]) -> str:
 def made_of(config: Config) -> list[str]:
     """A line for the base and for each expert, by its name on the hub or that of its folder."""
     experts = [f"- {task}: `{place_name(config.model.named('expert', task))}`" for task in config.tasks]
-    return [f"- base: `{place_name(config.model.base)}`", *experts]
+    return [f"- base: `{place_name(config.model.named('base'))}`", *experts]
 
 
 def settings(config: Config, made: Mapping[str, Any]) -> str:

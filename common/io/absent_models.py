@@ -6,6 +6,7 @@ from pathlib import Path
 
 HUB_ID = r"[\w.-]+/[\w.-]+"
 CACHED = "models--"
+NOT_FETCHED: dict[Path, str] = {}  # in a dry run: where a model would be, and a sentence on what a run fetches first
 FOREIGN = {
     "tf_model.h5": "TensorFlow's weights; open them with transformers before 5 and from_tf=True, and save them",
     "flax_model.msgpack": "Flax's weights; open them with transformers before 5 and from_flax=True, and save them",

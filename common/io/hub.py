@@ -3,7 +3,8 @@
 Only the files of a model that are read are fetched, into the hub's own cache and by its own rules (token, endpoint,
 offline). A branch or tag is looked up once and all files are those of its commit, which is in their path. Of a pickle
 nothing is executed: it is fetched only where there is no safetensors file, and turned into one beside the cache.
-Under `headers_only` no weight is fetched: files of their size stand in for them, with their own headers.
+Under `headers_only` no weight is fetched: files of their size stand in for them, with their own headers; nothing for
+pickles, of which only the size is known. A .safetensors file that is there as a pickle alone is that pickle, converted.
 """
 
 import re
@@ -16,8 +17,9 @@ from pathlib import Path, PurePosixPath
 
 from common.core.errors import InputError
 from common.core.places import RESOLVERS
+from common.io.absent_models import NOT_FETCHED
 from common.io.conversion import convert, target_of
-from common.io.hub_files import Place, fetched, listing
+from common.io.hub_files import Place, all_cached, fetched, listing
 from common.io.model_files import INDEX_FILE, MODEL_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 
 SCHEME = "hf"
@@ -56,10 +58,10 @@ def _resolved(text: str, headers: bool) -> Path:
     place = parse(text)
     commit, sizes = listing(place)
     wanted = files_wanted(place, sizes)
-    if headers:
+    pickles = [name for name in wanted if name.endswith(PICKLES)]
+    if headers and not (pickles and all_cached(place, commit, wanted)):
         return stand_ins(place, commit, {name: sizes[name] for name in wanted})
     folder = fetched(place, commit, wanted)
-    pickles = [name for name in wanted if name.endswith(PICKLES)]
     if not pickles:
         return folder / place.path
     made = folder.parent.parent / "converted" / commit
@@ -79,9 +81,11 @@ def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[st
 
     Raises: InputError if there is nothing of that name, or no weights there.
     """
-    if place.path in sizes:
-        beside = str(PurePosixPath(place.path).with_name(OPEN_CLIP_CONFIG))
-        return [place.path, *([beside] if beside in sizes else [])]
+    pickled = (name for name in sizes if name.endswith(PICKLES) and str(target_of(Path(name))) == place.path)
+    file = place.path if place.path in sizes else next(pickled, "")
+    if file:
+        beside = str(PurePosixPath(file).with_name(OPEN_CLIP_CONFIG))
+        return [file, *([beside] if beside in sizes else [])]
     start = f"{place.path}/" if place.path else ""
     names = [name.removeprefix(start) for name in sizes if name.startswith(start)]
     here = [name for name in names if "/" not in name]
@@ -128,11 +132,15 @@ def is_stand_in(path: Path) -> bool:
 
 def stand_ins(place: Place, commit: str, sizes: dict[str, int]) -> Path:
     """A folder with the files of a place: small ones as they are, of weights the header alone, in a file of their size
-    that takes no room."""
+    that takes no room; of pickles an empty file with the name of what they would become, or nothing in a folder."""
     folder = Path(stand_in_folder().name) / place.kind / place.repo / commit
-    pickles = [name for name in sizes if name.endswith(PICKLES)]
+    path = target_of(folder / place.path) if place.path.endswith(PICKLES) else folder / place.path
+    pickles = [sizes.pop(name) for name in list(sizes) if name.endswith(PICKLES)]
     if pickles:
-        raise InputError(f"{place.text}: {pickles[0]} is a pickle, whose tensors are not known before it is fetched")
+        NOT_FETCHED[path] = f"{place.text}, {sum(pickles) / 1e9:.3g} GB of pickles, read when the run begins"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            path.touch()
     small = [name for name in sizes if not name.endswith((".safetensors", ".npy"))]
     whole = fetched(place, commit, small) if small else folder
     for name, size in sizes.items():
@@ -147,7 +155,7 @@ def stand_ins(place: Place, commit: str, sizes: dict[str, int]) -> Path:
         with open(file, "wb") as handle:
             handle.write(begin)
             handle.truncate(size)
-    return folder / place.path
+    return path
 
 
 def header_of(place: Place, commit: str, name: str) -> bytes:

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.core.errors import InputError
-from common.io.absent_models import nothing_at, nothing_in
+from common.core.errors import InputError, NotFetched
+from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
 from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, rows_of
 
 MODEL_FILE = "model.safetensors"
@@ -71,6 +71,8 @@ def find_model(path: Path) -> ModelFiles:
     Raises: InputError if there is none, if two candidates differ, or if one is a link to nothing; it says what the path
         is instead and what to do.
     """
+    if path in NOT_FETCHED:
+        raise NotFetched(NOT_FETCHED[path])
     if path.is_dir():
         return in_folder(path)
     if not path.exists():

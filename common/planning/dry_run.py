@@ -13,10 +13,11 @@ import yaml
 
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
-from common.core.errors import InputError
+from common.core.errors import InputError, NotFetched
 from common.domain import Domain, scored_tests
 from common.experiment import Experiment
 from common.fda.adaptation import shortened
+from common.io.absent_models import NOT_FETCHED
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
 from common.io.hub import is_stand_in
@@ -65,6 +66,8 @@ class Refusals(dict[str, list[str]]):
         """Note an InputError of the block as one of this input, and go on behind it."""
         try:
             yield
+        except NotFetched:
+            pass
         except InputError as error:
             self.setdefault(what, []).append(str(error))
 
@@ -102,8 +105,7 @@ def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
         lines.append(checkpoint_line("text tower", config.model.path("text"), False, refusals))
     for task in config.tasks:
         if config.model.head:
-            found = config.model.path("head", task).is_file()
-            lines.append(f"  {'found' if found else 'to be made':10} head {task}: {config.model.path('head', task)}")
+            lines.append(head_line(task, config.model.path("head", task)))
     tests = scored_tests(config, domain)
     for test in tests:
         folder = Path(config.eval.data).expanduser() / test
@@ -112,11 +114,20 @@ def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
     return lines + [f"  {'not scored':10} {task}: eval.tests names no test set for it" for task in unscored]
 
 
+def head_line(task: str, head: Path) -> str:
+    """Whether a task's zero-shot head is there."""
+    if head in NOT_FETCHED:
+        return f"  not fetched head {task}: {NOT_FETCHED[head]}"
+    return f"  {'found' if head.is_file() else 'to be made':10} head {task}: {head}"
+
+
 def checkpoint_line(what: str, path: Path, may_be_adapter: bool, refusals: Refusals) -> str:
     """Whether a checkpoint is there and whole, and goes with the others."""
     try:
         adapter = may_be_adapter and is_adapter(path)
         opened = open_adapter(path)[1] if adapter else Checkpoint(path)
+    except NotFetched as note:
+        return f"  not fetched {what}: {note}"
     except InputError as error:
         refusals.setdefault(what, [str(error)])
         return f"  {'MISSING':10} {what}: {refusals[what][0]}"
