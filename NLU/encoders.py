@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily, key_biases
@@ -19,6 +19,7 @@ from common.io.layer_calls import LayerCalls
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 from common.io.skeleton import layers_of, stored_shapes
+from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
 POOLER = "pooler."
 
@@ -45,7 +46,10 @@ def check_inputs(config: Config) -> None:
     """
     model, file = config.model, config_of(config.model, config.model.path("base"))
     base = resolve(read_config(file), str(file))
-    compare_models(model.path("base"), base, other_models(config), computing(skeleton(model)))
+    root = skeleton(model)
+    compare_models(model.path("base"), base, other_models(config), computing(root))
+    if is_encoder_decoder(root):
+        check_encoder_decoder(config, root, str(file))
 
 
 def computing(root: nn.Module) -> frozenset[str]:
@@ -58,7 +62,7 @@ def computing(root: nn.Module) -> frozenset[str]:
 
 @cache
 def skeleton(model: Model) -> PreTrainedModel:
-    """The bare encoder of the base without its weights, on the meta device.
+    """The bare encoder of the base without its weights, on the meta device; of an encoder-decoder the whole model.
 
     Attention is the plain formula: the fused kernels have no second derivative.
     """
@@ -66,8 +70,9 @@ def skeleton(model: Model) -> PreTrainedModel:
         if getattr(model, name):
             raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
     config = architecture(model, model.path("base"))
+    opener = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
     with torch.device("meta"):
-        return AutoModel.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+        return opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
 
 
 def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
@@ -77,8 +82,15 @@ def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
 
 @cache
 def family(model: Model, part: str = "layer") -> BlockFamily:
-    """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`."""
-    return encoder(skeleton(model), str(config_of(model, model.path("base"))))
+    """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`, and
+    `encoder_decoder` for one with a decoder."""
+    root, where = skeleton(model), str(config_of(model, model.path("base")))
+    return encoder_decoder(root, where, model.path("base")) if is_encoder_decoder(root) else encoder(root, where)
+
+
+def is_encoder_decoder(root: PreTrainedModel) -> bool:
+    """Whether a model has a decoder behind its encoder."""
+    return bool(getattr(root.config, "is_encoder_decoder", False))
 
 
 def encoder(root: PreTrainedModel, where: str) -> BlockFamily:

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto as classes
 from common.config import Model
 from common.core.errors import InputError
 from common.core.places import for_task
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.shards import write_stream
 from common.io.stored_types import as_stored, output_type
@@ -21,6 +21,8 @@ from common.io.task_heads import with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
 from NLU.scoring import TASKS, expert_architecture, read_head
+
+GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begins and ends an answer
 
 
 def check_export(model: Model) -> None:
@@ -46,6 +48,7 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     merged = write_stream(folder / "model.safetensors", as_stored(whole, dtype, base))
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_tokenizer(model.path("base"), folder)
+    copy_files(model.path("base"), folder, [GENERATION_FILE])
     for task in model.heads:
         own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
         write_task_head(folder / "heads" / task, own, merged)

@@ -32,7 +32,8 @@ from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
-from NLU.encoders import architecture, body_name, family
+from NLU.encoder_decoders import UNSCORED
+from NLU.encoders import architecture, body_name, family, is_encoder_decoder, skeleton
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 
@@ -114,6 +115,8 @@ def outputs_of(model: Model, task: str) -> int:
 def expert_architecture(model: Model, task: str) -> PretrainedConfig:
     """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
     folder = model.path("expert", task)
+    if is_encoder_decoder(skeleton(model)):
+        raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
     if not is_adapter(folder) or (folder / "config.json").is_file():
         return architecture(model, folder)
     config = architecture(model, model.path("base"))

@@ -86,7 +86,7 @@ def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, T
     """Every tensor of the merged model under a merge method, one at a time."""
     scope, hyper = chain_of(method).row.scope, experiment.hyper(method)
     names = experiment.base.names(experiment.family.scope)
-    merged = [name for name in names if scope == "all" or name.startswith(f"{experiment.family.blocks}.")]
+    merged = [name for name in names if scope == "all" or name.startswith(experiment.family.prefixes)]
     surveyed = survey(method, lambda: (of_tensor(experiment, name) for name in merged), hyper)
     for name in names:
         theta, deltas = of_tensor(experiment, name)

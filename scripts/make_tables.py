@@ -184,7 +184,7 @@ def whole_layers(mixtures: Sequence[str], alone: Sequence[str]) -> str:
 
 PICO = {  # of tests/: what architectures are tested
     "nlg": ("pico_decoders", "DECODERS"),
-    "nlu": ("pico_encoders", "ENCODERS"),
+    "nlu": ("pico_encoders", "ARCHITECTURES"),
     "vision": ("pico_vision_architectures", "ARCHITECTURES"),
 }
 KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods, "architectures": architectures}

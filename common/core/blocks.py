@@ -93,7 +93,7 @@ class BlockFamily:
     """All that the project knows about one architecture.
 
     blocks: how the names of the list of layers begin in a checkpoint; path: where that list is in the module, if
-        elsewhere.
+        elsewhere. more: how the names of further lists begin, a decoder's behind an encoder's.
     names: name of a stored tensor -> its name in the module, or None for one that is never merged, such as a task's
         classifier. Published files of one architecture differ in a prefix, which is removed here and nowhere else.
     call: (module, x_ATD) -> y_ATD; hides argument lists, masks and tuples.
@@ -115,6 +115,7 @@ class BlockFamily:
 
     blocks: str
     path: str = ""
+    more: tuple[str, ...] = ()
     call: Callable[[nn.Module, Tensor], Tensor] = call_module
     parts: Parts = whole_layer
     names: Callable[[str], str | None] = str
@@ -129,11 +130,17 @@ class BlockFamily:
     part: str | None = None
     lent: Callable[[Collection[str]], Iterable[str]] = nothing_lent
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """How the names of all tensors begin that lie in layers."""
+        return tuple(f"{blocks}." for blocks in (self.blocks, *self.more))
+
     def modules(self, skeleton: nn.Module) -> list[BlockModule]:
         """The anchored modules of a model, in order."""
         return [
-            BlockModule(".".join(filter(None, (self.blocks, index, path))) + ".", module)
-            for index, layer in skeleton.get_submodule(self.path or self.blocks).named_children()
+            BlockModule(".".join(filter(None, (blocks, index, path))) + ".", module)
+            for blocks, place in ((self.blocks, self.path or self.blocks), *((each, each) for each in self.more))
+            for index, layer in skeleton.get_submodule(place).named_children()
             for path, module in self.parts(layer)
         ]
 

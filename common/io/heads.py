@@ -40,10 +40,11 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
 
 def says_headless(config: Mapping[str, Any]) -> str:
     """The architecture that a config names if it is one without a head over the vocabulary, else ""."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as classes
 
     named = config.get("architectures") or []
-    return "" if set(named) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else "".join(named[:1])
+    kinds = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return "" if any(set(named) & set(kind.values()) for kind in kinds) else "".join(named[:1])
 
 
 def is_tied(model: Checkpoint, names: tuple[str, ...], config: Mapping[str, Any]) -> bool | None:

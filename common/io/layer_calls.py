@@ -21,6 +21,7 @@ from common.core.blocks import Block
 from common.core.errors import InputError
 
 KEPT = 8  # shapes of inputs whose arguments are kept: chunks of anchors, batches of adaptation
+OUTPUTS = 4  # of a layer, at most
 KIND = "called_as"  # attribute of a layer: those where it is equal are called alike
 
 Arguments = dict[str, Any]
@@ -34,10 +35,12 @@ class LayerCalls:
             the constants that they keep as buffers.
         path: Where the list of its layers is.
         where: Names its config in what is refused.
+        supplied: Arguments that the caller gives of himself.
     Raises: InputError if the model cannot be run so, or if a layer is given what is neither its own nor a constant.
     """
 
-    def __init__(self, tower: PreTrainedModel, path: str, where: str):
+    def __init__(self, tower: PreTrainedModel, path: str, where: str, supplied: frozenset[str] = frozenset()):
+        self.supplied = supplied
         self.name = f"{where}: a layer of {type(tower).__name__}"
         layers = list(tower.get_submodule(path).children())
         kinds = getattr(tower.config, "layer_types", None) or []
@@ -53,8 +56,9 @@ class LayerCalls:
         self.noted: dict[tuple, dict[str, Arguments]] = {}
         self.arguments(1, 2, torch.device("cpu"), torch.float32)
 
-    def __call__(self, layer: nn.Module, x_ATD: Tensor) -> Tensor:
-        named = self.arguments(*x_ATD.shape[:2], x_ATD.device, x_ATD.dtype)[getattr(layer, KIND)]
+    def __call__(self, layer: nn.Module, x_ATD: Tensor, **given: Any) -> Tensor:
+        anchors, tokens, _ = x_ATD.shape
+        named = self.arguments(anchors, tokens, x_ATD.device, x_ATD.dtype)[getattr(layer, KIND)] | given
         constants = {name: buffer.to(x_ATD.device) for name, buffer in layer.named_buffers()}
         y = torch.func.functional_call(layer, constants, (x_ATD,), named) if constants else layer(x_ATD, **named)
         return y[0] if isinstance(y, tuple) else y
@@ -78,9 +82,10 @@ class LayerCalls:
 
     def note(self, anchors: int, tokens: int) -> dict[str, Arguments]:
         """The arguments, as the model makes them."""
-        seen, failed = self.run(anchors, tokens, as_tuple=False)
-        if len(seen) < len(self.layers):
-            seen, failed = self.run(anchors, tokens, as_tuple=True)
+        seen, failed = [], None
+        for outputs in range(OUTPUTS):
+            if len(seen) < len(self.layers):
+                seen, failed = self.run(anchors, tokens, outputs)
         if len(seen) < len(self.layers):
             raise InputError(f"{self.name} cannot be called by itself: {one_line(failed)}")
         found: dict[str, Arguments] = {}
@@ -92,11 +97,11 @@ class LayerCalls:
                 raise InputError(f"{self.name} is called otherwise than the layers before it; it cannot be anchored")
         return found
 
-    def run(self, anchors: int, tokens: int, as_tuple: bool) -> tuple[list[tuple[str, Arguments]], Exception | None]:
+    def run(self, anchors: int, tokens: int, outputs: int) -> tuple[list[tuple[str, Arguments]], Exception | None]:
         """(kind, arguments) of each layer that the model comes to, and what it fails with."""
         seen: list[tuple[str, Arguments]] = []
         for layer in self.layers:
-            layer.forward = noting(layer, seen, as_tuple)
+            layer.forward = noting(layer, seen, outputs, self.supplied)
         try:
             self.hollow(input_ids=torch.zeros(anchors, tokens, dtype=torch.long), use_cache=False)
         except Exception as error:  # whatever the code around the layers raises; behind them it does not matter
@@ -104,8 +109,11 @@ class LayerCalls:
         return seen, None
 
 
-def noting(layer: nn.Module, seen: list[tuple[str, Arguments]], as_tuple: bool) -> Callable[..., Any]:
-    """In place of a layer's forward: notes what it is called with, by name, and gives back its hidden states."""
+def noting(
+    layer: nn.Module, seen: list[tuple[str, Arguments]], outputs: int, supplied: frozenset[str]
+) -> Callable[..., Any]:
+    """In place of a layer's forward: notes what it is called with, by name, and gives back its hidden states, with so
+    many outputs besides, if any in a tuple. They hang on weights, so they are NaN."""
     signature = inspect.signature(type(layer).forward)
 
     def forward(*args: Any, **named: Any) -> Any:
@@ -114,8 +122,8 @@ def noting(layer: nn.Module, seen: list[tuple[str, Arguments]], as_tuple: bool) 
         given: Arguments = {}
         for name, value in others:
             given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-        seen.append((getattr(layer, KIND), given))
-        return (hidden, None) if as_tuple else hidden
+        seen.append((getattr(layer, KIND), {name: value for name, value in given.items() if name not in supplied}))
+        return (hidden, *[torch.full((), torch.nan)] * outputs) if outputs else hidden
 
     return forward
 
@@ -184,7 +192,7 @@ def require_second_derivative(block: Block, module: nn.Module, width: int, name:
     try:
         y_ATD = block(theta, x_ATD)
         by_theta = torch.autograd.grad(y_ATD.square().sum(), list(theta.values()), create_graph=True, allow_unused=True)
-        torch.autograd.grad(sum(g.square().sum() for g in by_theta if g is not None), x_ATD)
+        torch.autograd.grad([g.square().sum() for g in by_theta if g is not None], x_ATD)
     except Exception as error:  # whatever its kernels raise
         raise InputError(f"{name} has no second derivative; it cannot be anchored: {one_line(error)}") from error
     if y_ATD.shape != x_ATD.shape:

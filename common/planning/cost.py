@@ -199,7 +199,9 @@ def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
     return max(2 * size_of(module), 3 * rows) + 2 * anchors
 
 
-def memory_of_merge(config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: str, passing: int) -> dict[str, str]:
+def memory_of_merge(
+    config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: tuple[str, ...], passing: int
+) -> dict[str, str]:
     """A row on the memory of start.method while tensors of these shapes pass, if it is one that merges them singly."""
     method = config.start.method
     if method == PRETRAINED or config.start.checkpoint or chain_of(method).row.data:

@@ -242,7 +242,7 @@ def needs(config: Config, domain: Domain) -> list[str]:
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
-        **memory_of_merge(config, merged, f"{family.blocks}.", passing),
+        **memory_of_merge(config, merged, family.prefixes, passing),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize / GIB:.2f} GiB "
         f"a model in {dtype}",
