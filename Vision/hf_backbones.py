@@ -41,9 +41,8 @@ def check_inputs(config: Config) -> None:
     Raises: InputError if one of them is another function of equal weights, or prepares images that it cannot see.
     """
     model = config.model
-    for name in ("arch", "text"):
-        if getattr(model, name):
-            raise InputError(f"model.{name} is not for classifiers: the folders of base and experts tell everything")
+    if model.text:
+        raise InputError("model.text is not for classifiers: each task's head is its expert's")
     base = model.path("base")
     file, fields = own_config(base, CLASSIFIERS)
     require_family(fields, str(file), model.family)

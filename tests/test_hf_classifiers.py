@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from common.core.errors import InputError
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import write_tensors
+from common.io.examples import Sample
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from helpers import change, edit_config
@@ -193,6 +194,15 @@ def test_methods_that_use_images_see_each_task_s_classifier(vit):
         hyper = {"adamerging": {"steps": 1, "examples": 4}, "regmean_pp": {"examples": 4}}
         merged = merge_alone(change(config, "start", method=method, hyper=hyper), domain)
         assert opened(merged).layers[0].mlp.fc1.weight.isfinite().all()
+
+
+def test_the_loss_on_labelled_images_is_that_of_the_stock_classifier(vit):
+    models, config = vit
+    edit_config(config.model.path("expert", "MNIST"), drop_path_rate=0.1)  # of training alone
+    labelled = domain.labelled_task(config, "MNIST", Sample("test", 6, 6), CPU)
+    batch, expert = labelled.batch([0, 4, 5]), open_experiment(config, domain).experts["MNIST"]
+    stock = models["MNIST"](pixel_values=batch["pixel_values"], labels=batch["labels"]).loss
+    assert labelled.loss(expert.read(expert.names()), batch).item() == pytest.approx(stock.item(), abs=1e-5)
 
 
 def test_a_head_of_another_number_of_classes_is_refused(tmp_path, pico_inputs):

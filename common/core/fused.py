@@ -37,7 +37,7 @@ def fuse(theta: Params, fused: Fused) -> dict[str, Tensor]:
     """θ or τ of a block with the tensors fused. What the attention has comes first, as in a block of torch's own, so
     that anchors drawn from rows of weights are those drawn from such a block."""
     parts = {part for _, rows in fused for part, _ in rows}
-    within = tuple(name.rpartition(".")[0] for name, _ in fused)
+    within = tuple(f"{name.rpartition('.')[0]}." for name, _ in fused)
     made = {name: torch.cat([theta[part] for part, _ in rows]) for name, rows in fused}
     rest = {name: tensor for name, tensor in theta.items() if name not in parts}
     own = {name: tensor for name, tensor in rest.items() if name.startswith(within)}

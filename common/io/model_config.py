@@ -42,7 +42,9 @@ HARMLESS = frozenset((
     # training
     "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob", "classifier_dropout",
     "embd_pdrop", "resid_pdrop", "initializer_range", "initializer_factor", "gradient_checkpointing",
-    "router_aux_loss_coef",
+    "router_aux_loss_coef", "drop_path_rate", "layerscale_value",
+    # pretraining on masked images
+    "encoder_stride", "use_mask_token",
     # a task's head, which no other task shares
     "id2label", "label2id", "num_labels", "problem_type", "summary_type", "summary_use_proj", "summary_activation",
     "summary_last_dropout", "summary_first_dropout",
