@@ -19,7 +19,7 @@ from common.analysis.finetuning import update_vectors
 from common.analysis.interference import asked_step, interference
 from common.analysis.landscape import inner, plane
 from common.analysis.material import plain, spread
-from common.analysis.projection import attention_and_mlp, cone_ratio
+from common.analysis.projection import Cone, attention_and_mlp
 from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
 from common.analysis.spectrum import relative_spectrum
@@ -143,12 +143,12 @@ def test_the_plane_holds_both_displacements():
 def test_a_vector_in_the_cone_is_its_own_projection():
     updates = normal(5, 40)
     inside = torch.tensor([0.5, 0, 2, 0, 1]) @ updates
-    assert cone_ratio(updates, inside) == pytest.approx(1, abs=1e-5)
-    assert cone_ratio(updates[:1], -3 * updates[0]) == 0
+    assert Cone(updates).ratio(inside) == pytest.approx(1, abs=1e-5)
+    assert Cone(updates[:1]).ratio(-3 * updates[0]) == 0
     orthogonal = torch.linalg.qr(normal(40, 3)).Q.T
-    assert cone_ratio(orthogonal[:2], 3 * orthogonal[0] - 4 * orthogonal[1]) == pytest.approx(3 / 5, abs=1e-5)
-    assert cone_ratio(orthogonal[:2], orthogonal[2]) == pytest.approx(0, abs=1e-5)
-    assert cone_ratio(updates, torch.zeros(40)) == 0
+    assert Cone(orthogonal[:2]).ratio(3 * orthogonal[0] - 4 * orthogonal[1]) == pytest.approx(3 / 5, abs=1e-5)
+    assert Cone(orthogonal[:2]).ratio(orthogonal[2]) == pytest.approx(0, abs=1e-5)
+    assert Cone(updates).ratio(torch.zeros(40)) == 0
 
 
 @pytest.mark.parametrize("count", [6, 60])
@@ -158,7 +158,7 @@ def test_projection_is_that_of_scipy_on_the_vectors_themselves(count):
     updates[-1] = updates[0] + updates[1]
     alpha, _ = nnls(updates.double().numpy().T, target.double().numpy())
     expected = np.linalg.norm(updates.double().numpy().T @ alpha) / target.double().norm().item()
-    assert 0.1 < expected <= 1 and cone_ratio(updates, target) == pytest.approx(expected, rel=1e-4)
+    assert 0.1 < expected <= 1 and Cone(updates).ratio(target) == pytest.approx(expected, rel=1e-4)
 
 
 def test_updates_add_up_to_the_way_gone():

@@ -44,29 +44,38 @@ from common.pipeline import fit_settings_of, trainable
 UPDATES = 512  # the paper's
 BATCH, TASKS = 32, 2  # examples of an update; the paper shows two tasks, the first ones are shown here
 STARTS, PARTS = (PRETRAINED, "ta"), ("attention", "MLP", "mean")
-PIECE = 2**14  # weights that are converted to float64 at once
+PIECE = 2**14  # weights whose updates are converted to float64 at once
 ROUNDING = 1e-10  # eigenvalues of the Gram matrix up to this part of the largest count as zero
 
 
-def cone_ratio(updates_UN: Tensor, target_N: Tensor) -> float:
-    """‖p‖ / ‖v‖ of a vector v and its projection p on the cone of the rows: all their sums with α ≥ 0; 0 of v = 0.
+class Cone:
+    """All sums Σ_j α_j Δw_j of update vectors Δ (U, N) with α ≥ 0.
 
-    By the Gram matrix G = ΔΔᵀ, whose root R has RᵀR = G: ‖v − Δᵀα‖² is ‖R⁺ᵀΔv − Rα‖² and what does not depend on α.
+    Held beside the vectors: a root R of their Gram matrix, RᵀR = ΔΔᵀ, over its nonzero eigenvalues. With it
+    ‖v − Δᵀα‖² is ‖R⁺ᵀΔv − Rα‖² and what does not depend on α: non-negative least squares of at most U equations.
     """
-    count, length = len(updates_UN), target_N.double().norm()
-    gram, inner = (updates_UN.new_zeros(*shape, dtype=torch.float64) for shape in ((count, count), (count,)))
-    for some_Un, of_target in zip(updates_UN.split(PIECE, dim=1), target_N.split(PIECE), strict=True):
-        wide = some_Un.double()
-        gram.addmm_(wide, wide.mT)
-        inner.addmv_(wide, of_target.double())
-    values, vectors = torch.linalg.eigh(gram)
-    keep = values > ROUNDING * values[-1]
-    root, basis = values[keep].sqrt(), vectors[:, keep]
-    if not len(root) or not length > 0:
-        return 0.0
-    matrix, target = root[:, None] * basis.mT, basis.mT @ inner / root
-    alpha, _ = nnls(matrix.cpu().numpy(), target.cpu().numpy(), maxiter=100 * count)
-    return float((matrix @ torch.from_numpy(alpha).to(matrix)).norm() / length)
+
+    def __init__(self, updates_UN: Tensor):
+        self.updates_UN, count = updates_UN, len(updates_UN)
+        gram = updates_UN.new_zeros(count, count, dtype=torch.float64)
+        for some in updates_UN.split(PIECE, dim=1):
+            wide = some.double()
+            gram.addmm_(wide, wide.mT)
+        values, vectors = torch.linalg.eigh(gram)
+        keep = values > ROUNDING * values[-1]
+        self.sizes, self.basis = values[keep].sqrt(), vectors[:, keep]
+
+    def ratio(self, target_N: Tensor) -> float:
+        """‖p‖ / ‖v‖ of a vector v and its projection p on the cone; 0 of v = 0."""
+        length = target_N.double().norm()
+        if not len(self.sizes) or not length > 0:
+            return 0.0
+        inner = self.basis.new_zeros(len(self.updates_UN))
+        for some, of_target in zip(self.updates_UN.split(PIECE, dim=1), target_N.split(PIECE), strict=True):
+            inner += some.double() @ of_target.double()
+        root, target = self.sizes[:, None] * self.basis.mT, self.basis.mT @ inner / self.sizes
+        alpha, _ = nnls(root.cpu().numpy(), target.cpu().numpy(), maxiter=100 * len(self.updates_UN))
+        return float((root @ torch.from_numpy(alpha).to(root)).norm() / length)
 
 
 def attention_and_mlp(family: BlockFamily, module: BlockModule, theta: Params, x_ATD: Tensor) -> dict[str, list[str]]:
@@ -132,7 +141,8 @@ def panels_of(material: Material, checkpoint: Checkpoint, start: str, theta: Par
     """A panel for each block and part: one fine-tuning of the start θ on one task, and what of τ' lies in its cone."""
     parts = parts_of(material, checkpoint)
     names = {key: [material.experiment.prefixes[key[0]] + name for name in within] for key, within in parts.items()}
-    updates = dict(zip(parts, updates_of(material, task, start, theta, list(names.values())), strict=True))
+    updates = updates_of(material, task, start, theta, list(names.values()))
+    cones = {key: Cone(updates_UN) for key, updates_UN in zip(parts, updates, strict=True)}
     left = subtract(material.expert(task), theta)
     panels = []
     for index in material.blocks:
@@ -141,10 +151,10 @@ def panels_of(material: Material, checkpoint: Checkpoint, start: str, theta: Par
         for init in material.inits:
             for step, x_ATD in material.path(init, task, index).items():
                 delta = adapted_alone(material.at(init, start), checkpoint, index, task, x_ATD)
-                found = with_mean([cone_ratio(updates[key], flat(delta, parts[key])) for key in keys])
+                found = with_mean([cones[key].ratio(flat(delta, parts[key])) for key in keys])
                 for part, ratio in found.items():
                     curves[part].setdefault(init, {})[step] = ratio
-        reference = with_mean([cone_ratio(updates[key], flat(left, names[key])) for key in keys])
+        reference = with_mean([cones[key].ratio(flat(left, names[key])) for key in keys])
         block = f", block {index}" if len(material.blocks) > 1 else ""
         for part in PARTS:
             title = f"{task} from {display(start)}{block}: {part}"
