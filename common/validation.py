@@ -98,7 +98,7 @@ def check_starts(config: Config, domain: Domain) -> None:
         if JOINED not in method and method not in every_row():
             raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
         if chain_of(method).row.data:
-            check_data(config, domain, method)
+            check_data(config, domain, chain_of(method).method)
         check_hyper(method, hyper_of(method, start.hyper), len(config.tasks))
 
 

@@ -17,14 +17,17 @@ from transformers import AutoModel
 import helpers
 from common.config import Eval
 from common.core.errors import InputError
+from common.core.seeding import seeded
 from common.core.task_vectors import add
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
 from common.layout import SAME_REST
 from common.merging.calibration import BlockInputs, CalibrationTask, first_block_inputs, next_block_inputs
-from common.merging.fisher import fisher_information
+from common.merging.fisher import fisher_information, fisher_mean
+from common.merging.pact import pact
 from common.merging.registry import METHODS, hyperparameters
-from common.merging.starts import check_hyper
+from common.merging.starts import check_hyper, merge
+from common.merging.svc import svc
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from common.validation import check_choices
@@ -34,13 +37,44 @@ from pico_nlu import CONFIGS, pico_config
 from Vision import domain as vision
 
 DEFAULTS = {
-    "fisher": {"examples": 256, "exact": 10, "normalize": True, "floor": 1e-6, "seed": 0},
+    "fisher": {"examples": 256, "exact": 10, "normalize": True, "floor": 1e-6, "power": 1.0, "keep": 1.0, "seed": 0},
     "regmean": {"examples": 256, "alpha": 0.9},
     "regmean_pp": {"examples": 256, "alpha": 0.95},
-    "adamerging": {"examples": None, "initial": 0.3, "lr": 1e-3, "steps": 500, "seed": 0},
+    "adamerging": {
+        "examples": None,
+        "wise": "layer",
+        "plus": False,
+        "density": 0.2,
+        "initial": 0.3,
+        "lr": 1e-3,
+        "steps": 500,
+        "seed": 0,
+    },
+    "concrete": {"examples": None, "scale": 0.3, "temperature": 0.5, "lr": 1e-3, "steps": 2000, "seed": 0},
+    "fw_merging": {"examples": 100, "scale": 0.3, "step": 0.1, "rounds": 10, "seed": 0},
+    "adarank": {
+        "examples": None,
+        "start": "cart",
+        "initial": None,
+        "rank_fraction": None,
+        "temperature": 10.0,
+        "lr": 1e-3,
+        "steps": 10000,
+        "seed": 0,
+    },
+    "expert_merging": {
+        "examples": 5,
+        "initial": 0.1,
+        "hidden": 1.0,
+        "anchor": 5.0,
+        "lr": 0.5,
+        "epochs": 1,
+        "seed": 0,
+    },
     "prodistill": {"examples": 64, "initial": 0.3, "lr": 1e-2, "epochs": 100, "seed": 0},
 }
-SPLITS = {"fisher": "train", "regmean": "train", "regmean_pp": "train", "adamerging": "test", "prodistill": "train"}
+SPLITS = dict.fromkeys(["fisher", "regmean", "regmean_pp", "prodistill", "expert_merging"], "train")
+SPLITS |= dict.fromkeys(["adamerging", "concrete", "fw_merging", "adarank"], "test")
 WITH_DATA = [name for name, method in METHODS.items() if method.data]
 CPU = torch.device("cpu")
 
@@ -273,9 +307,185 @@ def test_prodistill_is_its_formula():
         assert_close(ours[name], expected[name])
 
 
+def entropies(calibration, theta, step=0):
+    """The sum over tasks of the mean entropy, by plain formulas."""
+    loss = 0
+    for task in calibration:
+        p = task.answer(theta, task.batches[step % len(task.batches)]).softmax(1)
+        loss = loss - (p * p.log()).sum(1).mean()
+    return loss
+
+
+def plus(base, deltas):
+    return {name: p + deltas[name] for name, p in base.items()}
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_adamerging_by_task_has_one_coefficient_for_each(trimmed):
+    """With ++, on what one threshold a task vector and the sign of the sum leave."""
+    base, deltas = network(2)
+    calibration = [calibration_task(0), calibration_task(1)]
+    used = deltas
+    if trimmed:
+        kept = []
+        for delta in deltas:
+            sizes = np.sort(np.concatenate([t.abs().numpy().ravel() for t in delta.values()]))[::-1]
+            kept.append({n: t * (t.abs() >= sizes[int(0.5 * len(sizes)) - 1]) for n, t in delta.items()})
+        used = [{n: t * (t * sum(k[n] for k in kept) > 0) for n, t in delta.items()} for delta in kept]
+    lam = torch.full((2,), 0.4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([lam], lr=0.05)
+    for step in range(6):
+        adam.zero_grad()
+        entropies(
+            calibration, plus(base, {n: lam[0] * used[0][n] + lam[1] * used[1][n] for n in base}), step
+        ).backward()
+        adam.step()
+    hyper = {"initial": 0.4, "lr": 0.05, "steps": 6, "wise": "task", "plus": trimmed, "density": 0.5}
+    ours = merged("adamerging", base, deltas, calibration, **hyper)
+    for name in base:
+        assert_close(ours[name], (lam[0] * used[0][name] + lam[1] * used[1][name]).detach())
+
+
+def test_concrete_is_its_formula():
+    """Against autograd, with the draws of each step made here."""
+    base, deltas = network(2)
+    calibration, scale = [calibration_task(0), calibration_task(1)], 0.4
+    x = {name: torch.zeros_like(p, requires_grad=True) for name, p in base.items()}
+    adam = torch.optim.Adam(x.values(), lr=0.1)
+
+    def delta(step):
+        found = {}
+        for name, logits in x.items():
+            u = torch.rand(logits.shape, generator=seeded(7, "concrete", name, step), dtype=torch.float64)
+            m = 1 / (1 + torch.exp(-((u / (1 - u)).log() + logits) / 0.5))
+            found[name] = scale * m / m.mean() * (deltas[0][name] + deltas[1][name])
+        return found
+
+    for step in range(5):
+        adam.zero_grad()
+        entropies(calibration, plus(base, delta(step)), step).backward()
+        adam.step()
+    ours = merged("concrete", base, deltas, calibration, scale=scale, lr=0.1, steps=5, seed=7)
+    for name, expected in delta(5).items():
+        assert_close(ours[name], expected.detach())
+
+
+def test_fw_merging_is_its_formula():
+    base, deltas = network(3, size=2.0)
+    calibration = [calibration_task(i) for i in range(3)]
+    delta = {n: 0.3 * sum(d[n] for d in deltas) for n in base}
+    vertices, chosen = [*deltas, dict(delta)], []
+    for t in range(7):
+        theta = {n: p.clone().requires_grad_() for n, p in plus(base, delta).items()}
+        for batch in range(2):
+            (entropies(calibration, theta, batch) / 2).backward()
+        scores = [
+            sum(
+                torch.cosine_similarity(p.grad.flatten(), (base[n] + v[n]).flatten(), dim=0).item()
+                for n, p in theta.items()
+            )
+            for v in vertices
+        ]
+        chosen.append(int(np.argmin(scores)))
+        gamma = 0.3 * 3.2 * 2 / (t + 2)
+        delta = {n: d + gamma * (vertices[chosen[-1]][n] - d) for n, d in delta.items()}
+    assert len(set(chosen)) > 1
+    ours = merged("fw_merging", base, deltas, calibration, step=3.2, rounds=7)
+    for name in base:
+        assert_close(ours[name], delta[name])
+
+
+@pytest.mark.parametrize(("start", "fraction"), [("cart", 0.4), ("ta", 0.8)])
+def test_adarank_is_its_formula(start, fraction):
+    """Against autograd with a straight-through mask; the steps are long enough for components to come and go."""
+    base, deltas = network(2)
+    calibration = [calibration_task(0), calibration_task(1)]
+    origin = {n: (deltas[0][n] + deltas[1][n]) / 2 * (start == "cart") for n in base}
+    taus = [{n: d[n] - origin[n] for n in base} for d in deltas]
+    cut = ["blocks.0.w", "blocks.1.w"]
+    svds = [{n: torch.linalg.svd(tau[n]) for n in cut} for tau in taus]
+    lam = {n: torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True) for n in base}
+    began = torch.where(torch.arange(WIDTH) < int(fraction * WIDTH + 1e-9), 0.1, -0.1).double()
+    x = [{n: began.clone().requires_grad_() for n in cut} for _ in taus]
+    adam = torch.optim.Adam([*lam.values(), *(p for each in x for p in each.values())], lr=0.06)
+
+    def delta():
+        found = {}
+        for n in base:
+            found[n] = origin[n]
+            for i, tau in enumerate(taus):
+                part = tau[n]
+                if n in cut:
+                    u, s, vt = svds[i][n]
+                    soft = (x[i][n] / 10).sigmoid()
+                    part = u @ torch.diag(s * ((x[i][n] > 0).double() + soft - soft.detach())) @ vt
+                found[n] = found[n] + lam[n][i] * part
+        return found
+
+    for step in range(8):
+        adam.zero_grad()
+        entropies(calibration, plus(base, delta()), step).backward()
+        adam.step()
+    kept = [(p > 0).sum().item() for each in x for p in each.values()]
+    assert any(count != int(fraction * WIDTH + 1e-9) for count in kept)
+    hyper = {"start": start, "rank_fraction": fraction, "initial": 0.5, "lr": 0.06, "steps": 8}
+    ours = merged("adarank", base, deltas, calibration, **hyper)
+    for name, expected in delta().items():
+        assert_close(ours[name], expected.detach(), rtol=1e-7)
+
+
+def test_expert_merging_is_its_formula():
+    """Against autograd over σ(x), with hidden states by hand; one step of three batches, the third a regression's."""
+    base, deltas = network(3)
+    calibration = [calibration_task(i, classes=1 if i == 2 else CLASSES, batches=1) for i in range(3)]
+    x = {n: torch.full((3,), 0.25, dtype=torch.float64).logit().requires_grad_() for n in base}
+    adam = torch.optim.Adam(x.values(), lr=0.3)
+
+    def delta():
+        return {n: sum(x[n][i].sigmoid() * deltas[i][n] for i in range(3)) for n in base}
+
+    def states(theta, batch):
+        h, found = batch["x"] @ theta["embed"].T, []
+        for index in range(2):
+            h = h + torch.tanh(h @ theta[f"blocks.{index}.w"].T + theta[f"blocks.{index}.b"])
+            found.append(h)
+        return found
+
+    for _ in range(2):
+        adam.zero_grad()
+        loss = 0
+        for i, task in enumerate(calibration):
+            batch, theta, expert = task.batches[0], plus(base, delta()), plus(base, deltas[i])
+            ours, wanted = task.answer(theta, batch), task.answer(expert, batch)
+            soft = -(wanted.softmax(1) * ours.log_softmax(1)).sum(1).mean()
+            loss = loss + (soft if i < 2 else (ours - wanted).square().mean())
+            gaps = [(a - b).square().mean() for a, b in zip(states(theta, batch), states(expert, batch), strict=True)]
+            loss = loss + 0.7 * sum(gaps) / 2 + 2.0 * sum((v.sigmoid() - 0.25).abs().sum() for v in x.values()) / len(x)
+        (loss / 3).backward()
+        length = torch.stack([v.grad.square().sum() for v in x.values()]).sum().sqrt()
+        for v in x.values():
+            v.grad *= min(1.0, 1 / (length + 1e-6))
+        adam.step()
+    hyper = {"initial": 0.25, "hidden": 0.7, "anchor": 2.0, "lr": 0.3, "epochs": 2}
+    ours = merged("expert_merging", base, deltas, calibration, **hyper)
+    for name, expected in delta().items():
+        assert_close(ours[name], expected.detach(), rtol=1e-7)
+
+
+def test_fisher_with_a_power_and_a_mask_is_ota_and_ffg():
+    """p ½; of each row two of four weights are kept, by F τ²; where none is left δ is 0."""
+    taus = [torch.tensor([1.0, 2.0, 3.0, 0.1]), torch.tensor([4.0, -1.0, 1.0, 0.1])]
+    fishers = [torch.tensor([4.0, 9.0, 1.0, 1.0]), torch.tensor([1.0, 16.0, 1.0, 1.0])]
+    assert_close(fisher_mean(taus, fishers, power=0.5, keep=0.5), [4.0, (3 * 2 - 4 * 1) / 7, 3.0, 0.0], rtol=1e-6)
+    assert_close(fisher_mean(taus, fishers, power=0.5), [6 / 3, (6 - 4) / 7, 2.0, 0.1], rtol=1e-6)
+
+
 # --- identities ------------------------------------------------------------------------------------------------------
 
-QUICK = {"adamerging": {"steps": 5}, "prodistill": {"epochs": 5}}
+QUICK = {
+    "adamerging": {"steps": 5}, "prodistill": {"epochs": 5}, "concrete": {"steps": 3}, "adarank": {"steps": 3},
+    "fw_merging": {"rounds": 3},
+}  # fmt: skip
 # With these, one task is merged into its expert; with `initial` 1/3, three identical ones are. The steps of ProDistill
 # are short: Adam makes long ones even where the gradient is but rounding.
 KEEPS = {"fisher": {}, "regmean": {}, "regmean_pp": {}, "prodistill": {"initial": 1.0, "epochs": 3, "lr": 1e-9}}
@@ -311,6 +521,15 @@ def test_zero_task_vectors_stay_zero(method):
         method, base, deltas, [calibration_task(0), calibration_task(1)], **QUICK.get(method, {})
     ).values():
         assert not tensor.any()
+
+
+def test_a_method_that_uses_data_can_be_joined_with_steps():
+    base, deltas = network(2)
+    calibration = [calibration_task(0), calibration_task(1)]
+    own = merged("adamerging", base, pact(base, deltas), calibration, steps=2)
+    ours = merge("pact+adamerging+svc", base, deltas, {"adamerging": {"steps": 2}}, calibration=calibration)
+    for name, expected in svc(base, pact(base, deltas), own).items():
+        assert_close(ours[name], expected)
 
 
 # --- what a calibration task gives ------------------------------------------------------------------------------------
@@ -402,9 +621,19 @@ def test_every_method_merges_a_checkpoint_and_says_what_data_it_used(method, dom
     made, base = Checkpoint(folder), Checkpoint(config.model.path("base"), family.names)
     for name in base.names(family.scope):
         assert not torch.equal(made.read([name])[name], base.read([name])[name]), name
-    used = 6 if domain is vision else 30 if method == "adamerging" else 27
+    used = 6 if domain is vision else 30 if SPLITS[method] == "test" else 27
     expected = {"split": SPLITS[method], "examples": dict.fromkeys(config.tasks, used)}
     assert json.loads((folder / "provenance.json").read_text())["data"] == expected
+
+
+def test_a_chain_with_data_says_what_it_used(vision_config):
+    start = replace(vision_config.start, method="regmean+svc", hyper={"regmean": {"examples": 6}})
+    config = replace(vision_config, start=start, run=replace(vision_config.run, score=False))
+    made = json.loads((merge_alone(config, vision) / "provenance.json").read_text())
+    assert made["data"] == {"split": "train", "examples": dict.fromkeys(config.tasks, 6)}
+    assert made["start"]["hyper"] == {"regmean": {"examples": 6, "alpha": 0.9}, "svc": {"alpha": 0.1}}
+    with pytest.raises(InputError, match="regmean needs data of the tasks; nlg has none for it"):
+        check_choices(replace(config, domain="nlg", tasks=["GSM8K"]), nlg)
 
 
 def test_a_merge_with_data_is_made_once_and_starts_an_adaptation(vision_config):
@@ -441,6 +670,23 @@ def test_every_method_has_its_defaults_and_its_split():
     [
         ("fisher", {"labels": 3}, "fisher: unknown hyperparameter 'labels', accepted: examples, exact, normalize, "),
         ("fisher", {"examples": None}, "fisher: examples must be int, it is None"),
+        ("fisher", {"power": 0.0}, "fisher: power must be above 0, it is 0.0"),
+        ("fisher", {"keep": 0}, r"fisher: keep must lie in \(0, 1\], it is 0"),
+        ("adamerging", {"wise": "block"}, "adamerging: wise must be one of layer, task, it is 'block'"),
+        ("adamerging", {"density": 0}, r"adamerging: density must lie in \(0, 1\], it is 0"),
+        ("concrete", {"temperature": 0}, "concrete: temperature > 0, lr > 0, steps ≥ 0 are needed: 0, 0.001, 2000"),
+        (
+            "fw_merging",
+            {"step": 9.0},
+            r"fw_merging: scale times step in \[0, 1\] and rounds ≥ 0 are needed, they are 0.3",
+        ),
+        ("adarank", {"rank_fraction": 0}, r"adarank: rank_fraction must lie in \(0, 1\], it is 0"),
+        ("adarank", {"lr": 0}, "adarank: temperature > 0, lr > 0, steps ≥ 0 are needed: 10.0, 0, 10000"),
+        (
+            "expert_merging",
+            {"initial": 1},
+            r"expert_merging: initial in \(0, 1\), lr > 0, epochs, hidden and anchor ≥ 0",
+        ),
         ("fisher", {"floor": 0.0}, "fisher: floor > 0 and exact ≥ 1 are needed, they are 0.0 and 10"),
         ("regmean", {"examples": 0}, "regmean: examples must be at least 1, it is 0"),
         ("regmean", {"alpha": 1.1}, r"regmean: alpha must lie in \(0, 1\], it is 1.1"),

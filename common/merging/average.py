@@ -3,8 +3,8 @@
 With `metrics`, a number mᵢ > 0 for each expert, such as its loss, δ = Σᵢ wᵢ τᵢ with wᵢ = mᵢᵖ / Σⱼ mⱼᵖ, p the `power`:
 metrics-weighted averaging. Of a loss, which is better where it is less, p is negative.
 
-Source: Wortsman et al. 2022, "Model soups" (arXiv 2203.05482), the uniform soup; metrics-weighted averaging (arXiv
-2504.18580). Defaults: no metrics, power 1.
+Source: Wortsman et al. 2022, "Model soups" (arXiv 2203.05482), the uniform soup; metrics-weighted averaging
+(arXiv 2504.18580). Defaults: no metrics, power 1.
 Deviation: how that paper normalises its weights was not found; a power of the metric and a sum of 1 are ours.
 """
 

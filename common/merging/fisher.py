@@ -1,13 +1,19 @@
 """Fisher merging: the mean of the experts in which every weight counts by its Fisher information.
 
-δ = Σᵢ Fᵢ ⊙ τᵢ / Σᵢ Fᵢ weight by weight, Fᵢ the diagonal of expert i's Fisher matrix: the mean over its inputs x of
+δ = Σᵢ mᵢ ⊙ Fᵢᵖ ⊙ τᵢ / Σᵢ mᵢ ⊙ Fᵢᵖ weight by weight, with power p 1 and every mᵢ 1 in the paper; and Fᵢ the diagonal of
+expert i's Fisher matrix: the mean over its inputs x of
     E_{y ~ p(y|x)} (∂ log p(y|x) / ∂θ)²        at θ = θ₀ + τᵢ, each example by itself
 The expectation is exact for few classes; else one label is drawn for each example. A regression with outputs f(x) of
 unit variance has (∂f/∂θ)². As in the paper's code each Fᵢ is first divided by its norm over the whole model.
 
-Source: Matena and Raffel 2022, "Merging models with Fisher-weighted averaging" (arXiv 2111.09832), and its code.
+OTA merging has p ½ and, by FFG, a mask mᵢ of the part `keep` of each tensor's weights whose Fᵢ τᵢ² is largest (0/0 =
+0).
+
+Source: Matena and Raffel 2022, "Merging models with Fisher-weighted averaging" (arXiv 2111.09832), and its code; OTA
+and FFG (arXiv 2509.11167).
 Defaults: 1e-6 as the least that a weight counts, so that weights no task sees are averaged (the code's); 256 training
 inputs a task as in FusionBench; exact up to 10 classes (ours).
+Deviation: OTA takes Adam's second moments for Fᵢ, which a released checkpoint does not have, and weighs by √Fᵢ + 1e-26.
 Deviation: the code applies the least weight before the norm is divided out. Then an expert that is sure of its answers,
 whose Fᵢ are small everywhere, would outweigh all others. Here it is applied to what is compared.
 """
@@ -22,7 +28,8 @@ from common.core.errors import InputError
 from common.core.seeding import random_choice, seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import CalibrationTask
-from common.merging.tensorwise import require_examples
+from common.merging.magnitude import largest, share
+from common.merging.tensorwise import require_examples, require_fraction
 from common.run.stages import lines_only
 
 
@@ -35,10 +42,15 @@ def fisher(
     exact: int = 10,
     normalize: bool = True,
     floor: float = 1e-6,
+    power: float = 1.0,
+    keep: float = 1.0,
     seed: int = 0,
 ) -> Params:
     """The Fisher-weighted mean task vector; beyond `exact` classes labels are drawn, with `seed`."""
     require_examples("fisher", examples)
+    require_fraction("fisher", "keep", keep)
+    if power <= 0:
+        raise InputError(f"fisher: power must be above 0, it is {power}")
     if floor <= 0 or exact < 1:
         raise InputError(f"fisher: floor > 0 and exact ≥ 1 are needed, they are {floor} and {exact}")
     fishers = []
@@ -47,17 +59,24 @@ def fisher(
         if normalize and base:
             size = torch.stack([f.square().sum() for f in fishers[-1].values()]).sum().sqrt()
             fishers[-1] = {name: f / size.clamp(min=torch.finfo(f.dtype).tiny) for name, f in fishers[-1].items()}
-    return {name: fisher_mean([d[name] for d in deltas], [f[name] for f in fishers], floor) for name in base}
+    return {
+        name: fisher_mean([d[name] for d in deltas], [f[name] for f in fishers], floor, power, keep) for name in base
+    }
 
 
-def fisher_mean(taus: Sequence[Tensor], fishers: Sequence[Tensor], floor: float = 1e-6) -> Tensor:
+def fisher_mean(
+    taus: Sequence[Tensor], fishers: Sequence[Tensor], floor: float = 1e-6, power: float = 1.0, keep: float = 1.0
+) -> Tensor:
     """δ of τᵢ and the diagonals Fᵢ ≥ 0, all of one shape."""
     delta, weights = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
     for tau, fisher in zip(taus, fishers, strict=True):
-        weight = fisher.clamp(min=floor)
+        weight = fisher.clamp(min=floor).pow_(power)
+        if keep < 1:
+            importance = fisher * tau.square()
+            weight *= importance >= largest(importance.clone(), max(1, share(tau, keep)))
         delta += weight * tau
         weights += weight
-    return delta.div_(weights)
+    return delta.div_(weights.masked_fill_(weights == 0, 1))
 
 
 def fisher_information(

@@ -87,6 +87,12 @@ METHODS: dict[str, Method] = {
     "regmean": Method("regmean:regmean", "RegMean", "least squares to the experts' outputs", data=Data("train", 32)),
     "regmean_pp": Method("regmean_pp:regmean_pp", "RegMean++", "RegMean, block by block", data=Data("train", 32)),
     "adamerging": Method("adamerging:adamerging", "AdaMerging", "coefficients of least entropy", data=Data("test", 16)),
+    "concrete": Method("concrete:concrete", "Concrete", "one mask of least entropy", data=Data("test", 16)),
+    "fw_merging": Method("fw:fw_merging", "FW-Merging", "steps towards the best expert", data=Data("test", 20)),
+    "adarank": Method("adarank:adarank", "AdaRank", "singular components of least entropy", data=Data("test", 16)),
+    "expert_merging": Method(
+        "expert_merging:expert_merging", "Expert Merging", "coefficients that answer as experts", data=Data("train", 1)
+    ),
     "prodistill": Method("prodistill:prodistill", "ProDistill", "distils experts by block", data=Data("train", 16)),
     "average": Method("average:average", "Average", "mean of the task vectors"),
     "slerp": Method("slerp:slerp", "SLERP", "between two models, along an arc"),
