@@ -184,7 +184,7 @@ def published(hub, pico_inputs, tmp_path, monkeypatch):
     return change(change(config, "run", root=str(tmp_path), score=False, device="cpu"), "start", method="ta")
 
 
-def test_the_paper_s_pickles_are_noted_by_a_dry_run_and_fetched_by_the_run(hub, published, tmp_path):
+def test_the_paper_s_pickles_are_noted_by_a_dry_run_and_fetched_by_a_run(hub, published, tmp_path):
     with headers_only():
         plan = describe(published, vision)
     root = "hf://SphereLab/vision_models_in_FDA/ViT-B-32"
