@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 
 from common.assembly import merge_each, merge_groups
 from common.core.errors import InputError
+from common.evaluation.tuning import choose_hyperparameters, read_search
 from common.layout import merge_provenance
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
@@ -121,6 +123,21 @@ def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
     assert files_of(one.run.dir / "merged") == files_of(two.run.dir / "merged")
     note = read_notes(two.run.dir)[f"merge {method}"]
     assert note["units_of"] == note["units"] + 2 == len(merge_groups(experiment))
+
+
+def test_candidates_of_a_search_are_those_of_one_process(pico_config, pico_inputs, pool, tmp_path):
+    shutil.copytree(pico_inputs / "data", tmp_path / "data")
+    for file in (tmp_path / "data").rglob("test-*"):
+        shutil.copy(file, file.with_name(file.name.replace("test", "train")))
+    found = []
+    for name, workers in (("one", None), ("two", 2)):
+        config = change(change(pico_config, "run", name=name, workers=workers), "eval", data=str(tmp_path / "data"))
+        config = change(config, "compare", starts=["ta"], search={"ta": {"scale": [0.5, 0.1, 0.3]}})
+        found.append((choose_hyperparameters(config, domain).start.hyper, read_search(config)))
+        assert not (config.run.dir / "search").exists()
+    for of_row in ("hyper", "scores", "avg", "id"):
+        assert [row[of_row] for row in found[0][1]["candidates"]] == [row[of_row] for row in found[1][1]["candidates"]]
+    assert found[0][0] == found[1][0] and len(found[0][1]["candidates"]) == 3
 
 
 def test_an_interruption_ends_the_workers_and_loses_no_unit(pico_config, pool, monkeypatch):
