@@ -4,6 +4,7 @@ Where they are written, and what they say of themselves, is in layout.py.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from common.config import PRETRAINED
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, read_header, write_text
+from common.io.checkpoints import Checkpoint, check_provenance, read_header, read_tensor, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -30,6 +31,9 @@ from common.layout import (
     read_provenance,
 )
 from common.merging.starts import by_part, chain_of, merge, survey
+from common.opening import carry_out
+from common.run.engine import Memory, asks_for_workers
+from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
 
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
@@ -42,13 +46,57 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
         return opened_start(experiment)
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
-        with record_stage(experiment.config, f"merge {method}"):
-            if chain_of(method).row.data:
-                tensors, provenance["data"] = merged_with_data(experiment, domain, method)
-            else:
-                tensors = merged_tensors(experiment, method)
-            finish(experiment, domain, tensors, folder, provenance)
+        data = chain_of(method).row.data
+        if data or not asks_for_workers(experiment.config.run):
+            with record_stage(experiment.config, f"merge {method}"):
+                if data:
+                    tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+                else:
+                    tensors = merged_tensors(experiment, method)
+                finish(experiment, domain, tensors, folder, provenance)
+        else:
+            merge_in_parts(experiment, domain, method, provenance)
     return opened_start(experiment)
+
+
+def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:
+    """A merge whose tensors are made part by part, each where run.engine lets it be made, and then put together."""
+    layout, groups = RunLayout(experiment.config), merge_groups(experiment)
+    largest = max(math.prod(shape) for shape in experiment.base.shapes.values())
+    held = 4.0 * largest * (len(experiment.experts) + 6)  # θ₀, each τ if the method keeps them, what becomes of them
+    bar = UnitBar(f"merge {method}", len(groups), "parts")
+    with record_stage(experiment.config, bar.stage, bar), bar:
+        forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
+        known = (provenance, survey_of(experiment, method))
+        carry_out(merge_each, experiment, range(len(groups)), bar, *known, writes=layout.part_files, **forecast)
+        part_of = {name: layout.part_file(number) for number, group in enumerate(groups) for name in group}
+        names = experiment.base.names(experiment.family.scope)
+        made = ((name, read_tensor(part_of[name], name)) for name in names)
+        finish(experiment, domain, made, layout.start, provenance)
+        shutil.rmtree(layout.part_file(0).parent)
+
+
+def merge_groups(experiment: Experiment) -> list[list[str]]:
+    """Names of the merged tensors in parts: those of a block, and every other by itself."""
+    names = experiment.base.names(experiment.family.scope)
+    blocks = [[name for name in names if name.startswith(prefix)] for prefix in experiment.prefixes]
+    return blocks + [[name] for name in experiment.rest_names()]
+
+
+def merge_each(
+    experiment: Experiment, parts: Iterable[int], bar: Units, provenance: dict[str, Any], surveyed: Any
+) -> None:
+    """Merge and store some parts, unless their files are there already."""
+    method, groups = experiment.config.start.method, merge_groups(experiment)
+    for number in parts:
+        file = RunLayout(experiment.config).part_file(number)
+        with bar.unit(f"{groups[number][0]} and {len(groups[number]) - 1} more"):
+            if file.is_file():
+                check_provenance(file, read_header(file), provenance)
+                bar.keep()
+            else:
+                tensors = {name: merged_tensor(experiment, method, name, surveyed) for name in groups[number]}
+                write_tensors(file, tensors, provenance)
 
 
 def opened_start(experiment: Experiment) -> Checkpoint:
@@ -84,16 +132,28 @@ def merged_with_data(
 
 def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model under a merge method, one at a time."""
-    scope, hyper = chain_of(method).row.scope, experiment.hyper(method)
-    names = experiment.base.names(experiment.family.scope)
-    merged = [name for name in names if scope == "all" or name.startswith(experiment.family.prefixes)]
-    surveyed = survey(method, lambda: (of_tensor(experiment, name) for name in merged), hyper)
-    for name in names:
-        theta, deltas = of_tensor(experiment, name)
-        if name in merged:
-            theta = add(theta, merge(method, theta, deltas, hyper, surveyed))
-        yield name, theta[name].cpu()
-        del theta, deltas  # or they would be kept while the next is made
+    surveyed = survey_of(experiment, method)
+    for name in experiment.base.names(experiment.family.scope):
+        yield name, merged_tensor(experiment, method, name, surveyed)  # a variable would keep it while the next is made
+
+
+def survey_of(experiment: Experiment, method: str) -> Any:
+    """What a method has to know of all merged tensors before the first is made, if anything."""
+    names = [name for name in experiment.base.names(experiment.family.scope) if is_merged(experiment, method, name)]
+    return survey(method, lambda: (of_tensor(experiment, name) for name in names), experiment.hyper(method))
+
+
+def is_merged(experiment: Experiment, method: str, name: str) -> bool:
+    """Whether a method merges a tensor, or leaves it as the base has it."""
+    return chain_of(method).row.scope == "all" or name.startswith(experiment.family.prefixes)
+
+
+def merged_tensor(experiment: Experiment, method: str, name: str, surveyed: Any) -> Tensor:
+    """One tensor of the merged model, on the CPU."""
+    theta, deltas = of_tensor(experiment, name)
+    if is_merged(experiment, method, name):
+        theta = add(theta, merge(method, theta, deltas, experiment.hyper(method), surveyed))
+    return theta[name].cpu()
 
 
 def of_tensor(experiment: Experiment, name: str) -> tuple[Params, list[Params]]:

@@ -10,7 +10,17 @@ from common.assembly import adapted_tensors, merge_start, write_model
 from common.config import Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
-from common.evaluation.tuning import FDA, SPLIT, candidates, held_out, read_search, record, scores_on_cut, with_fields
+from common.evaluation.tuning import (
+    FDA,
+    SPLIT,
+    candidates,
+    held_out,
+    judged,
+    read_search,
+    record,
+    scores_on_cut,
+    with_fields,
+)
 from common.experiment import Experiment
 from common.io.checkpoints import digest
 from common.layout import RunLayout, block_provenance, fit_provenance
@@ -79,6 +89,6 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
         fit(experiment, domain, provenance)
         write_model(experiment, domain, adapted_tensors(experiment, start), folder)
         path = folder
-    row |= scores_on_cut(config, domain, folder.name, path)
+    row |= judged(config, scores_on_cut(config, domain, folder.name, path))
     record(config, candidate=row)
     return row

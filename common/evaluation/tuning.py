@@ -2,9 +2,12 @@
 test set."""
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ from common.assembly import merge_start
 from common.config import Adapt, Config, as_dict
 from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
-from common.domain import Domain, scored_tests
+from common.domain import Domain, module_of, scored_tests
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
-from common.opening import open_experiment
+from common.opening import libraries_of, open_experiment
 from common.run.device import prepare
+from common.run.engine import Demand, Files, Memory, asks_for_workers, place_for, value_of
 from common.run.progress import UnitBar
 from common.run.run_log import commit
 from common.run.stages import current
@@ -94,11 +98,10 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     grids = candidates(config, domain)
     grids.pop(FDA, None)  # which needs the anchors
     for method, grid in grids.items():
-        bar, rows = UnitBar(f"search {method}", len(grid), "candidates"), []
+        bar = UnitBar(f"search {method}", len(grid), "candidates")
         with current().stage(config.run.name, bar.stage, bar), bar:
-            for chosen in grid:
-                with bar.unit(", ".join(f"{name} {value}" for name, value in chosen.items())):
-                    rows.append(candidate_row(held_out(config), domain, method, hyper.get(method, {}) | chosen))
+            tried = [hyper.get(method, {}) | chosen for chosen in grid]
+            rows = candidate_rows(held_out(config), domain, method, tried, bar)
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
         hyper[method] = hyper.get(method, {}) | grid[best]
         record(config, choice={method: hyper[method]})
@@ -106,35 +109,87 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     return replace(config, start=replace(config.start, hyper=hyper))
 
 
-def candidate_row(config: Config, domain: Domain, method: str, hyper: dict[str, Any]) -> dict[str, Any]:
-    """What search.json says of a merge with these hyperparameters, which is made and scored if it says nothing yet."""
-    folder, run = config.run.dir / "search", replace(config.run, name=f"{config.run.name}/search")
-    trial = replace(config, start=replace(config.start, hyper={method: hyper}), run=run).at_start(method)
-    experiment = open_experiment(trial, domain)
-    row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
-    tests = scored_tests(config, domain)
-    row["id"] = digest([row, tests, inputs_of(experiment)])
-    known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
-    if known:
-        return known[0]
-    shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
+def candidate_rows(
+    config: Config, domain: Domain, method: str, grid: Iterable[dict[str, Any]], bar: UnitBar
+) -> list[dict[str, Any]]:
+    """What search.json says of merges with these hyperparameters; what it does not know yet is merged and scored:
+    here one after the other, or side by side where the config asks for workers.
+    """
+    rows: list[dict[str, Any]] = []
+    trials: dict[int, Config] = {}
+    known = {row["id"]: row for row in read_search(config)["candidates"]}
+    for hyper in grid:
+        trial = trial_of(config, method, hyper, len(rows))
+        experiment = open_experiment(trial, domain)
+        row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
+        row["id"] = digest([row, scored_tests(config, domain), inputs_of(experiment)])
+        if row["id"] not in known and row["id"] not in [rows[number]["id"] for number in trials]:
+            trials[len(rows)] = trial
+        rows.append(row)
     domain.check_export(config.model)
-    row |= scores_on_cut(trial, domain, method, merge_start(experiment, domain).path)
-    shutil.rmtree(folder)
-    record(config, candidate=row)
-    return row
+    bar.keep(len(rows) - len(trials))
+    for number, scores in scored_trials(config, domain, trials):
+        with bar.unit(f"candidate {number}"):
+            row = rows[number] | judged(config, scores)
+            record(config, candidate=row)
+            known[row["id"]] = row
+    record(config, order=[row["id"] for row in rows])
+    return [known[row["id"]] for row in rows]
 
 
-def scores_on_cut(config: Config, domain: Domain, name: str, path: Path) -> dict[str, Any]:
-    """What a row of search.json says of how a model scores."""
+def trial_of(config: Config, method: str, hyper: dict[str, Any], number: int) -> Config:
+    """The experiment of one candidate, in a folder of its own, by one process."""
+    run = replace(config.run, name=f"{config.run.name}/search/{number}", engine="local", workers=1)
+    run = replace(run, address="", gpus_per_unit=None)
+    return replace(config, start=replace(config.start, hyper={method: hyper}), run=run).at_start(method)
+
+
+def scored_trials(
+    config: Config, domain: Domain, trials: Mapping[int, Config]
+) -> Iterator[tuple[int, dict[str, dict[str, Any]]]]:
+    """The numbers of some candidates with their scores, as they come."""
+    folder = config.run.dir / "search"
+    shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
+    place, here = None, dict(trials)
+    if asks_for_workers(config.run) and trials:
+        model = 8.0 * sum(map(math.prod, open_experiment(config, domain).base.shapes.values()))  # as made, as scored
+        asked = Demand(len(trials), 0.0, True, lambda: Memory(model, model, model))
+        place = place_for(config.run, asked, libraries_of(config))
+    if place is None:
+        yield from ((number, scores_of(domain, here, number)) for number in here)
+    else:
+        there = {n: replace(t, run=replace(t.run, root=place.root or t.run.root)) for n, t in trials.items()}
+        files = Files(Path(config.run.root).expanduser(), lambda number: (), lambda number: ())
+        with closing(place.outcomes(partial(scores_at_worker, there), list(trials), files)) as outcomes:
+            yield from ((number, value_of(outcome)) for number, outcome in outcomes)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def scores_at_worker(trials: Mapping[int, Config], number: int) -> dict[str, dict[str, Any]]:
+    """The scores of a candidate, in a process that has its domain still to import."""
+    return scores_of(module_of(trials[number].domain), trials, number)
+
+
+def scores_of(domain: Domain, trials: Mapping[int, Config], number: int) -> dict[str, dict[str, Any]]:
+    """{test set: value and examples} of a candidate, which is merged for it and removed again."""
+    trial = trials[number]
+    path = merge_start(open_experiment(trial, domain), domain).path
+    scores = scores_on_cut(trial, domain, trial.start.method, path)
+    shutil.rmtree(trial.run.dir)
+    return scores
+
+
+def scores_on_cut(config: Config, domain: Domain, name: str, path: Path) -> dict[str, dict[str, Any]]:
+    """{test set: value and examples} of a model."""
     device, tests = prepare(config.run.device), scored_tests(config, domain)
     found = {test: domain.score(config, test, {name: path}, device)[name] for test in tests}
-    return {
-        "scores": {test: {"value": of_test.value, "n": of_test.n} for test, of_test in found.items()},
-        "avg": sum(of_test.value for of_test in found.values()) / len(found),
-        "config": digest(as_dict(config)),
-        "commit": commit(),
-    }
+    return {test: {"value": of_test.value, "n": of_test.n} for test, of_test in found.items()}
+
+
+def judged(config: Config, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a row of search.json says besides of a model with these scores."""
+    average = sum(of_test["value"] for of_test in scores.values()) / len(scores)
+    return {"scores": scores, "avg": average, "config": digest(as_dict(config)), "commit": commit()}
 
 
 def read_search(config: Config) -> dict[str, Any]:
@@ -144,9 +199,15 @@ def read_search(config: Config) -> dict[str, Any]:
     return read_object(file, "record of a search") if file.is_file() else empty
 
 
-def record(config: Config, candidate: dict[str, Any] | None = None, choice: dict[str, Any] | None = None) -> None:
-    """Put a candidate or a choice into search.json."""
+def record(
+    config: Config,
+    candidate: dict[str, Any] | None = None,
+    choice: dict[str, Any] | None = None,
+    order: Sequence[str] = (),
+) -> None:
+    """Put a candidate or a choice into search.json, or the candidates of these ids in their order behind others."""
     found = read_search(config)
+    found["candidates"].sort(key=lambda row: order.index(row["id"]) if row["id"] in order else -1)
     found["candidates"] += [candidate] if candidate else []
     found["choices"] |= choice or {}
     write_text(config.run.dir / "search.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
