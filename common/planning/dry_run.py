@@ -233,7 +233,9 @@ def needs(config: Config, domain: Domain) -> list[str]:
     settings = config.adapt.for_start(config.start.method)
     epochs = shortened(settings.epochs, settings.speedup)
     rows = {
-        "blocks": "; ".join(map(in_short, kinds)) + f"; anchored part {family.part}; D {shape[2]}",
+        "blocks": "; ".join(map(in_short, kinds))
+        + (f"; anchored part {family.part}" if family.part else "")
+        + f"; D {shape[2]}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
