@@ -3,6 +3,7 @@
 import csv
 import io
 import shutil
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,7 +14,8 @@ from pico_run import write_pico_run
 from pico_vision import pico_config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open pages in")
+DRIVER = find_spec("playwright")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium, or no Playwright to drive it")
 SECTIONS = [
     "results",
     "accuracy",

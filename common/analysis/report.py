@@ -34,7 +34,8 @@ def analyse(name: str, config: Config, domain: Domain) -> None:
     measure, _ = functions(name)
     with threads_for(experiment.largest_product), record_stage(config, f"analyse {name}"):
         measured = plain(measure(material_of(name, experiment, domain)))
-    birth = {"analysis": name, "config": digest(as_dict(config)), "commit": commit(), "seed": config.run.seed}
+    said = {"analysis": name, "title": ANALYSES[name].title.replace("$", "")}
+    birth = said | {"config": digest(as_dict(config)), "commit": commit(), "seed": config.run.seed}
     folder = config.run.dir / "analysis"
     write_text(folder / f"{name}.json", json.dumps(birth | measured, indent=1, ensure_ascii=False) + "\n")
     save(figure_of(name, measured), folder / f"{name}.png")
