@@ -75,6 +75,13 @@ DEFAULTS = {
     "widen": {"ratio": 1.0, "calibration": 1.0},
 }
 
+# Whether queries, keys and values of a fused matrix are taken apart, by default as in the authors' code.
+WHOLE = ["tsv", "dc_merge", "star", "cart", "iso_c", "iso_cts"]
+WHOLE += ["wudi", "wudi_exact", "swudi", "swudi_a", "ace", "doge_ta"]
+SPLIT = dict.fromkeys(WHOLE, False) | dict.fromkeys(["optmerge", "actmat", "tact"], True)
+for split_method, apart in SPLIT.items():
+    DEFAULTS[split_method]["split_qkv"] = apart
+
 # With these hyperparameters one task is merged into its expert, but for what is no matrix in WUDI.
 # SLERP and layer swapping take two; PCB, Iso, DOGE and ACE change even a single task vector.
 KEEPS_ONE_TASK = {
@@ -250,6 +257,23 @@ def test_trainable_parameters_merge_without_a_graph(method):
     base, deltas = task_vectors(2)
     deltas = [{name: torch.nn.Parameter(tensor) for name, tensor in delta.items()} for delta in deltas]
     assert not any(tensor.requires_grad for tensor in merge(method, base, deltas, {}).values())
+
+
+@pytest.mark.parametrize("method", SPLIT)
+def test_a_fused_projection_is_taken_apart_if_asked(method):
+    """As three matrices are that bear names of their own, and no other matrix; else it is one matrix."""
+    base, deltas = task_vectors(3, {"attn.in_proj_weight": (18, 7), "mlp.c_fc.weight": (18, 7)})
+    thirds = []
+    for delta in (base, *deltas):
+        thirds.append({f"{name}.{k}": part for name, x in delta.items() for k, part in enumerate(x.chunk(3))})
+    hyper = {"steps": 3} if "steps" in hyperparameters(method) else {}
+    hyper |= {"granularity": "tensor"} if "granularity" in hyperparameters(method) else {}
+    split, whole = (merge(method, base, deltas, hyper | {"split_qkv": apart}) for apart in (True, False))
+    alone = merge(method, thirds[0], thirds[1:], hyper)
+    fused = "attn.in_proj_weight"
+    assert_close(split[fused], torch.cat([alone[f"{fused}.{k}"] for k in range(3)]), atol=1e-9)
+    assert torch.equal(split["mlp.c_fc.weight"], whole["mlp.c_fc.weight"])
+    assert not torch.allclose(split[fused], whole[fused], rtol=1e-3, atol=1e-6)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

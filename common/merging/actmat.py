@@ -5,8 +5,8 @@ for every matrix no side of which is longer than `longest`. Every other tensor i
 
 Source: "ACTMat" (arXiv 2604.01329) and its authors' code. Defaults: density 0.5, longest 20000 (embeddings of tokens
 are averaged), scale 1, theirs.
-Deviation: the code also averages the text projection, and takes queries, keys and values of a fused matrix apart; here
-a fused matrix is one.
+As theirs, queries, keys and values of a fused matrix are taken apart, unless `split_qkv` is off.
+Deviation: the code also averages the text projection.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,16 @@ from common.merging.wudi_exact import least_interference
 
 
 def actmat(
-    base: Params, deltas: Sequence[Params], *, longest: int = 20000, scale: float = 1.0, others: float | None = None
+    base: Params,
+    deltas: Sequence[Params],
+    *,
+    longest: int = 20000,
+    scale: float = 1.0,
+    others: float | None = None,
+    split_qkv: bool = True,
 ) -> Params:
     """The ACTMat delta; `scale` is a factor on every tensor, `others` the λ of Σᵢ τᵢ for the rest (None: 1/N)."""
-    return each_matrix(partial(by_covariance, longest, others, 1.0), base, deltas, others, scale)
+    return each_matrix(partial(by_covariance, longest, others, 1.0), base, deltas, others, scale, split_qkv)
 
 
 def tact(
@@ -34,10 +40,11 @@ def tact(
     longest: int = 20000,
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = True,
 ) -> Params:
     """The TACT delta, see `actmat`."""
     require_fraction("tact", "density", density)
-    return each_matrix(partial(by_covariance, longest, others, density), base, deltas, others, scale)
+    return each_matrix(partial(by_covariance, longest, others, density), base, deltas, others, scale, split_qkv)
 
 
 def by_covariance(longest: int, others: float | None, density: float, taus: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ With τ̄ the mean of the τᵢ, every matrix becomes δ = τ̄ + λ Σᵢ (the 
 Source: Choi et al. 2024, "Revisiting weight averaging for model merging" (arXiv 2412.12153), as in AdaRank's code
 (arXiv 2503.22178). Defaults: rank_fraction 0.16 and λ 2.3, where AdaRank starts for eight tasks and ViT-B/32.
 Deviation: that code cuts the matrices of attention and MLP alone; here every matrix is cut, embeddings too. A fused
-matrix of queries, keys and values is one matrix, as there.
+matrix of queries, keys and values is one matrix, as there, unless `split_qkv` is on.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ def cart(
     rank_fraction: float = 0.16,
     scale: float = 2.3,
     others: float | None = None,
+    split_qkv: bool = False,
 ) -> Params:
     """The CART delta; `scale` is λ, on matrices alone, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
     require_fraction("cart", "rank_fraction", rank_fraction)
@@ -42,4 +43,4 @@ def cart(
             del residual
         return delta
 
-    return each_matrix(merged, base, deltas, others)
+    return each_matrix(merged, base, deltas, others, split_qkv=split_qkv)

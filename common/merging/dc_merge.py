@@ -12,7 +12,8 @@ task: `smooth` mean takes their mean for each, ramp a straight line from first t
 equal sum.
 Deviation: a matrix with fewer rows or columns than tasks would have k = 0; it is averaged like the vectors. Entries
 that are equal but for rounding are kept together. Singular vectors of zero singular values take no part. The code
-averages the text projection. A fused matrix of queries, keys and values is one matrix, as theirs is.
+averages the text projection. A fused matrix of queries, keys and values is one matrix, as theirs is, unless `split_qkv`
+is on.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def dc_merge(
     smooth: Literal["no", "mean", "ramp"] = "no",
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = False,
 ) -> Params:
     """The DC-Merge delta; `rank` is k (None: ⌊r/N⌋), `scale` a factor on every tensor, `others` the λ of Σᵢ τᵢ for what
     is no matrix (None: 1/N)."""
@@ -56,7 +58,7 @@ def dc_merge(
             return torch.zeros_like(taus[0])
         return elected(parts, max(1, rounded_down(keep * side**2)), smooth)
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)
 
 
 def elected(parts: Sequence[tuple[Tensor, Tensor, Tensor]], count: int, smooth: str) -> Tensor:

@@ -11,6 +11,7 @@ as released with FusionBench. Defaults: eta 0.07, subspace 6, density 0.3, 400 s
 to the matrices of the blocks (`scope` in registry.py).
 `granularity`: mᵢ trims the matrices of a task vector by one threshold (model), as the code does, or each by itself
 (tensor), which spares two passes over the model.
+A fused matrix of queries, keys and values is one matrix unless `split_qkv` is on; their models have them apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ def doge_ta(
     steps: int = 400,
     lr: float = 1e-4,
     others: float | None = 0.0,
+    split_qkv: bool = False,
     granularity: Granularity = "model",
 ) -> Params:
     """The DOGE-TA delta; `others` is the λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
@@ -67,7 +69,7 @@ def doge_ta(
         )
         return sum(kept, torch.zeros_like(change))
 
-    return each_matrix(merged, base, deltas, others)
+    return each_matrix(merged, base, deltas, others, split_qkv=split_qkv)
 
 
 def shared_basis(taus: Sequence[Tensor], subspace: int) -> Tensor:

@@ -11,6 +11,7 @@ Source: Marczak et al. 2025, "No task left behind" (arXiv 2502.04959). Defaults:
 Deviation: singular vectors of zero singular values are arbitrary and take no part, and s̄ is the mean over the others.
 Zero is also what rounding leaves of a task that the common directions hold.
 The singular values of δ add up to α times those of U S Vᵀ either way.
+A fused matrix of queries, keys and values is one matrix, as theirs is, unless `split_qkv` is on.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,14 @@ from common.core.task_vectors import Params
 from common.merging.tensorwise import each_matrix, rounded_down, total
 
 
-def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others: float | None = None) -> Params:
+def iso_c(
+    base: Params,
+    deltas: Sequence[Params],
+    *,
+    scale: float = 1.0,
+    others: float | None = None,
+    split_qkv: bool = False,
+) -> Params:
     """The Iso-C delta; `scale` is α, on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
 
     def merged(taus: Sequence[Tensor]) -> Tensor:
@@ -34,7 +42,7 @@ def iso_c(base: Params, deltas: Sequence[Params], *, scale: float = 1.0, others:
         u, s, v = truncated_svd(every, min(every.shape))
         return s.mean() * u @ v.mT
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)
 
 
 def iso_cts(
@@ -44,6 +52,7 @@ def iso_cts(
     common_fraction: float = 0.8,
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = False,
 ) -> Params:
     """The Iso-CTS delta; k is about `common_fraction` of r, such that N divides the rest.
 
@@ -70,4 +79,4 @@ def iso_cts(
         del parts, common
         return s.mean() * nearest_isometry(u) @ nearest_isometry(v).mT
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)

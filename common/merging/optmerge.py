@@ -8,8 +8,8 @@ says. For experts that are adapters (`adapters`) τ̃ᵢ is cut from τᵢ itsel
 Source: Wei et al. 2025, "Unifying multimodal large language model capabilities and modalities via model merging"
 (arXiv 2505.19892), and its authors' code. Defaults: lr 1e-5 (adapters: they take 1e-4), 300 steps, scale 1; for
 multimodal models they take scale 0.1 and 0.2. At least one component is kept.
-Deviation: the code averages `lm_head`; here it is a matrix like others. A fused matrix of queries, keys and values is
-one matrix; the authors' models have them apart.
+Deviation: the code averages `lm_head`; here it is a matrix like others. Queries, keys and values of a fused
+matrix are taken apart, as the authors' models have them, unless `split_qkv` is off.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ def optmerge(
     adapters: bool = False,
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = True,
 ) -> Params:
     """The OptMerge delta. `scale` is a factor on every tensor, `others` the λ of Σᵢ τᵢ for what is no matrix (None:
     1/N). InputError if lr ≤ 0.
@@ -55,7 +56,7 @@ def optmerge(
             return descend(mean, gram_DD, target, steps, lambda m: torch.optim.SGD([m], lr=lr, momentum=0.9))
         return descend(mean.mul_(len(taus)), gram_DD, target, steps, lambda m: torch.optim.Adam([m], lr=lr))
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)
 
 
 def denoised(tau: Tensor, mean: Tensor, rank: int, adapters: bool) -> Tensor:

@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     "average": Method("average:average", "Average", "mean of the task vectors"),
     "slerp": Method("slerp:slerp", "SLERP", "between two models, along an arc"),
     "layer_swap": Method(
-        "layer_swap:layer_swap", "Layer swap", "outer layers of one, inner ones of the other", survey="layer_swap:depth"
+        "layer_swap:layer_swap", "Layer swap", "outer layers of another expert", survey="layer_swap:depth"
     ),
     "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors"),
     "rws": Method("rws:rws", "RWS", "one expert, patched by the others"),

@@ -10,8 +10,8 @@ VaRM selects every weight and erases none: δ = Σᵢ wᵢ τᵢ.
 Source: Wan et al. 2024, "FuseChat: knowledge fusion of chat models", SCE in version 2 (arXiv 2408.07990), VaRM in
 version 1 (arXiv 2402.16107), and their code. Default: select 0.1, FuseChat-7B's; 1 has no mask, not even where v is 0.
 As in their code the mask decides wᵢ alone; `masked` also erases and adds up what it left of the τᵢ, as mergekit does.
-Deviation: v counts as 0 below 1e-12 of the mean square, and variances as equal that differ by less than 1e-9: equal
-ones are selected together. VaRM's variation ratio is that of the mean squares, one of three in its code.
+Deviation: variances that differ by less than 1e-5 of themselves count as equal, and equal ones are selected together.
+VaRM's variation ratio is that of the mean squares, one of three in its code.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from common.core.task_vectors import Params
 from common.merging.magnitude import largest
-from common.merging.tensorwise import each_tensor, require_fraction, rounded_down
+from common.merging.tensorwise import each_tensor, inner, require_fraction, rounded_down, total
 
-NO_VARIANCE = 1e-12  # of the mean square: what rounding leaves of equal weights
-EQUAL = 1e-9  # relative difference of variances that are equal but for rounding
+EQUAL = 1e-5  # relative difference of variances that are equal but for rounding
 
 
 def sce(base: Params, deltas: Sequence[Params], *, select: float = 0.1, masked: bool = False) -> Params:
@@ -63,28 +62,34 @@ def varm(base: Params, deltas: Sequence[Params]) -> Params:
 
 
 def selected(taus: Sequence[Tensor], select: float) -> tuple[Tensor, Tensor | None]:
-    """Σᵢ τᵢ in float64, and the mask of the weights whose variance over the tasks is largest; None selects all."""
-    every = torch.zeros_like(taus[0], dtype=torch.float64)
-    squares = torch.zeros_like(every) if select < 1 else None
-    for tau in taus:
-        every += tau
-        if squares is not None:
-            squares.addcmul_(tau, tau)
+    """Σᵢ τᵢ, and the mask of the weights whose variance over the tasks is largest; None selects all.
+
+    The variance is taken about the first task, so that it is 0 where all are equal.
+    """
+    if select == 1:
+        return total(taus), None
+    first = taus[0]
+    every, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for tau in taus[1:]:
+        apart = tau - first
         del tau
-    if squares is None:
-        return every, None
-    variance = (squares.div_(len(taus))).addcmul(every, every, value=-1 / len(taus) ** 2)
-    variance.masked_fill_(variance <= NO_VARIANCE * squares, 0)
-    del squares
+        every += apart
+        squares.addcmul_(apart, apart)
+        del apart
+    variance = squares.div_(len(taus)).addcmul_(every, every, value=-1 / len(taus) ** 2).clamp_(min=0)
+    every.add_(first, alpha=len(taus))
+    del first
     count = rounded_down(select * int(variance.count_nonzero()))
-    return every, variance >= (1 - EQUAL) * largest(variance.clone(), count)
+    threshold = largest(variance.clone(), count)
+    return every, variance >= (1 - EQUAL) * threshold
 
 
 def variation_ratios(taus: Sequence[Tensor], mask: Tensor | None) -> list[float]:
     """The mean square of what the mask leaves of each τᵢ, as parts of their sum; 1/N if all are 0."""
     sizes = []
     for tau in taus:
-        sizes.append(float((tau if mask is None else tau * mask).double().square().sum()))
+        tau = tau if mask is None else tau * mask
+        sizes.append(inner(tau, tau))
         del tau
-    total = sum(sizes)
-    return [size / total for size in sizes] if total > 0 else [1 / len(sizes)] * len(sizes)
+    every = sum(sizes)
+    return [size / every for size in sizes] if every > 0 else [1 / len(sizes)] * len(sizes)

@@ -6,7 +6,7 @@ says.
 
 Source: Lee et al. 2025, "STAR: spectral truncation and rescale for model merging" (NAACL 2025, arXiv 2502.10339), in
 the form of the code beside SVC (arXiv 2602.05536). Defaults: share 0.4, theirs; scale 1.
-A fused matrix of queries, keys and values is one matrix, as there.
+A fused matrix of queries, keys and values is one matrix, as there, unless `split_qkv` is on.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ def star(
     share: float = 0.4,
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = False,
 ) -> Params:
     """The STAR delta; `scale` is a factor on every tensor, `others` λ of Σᵢ τᵢ for what is no matrix (None: 1/N)."""
     require_fraction("star", "share", share)
@@ -41,4 +42,4 @@ def star(
             del tau
         return delta.div_(len(taus))
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)

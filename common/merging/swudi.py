@@ -9,7 +9,8 @@ D C⁺ is the minimum of `wudi`; along eigenvectors of small λ it is noise over
 Source: SWUDI (arXiv 2606.07289) and its authors' code. Defaults: K = ⌈(Σ√λ)² / Σλ⌉; t 1300 and share 0.65 (theirs for
 ViT-B/32); scale 1. Other K, by `rank`: entropy exp(−Σ p ln p) with p = λ/Σλ; participation (Σλ)² / Σλ²; gavish_donoho,
 the √λ that exceed the optimal hard threshold for noise, advised for models that were fine-tuned in full.
-A fused matrix of queries, keys and values has one C for all three, as theirs has.
+A fused matrix of queries, keys and values has one C for all three, unless `split_qkv` is on; theirs are apart in most
+models.
 Deviation: what is no matrix is left at the base as in `wudi`, and so is all outside the blocks; theirs takes the mean.
 """
 
@@ -35,6 +36,7 @@ def swudi_a(
     rank: str = "energy",
     scale: float = 1.0,
     others: float | None = 0.0,
+    split_qkv: bool = False,
 ) -> Params:
     """The delta with WUDI's minimum along the K leading directions; `rank` says how K is counted.
 
@@ -46,7 +48,7 @@ def swudi_a(
     def leading(eigenvalues: Tensor, shape: float) -> Tensor:
         return (torch.arange(len(eigenvalues)) < RANKS[rank](eigenvalues, shape)).to(eigenvalues)
 
-    return each_matrix(lambda taus: filtered(taus, leading), base, deltas, others, scale)
+    return each_matrix(lambda taus: filtered(taus, leading), base, deltas, others, scale, split_qkv)
 
 
 def swudi(
@@ -57,6 +59,7 @@ def swudi(
     share: float = 0.65,
     scale: float = 1.0,
     others: float | None = 0.0,
+    split_qkv: bool = False,
 ) -> Params:
     """The delta after gradient flow for `time` along the leading `share` of the directions, see `swudi_a`."""
     require_fraction("swudi", "share", share)
@@ -67,7 +70,7 @@ def swudi(
         place = torch.arange(len(eigenvalues), device=eigenvalues.device)
         return -torch.expm1(-time * eigenvalues) * (place < math.ceil(share * len(eigenvalues) - 1e-9))
 
-    return each_matrix(lambda taus: filtered(taus, flow), base, deltas, others, scale)
+    return each_matrix(lambda taus: filtered(taus, flow), base, deltas, others, scale, split_qkv)
 
 
 def filtered(taus: Sequence[Tensor], keep: Filter) -> Tensor:

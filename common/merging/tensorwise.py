@@ -8,23 +8,30 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
+FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
+PIECE = 2**20  # numbers that are converted to float64 at once
+
 
 class Taus(Sequence[Tensor]):
-    """The experts' τᵢ of one tensor, in float32 or wider; each is made when it is asked for, and not kept."""
+    """The experts' τᵢ of one tensor or some rows of it, in float32 or wider, each made when asked for and not kept."""
 
-    def __init__(self, deltas: Sequence[Params], name: str):
-        self.deltas, self.name = deltas, name
+    def __init__(self, deltas: Sequence[Params], name: str, rows: slice = slice(None)):
+        self.deltas, self.name, self.rows = deltas, name, rows
 
     def __len__(self) -> int:
         return len(self.deltas)
 
     def __getitem__(self, i: Any) -> Any:  # a Tensor for a number, Taus for a slice
-        return Taus(self.deltas[i], self.name) if isinstance(i, slice) else upcast(self.deltas[i][self.name])
+        if isinstance(i, slice):
+            return Taus(self.deltas[i], self.name, self.rows)
+        tau = self.deltas[i][self.name]
+        return upcast(tau if self.rows == slice(None) else tau[self.rows])
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))  # Sequence's own would hold each while the next is made
@@ -41,16 +48,28 @@ def each_tensor(rule: Rule, base: Params, deltas: Sequence[Params]) -> dict[str,
 
 
 def each_matrix(
-    rule: Rule, base: Params, deltas: Sequence[Params], others: float | None, scale: float = 1.0
+    rule: Rule,
+    base: Params,
+    deltas: Sequence[Params],
+    others: float | None,
+    scale: float = 1.0,
+    split_qkv: bool = False,
 ) -> dict[str, Tensor]:
     """`scale` times what the rule gives for a matrix, and what `weighted` gives with `others` for any other tensor.
 
-    A rule leaves the τᵢ it is given as they are and returns a tensor of its own.
+    A rule leaves the τᵢ it is given as they are and returns a tensor of its own. With `split_qkv` it is given the rows
+    of queries, of keys and of values of a fused projection one after the other.
     """
-    return {
-        name: (rule(Taus(deltas, name)) if theta.ndim == 2 else weighted(Taus(deltas, name), others)).mul_(scale)
-        for name, theta in base.items()
-    }
+
+    def merged(name: str, theta: Tensor) -> Tensor:
+        if theta.ndim != 2:
+            return weighted(Taus(deltas, name), others)
+        if split_qkv and name.endswith(FUSED) and len(theta) % 3 == 0:
+            thirds = [slice(k * len(theta) // 3, (k + 1) * len(theta) // 3) for k in range(3)]
+            return torch.cat([rule(Taus(deltas, name, rows)) for rows in thirds])
+        return rule(Taus(deltas, name))
+
+    return {name: merged(name, theta).mul_(scale) for name, theta in base.items()}
 
 
 def weighted(taus: Sequence[Tensor], others: float | None) -> Tensor:
@@ -66,6 +85,12 @@ def total(taus: Iterable[Tensor]) -> Tensor:
         result += tau
         del tau
     return result
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ of two tensors of one shape, added up in float64 piece by piece."""
+    pairs = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
+    return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
 
 
 def layer_of(name: str) -> int | None:

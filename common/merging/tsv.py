@@ -9,6 +9,7 @@ Deviation: a matrix with fewer rows or columns than there are tasks (RoBERTa's 1
 ⌊r/N⌋ = 0 components and be reset to the base by the released code; here it is averaged like the vectors.
 Deviation: singular vectors of a zero singular value are arbitrary, so they take no part, neither in a τᵢ (a zero or
 low-rank one would disturb the other tasks) nor in X̂ (when tasks share a direction).
+A fused matrix of queries, keys and values is one matrix, as theirs is, unless `split_qkv` is on.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def tsv(
     rank_fraction: float | None = None,
     scale: float = 1.0,
     others: float | None = None,
+    split_qkv: bool = False,
 ) -> Params:
     """The TSV-M delta. `rank_fraction` is the part of the rank each task keeps, at least one component; None is 1/N.
 
@@ -43,7 +45,7 @@ def tsv(
             return weighted(taus, others)
         return orthogonal_sum(taus, max(1, rounded_down(side * fraction)))
 
-    return each_matrix(merged, base, deltas, others, scale)
+    return each_matrix(merged, base, deltas, others, scale, split_qkv)
 
 
 def orthogonal_sum(taus: Sequence[Tensor], rank: int) -> Tensor:

@@ -6,6 +6,7 @@ of the layer, so no data are needed. Other tensors have no such inputs: their de
 Source: Cheng et al. 2025, "Whoever started the interference should end it" (WUDI-Merging, arXiv 2503.08099).
 Defaults: lr 1e-5, 300 steps, scale 1 (FDA for RoBERTa: lr 2e-5). The paper leaves everything
 outside the blocks at the base, as `scope` in registry.py says. `wudi_exact` goes to the minimum itself.
+A fused matrix of queries, keys and values is one matrix, as theirs is for CLIP, unless `split_qkv` is on.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ def wudi(
     steps: int = 300,
     scale: float = 1.0,
     others: float | None = 0.0,
+    split_qkv: bool = False,
 ) -> Params:
     """The WUDI delta, with `lr` and `steps` of Adam (no weight decay). Nothing is random. InputError if lr ≤ 0.
 
@@ -34,7 +36,7 @@ def wudi(
     """
     if lr <= 0 or steps < 0:
         raise InputError(f"wudi: lr must be above 0 and steps at least 0, they are {lr} and {steps}")
-    return each_matrix(lambda taus: minimise_interference(taus, lr, steps), base, deltas, others, scale)
+    return each_matrix(lambda taus: minimise_interference(taus, lr, steps), base, deltas, others, scale, split_qkv)
 
 
 def minimise_interference(taus: Sequence[Tensor], lr: float, steps: int) -> Tensor:

@@ -9,6 +9,7 @@ magnitude (τᵢ itself whole), make ACTMat and TACT of it, see actmat.py.
 Source: ours, from the objective of Cheng et al. 2025 (WUDI-Merging, arXiv 2503.08099). Defaults: scale 1; rtol None;
 density 1. Where ΣGᵢ is small M is decided by little of the task vectors. Adam hardly moves there in its 300 steps;
 `rtol` cuts such directions off, at 0, where their share of ΣGᵢ is below rtol of the largest one's.
+A fused matrix of queries, keys and values is one matrix, as in `wudi`, unless `split_qkv` is on.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def wudi_exact(
     density: float = 1.0,
     scale: float = 1.0,
     others: float | None = 0.0,
+    split_qkv: bool = False,
 ) -> Params:
     """The minimiser of the WUDI objective. `rtol` None cuts off nothing but rounding.
 
@@ -41,7 +43,7 @@ def wudi_exact(
         raise InputError(f"wudi_exact: rtol must lie in [0, 1), it is {rtol}")
     require_fraction("wudi_exact", "density", density)
     rule = partial(least_interference, rtol=rtol, normalize=normalize, density=density)
-    return each_matrix(rule, base, deltas, others, scale)
+    return each_matrix(rule, base, deltas, others, scale, split_qkv)
 
 
 def least_interference(taus: Sequence[Tensor], rtol: float | None, normalize: bool, density: float) -> Tensor:
