@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.assembly import merge_each, merge_groups
+from common.assembly import merge_each, merge_groups, survey_of
 from common.core.errors import InputError
 from common.evaluation.tuning import choose_hyperparameters, read_search
 from common.layout import merge_provenance
@@ -111,14 +111,14 @@ def test_two_workers_make_the_bytes_of_one_process(pico_config, pool):
     assert read_notes(two.run.dir) == notes
 
 
-@pytest.mark.parametrize("method", ["ta", "tsv", "wudi"])
+@pytest.mark.parametrize("method", ["ta", "ties", "tsv", "wudi"])
 def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
     """Also one that was cut off after some parts."""
     one = change(change(pico_config, "start", method=method), "run", name="one", score=False)
     two = change(one, "run", name="two", workers=2)
     merge_alone(one, domain)
     experiment = open_experiment(two, domain)
-    merge_each(experiment, [1, 3], Units(), merge_provenance(experiment))
+    merge_each(experiment, [1, 3], Units(), merge_provenance(experiment), survey_of(experiment, method))
     merge_alone(two, domain)
     assert files_of(one.run.dir / "merged") == files_of(two.run.dir / "merged")
     note = read_notes(two.run.dir)[f"merge {method}"]
