@@ -4,8 +4,9 @@ Where they are written, and what they say of themselves, is in layout.py.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from common.config import PRETRAINED
 from common.core.task_vectors import Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, read_header, write_text
+from common.io.checkpoints import Checkpoint, check_provenance, read_header, read_tensor, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -30,6 +31,9 @@ from common.layout import (
     read_provenance,
 )
 from common.merging.starts import by_part, chain_of, merge, survey
+from common.opening import carry_out
+from common.run.engine import Memory, asks_for_workers
+from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
 
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
@@ -42,13 +46,53 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
         return opened_start(experiment)
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
     if not is_finished(folder, provenance):
-        with record_stage(experiment.config, f"merge {method}"):
-            if chain_of(method).row.data:
-                tensors, provenance["data"] = merged_with_data(experiment, domain, method)
-            else:
-                tensors = merged_tensors(experiment, method)
-            finish(experiment, domain, tensors, folder, provenance)
+        row = chain_of(method).row
+        if asks_for_workers(experiment.config.run) and not (row.data or row.survey):
+            merge_in_parts(experiment, domain, method, provenance)
+        else:
+            with record_stage(experiment.config, f"merge {method}"):
+                if row.data:
+                    tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+                else:
+                    tensors = merged_tensors(experiment, method, experiment.base.names(experiment.family.scope))
+                finish(experiment, domain, tensors, folder, provenance)
     return opened_start(experiment)
+
+
+def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:
+    """A merge whose tensors are made part by part, each where run.engine lets it be made, and then put together."""
+    layout, groups = RunLayout(experiment.config), merge_groups(experiment)
+    largest = max(math.prod(shape) for shape in experiment.base.shapes.values())
+    held = 4.0 * largest * (len(experiment.experts) + 6)  # θ₀, each τ if the method keeps them, what becomes of them
+    bar = UnitBar(f"merge {method}", len(groups), "parts")
+    with record_stage(experiment.config, bar.stage, bar), bar:
+        forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
+        carry_out(merge_each, experiment, range(len(groups)), bar, provenance, writes=layout.part_files, **forecast)
+        part_of = {name: layout.part_file(number) for number, group in enumerate(groups) for name in group}
+        names = experiment.base.names(experiment.family.scope)
+        made = ((name, read_tensor(part_of[name], name)) for name in names)
+        finish(experiment, domain, made, layout.start, provenance)
+        shutil.rmtree(layout.part_file(0).parent)
+
+
+def merge_groups(experiment: Experiment) -> list[list[str]]:
+    """Names of the merged tensors in parts: those of a block, and every other by itself."""
+    names = experiment.base.names(experiment.family.scope)
+    blocks = [[name for name in names if name.startswith(prefix)] for prefix in experiment.prefixes]
+    return blocks + [[name] for name in experiment.rest_names()]
+
+
+def merge_each(experiment: Experiment, parts: Iterable[int], bar: Units, provenance: dict[str, Any]) -> None:
+    """Merge and store some parts, unless their files are there already."""
+    method, groups = experiment.config.start.method, merge_groups(experiment)
+    for number in parts:
+        file = RunLayout(experiment.config).part_file(number)
+        with bar.unit(f"{groups[number][0]} and {len(groups[number]) - 1} more"):
+            if file.is_file():
+                check_provenance(file, read_header(file), provenance)
+                bar.keep()
+            else:
+                write_tensors(file, dict(merged_tensors(experiment, method, groups[number])), provenance)
 
 
 def opened_start(experiment: Experiment) -> Checkpoint:
@@ -82,10 +126,9 @@ def merged_with_data(
     return ((name, theta[name].cpu()) for name in names), {"split": row.data.split, "examples": examples}
 
 
-def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model under a merge method, one at a time."""
+def merged_tensors(experiment: Experiment, method: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of the merged model under a merge method, one at a time; all, if the method surveys the model."""
     scope, hyper = chain_of(method).row.scope, experiment.hyper(method)
-    names = experiment.base.names(experiment.family.scope)
     merged = [name for name in names if scope == "all" or name.startswith(experiment.family.prefixes)]
     surveyed = survey(method, lambda: (of_tensor(experiment, name) for name in merged), hyper)
     for name in names:

@@ -77,6 +77,14 @@ class RunLayout:
         """Where an adapted block waits until all are there."""
         return self.adapted / "blocks" / f"block_{index:02d}.safetensors"
 
+    def part_file(self, number: int) -> Path:
+        """Where a part of the start waits until all are there, if it is merged in parts."""
+        return self.start / "parts" / f"part_{number:03d}.safetensors"
+
+    def part_files(self, number: int) -> list[Path]:
+        """What a unit of a merge writes."""
+        return [self.part_file(number)]
+
     def files_for_block(self, index: int) -> list[Path]:
         """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""
         ours = not self.config.anchors.source

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.assembly import merge_each, merge_groups
 from common.core.errors import InputError
-from common.pipeline import adapt, construct
+from common.layout import merge_provenance
+from common.opening import open_experiment
+from common.pipeline import adapt, construct, merge_alone
 from common.run.cluster import chosen, room_in, roomy
 from common.run.engine import Demand, Files, Memory, outcome_of, picklable, place_for, value_of, workers_for
 from common.run.processes import Pool, pool_of
@@ -104,6 +107,20 @@ def test_two_workers_make_the_bytes_of_one_process(pico_config, pool):
     assert total_cost(two.run.dir, list(notes))["hardware"].count("CPU, 1 threads") >= 1
     construct(two, domain)  # nothing is left to do, so no worker is asked and no note changes
     assert read_notes(two.run.dir) == notes
+
+
+@pytest.mark.parametrize("method", ["ta", "tsv", "wudi"])
+def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
+    """Also one that was cut off after some parts."""
+    one = change(change(pico_config, "start", method=method), "run", name="one", score=False)
+    two = change(one, "run", name="two", workers=2)
+    merge_alone(one, domain)
+    experiment = open_experiment(two, domain)
+    merge_each(experiment, [1, 3], Units(), merge_provenance(experiment))
+    merge_alone(two, domain)
+    assert files_of(one.run.dir / "merged") == files_of(two.run.dir / "merged")
+    note = read_notes(two.run.dir)[f"merge {method}"]
+    assert note["units_of"] == note["units"] + 2 == len(merge_groups(experiment))
 
 
 def test_an_interruption_ends_the_workers_and_loses_no_unit(pico_config, pool, monkeypatch):

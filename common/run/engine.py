@@ -129,6 +129,11 @@ def place_for(run: Run, demand: Demand, libraries: Sequence[str]) -> Place | Non
     return pool_of(workers, threads, gpus_of(run.device) if run.device in ("auto", "cuda") else 0, libraries)
 
 
+def asks_for_workers(run: Run) -> bool:
+    """Whether the config names workers, so that work is shared whose size no forecast tells."""
+    return run.engine == "ray" or (run.workers or 1) > 1
+
+
 def workers_for(run: Run, demand: Demand) -> int:
     """How many processes of this machine shall work: run.workers, or one a GPU, or one a core where products are too
     small for threads, if there is enough to do and memory for all. A second for 20 of work is left to one process.
