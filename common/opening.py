@@ -65,7 +65,7 @@ def carry_out(
     """
     config, todo = experiment.config, [unit for unit in units if not all(file.is_file() for file in writes(unit))]
     demand = Demand(len(todo), seconds, experiment.largest_product < WORTH_THREADS, memory)
-    place = place_for(config.run, demand, ("common.pipeline", f"{FOLDERS[config.domain]}.domain"))
+    place = place_for(config.run, demand, libraries_of(config))
     if place is None:
         return each(experiment, units, bar, *arguments)
     tqdm.write(f"{bar.stage}: {place.said}")
@@ -75,6 +75,11 @@ def carry_out(
     with closing(place.outcomes(work, units, files)) as outcomes:
         for _, outcome in outcomes:
             bar.add(value_of(outcome), outcome.who, outcome.took)
+
+
+def libraries_of(config: Config) -> tuple[str, ...]:
+    """The modules that a worker needs, and which bring all others."""
+    return "common.pipeline", f"{FOLDERS[config.domain]}.domain"
 
 
 def unit_of_worker(
