@@ -20,7 +20,7 @@ fi
 cd "${SLURM_SUBMIT_DIR:?slurm.sh is for sbatch, which sets SLURM_SUBMIT_DIR}"
 . .venv/bin/activate
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
-# A token for this job alone, handed on in the environment: nodes are shared with other users' networks.
+# A token for this job alone, handed on in the environment: other users can reach the nodes' ports.
 RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
 export RAY_AUTH_TOKEN
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
