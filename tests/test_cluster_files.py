@@ -53,7 +53,7 @@ def slurm(tmp_path):
     return run
 
 
-def test_the_slurm_script_starts_a_head_and_the_others_and_then_the_command(slurm):
+def test_the_slurm_script_starts_all_nodes_and_then_the_command(slurm):
     done, calls = slurm(3, "Vision/construct_fda.py", "--config", "my.yaml")
     assert done.returncode == 0, done.stderr
     assert [call for call in calls if call.startswith("srun")] == [
