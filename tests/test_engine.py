@@ -256,6 +256,16 @@ def test_machines_are_filled_by_the_room_that_they_have():
     assert roomy(nodes, needs, running[:3], 3) is None and roomy(nodes, needs, running[:2], 3)
 
 
+SLEEPER = """
+import sys
+from functools import partial
+from common.run.processes import pool_of
+from test_engine import NO_FILES, asleep
+if __name__ == "__main__":
+    list(pool_of(2, 1, 0, []).outcomes(partial(asleep, sys.argv[1]), [0, 1], NO_FILES))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
