@@ -266,6 +266,11 @@ if __name__ == "__main__":
 """
 
 
+def asleep(folder: str, unit: int) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
