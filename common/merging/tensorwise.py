@@ -15,7 +15,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
 FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
-PIECE = 2**20  # numbers that are converted to float64 at once
+PIECE = 2**20  # numbers that are multiplied at once
 
 
 class Taus(Sequence[Tensor]):
@@ -90,7 +90,7 @@ def total(taus: Iterable[Tensor]) -> Tensor:
 def inner(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ of two tensors of one shape, added up in float64 piece by piece."""
     pairs = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
-    return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
+    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in pairs)
 
 
 def layer_of(name: str) -> int | None:
