@@ -131,7 +131,9 @@ def lose(cluster, begun, moments, what):
     """Lose a machine, which another replaces, or the worker that began a unit last; [] if none has of late."""
     if what == "machine":
         cluster.remove_node(moments.choice(list(cluster.worker_nodes)), allow_graceful=False)
-        cluster.add_node(**NODE)
+        while len(cluster.worker_nodes) < 2:
+            with suppress(Exception):  # Ray gives a machine 30 seconds to begin, which a busy one does not keep
+                cluster.add_node(**NODE)
         return [what]
     newest = max(begun.glob("*"), key=lambda file: file.stat().st_mtime, default=None)
     if newest and newest.stat().st_mtime > time.time() - 8:

@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from common.assembly import merge_each, merge_groups, survey_of
+from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.tuning import choose_hyperparameters, read_search
 from common.layout import merge_provenance
@@ -251,3 +254,38 @@ def test_machines_are_filled_by_the_room_that_they_have():
         running.append((len(running), node))
     assert Counter(node for _, node in running) == {"large": 8, "small": 2}  # one waits for each that is worked on
     assert roomy(nodes, needs, running[:3], 3) is None and roomy(nodes, needs, running[:2], 3)
+
+
+SLEEPER = """
+import sys
+from functools import partial
+from common.run.processes import pool_of
+from test_engine import NO_FILES, asleep
+if __name__ == "__main__":
+    list(pool_of(2, 1, 0, []).outcomes(partial(asleep, sys.argv[1]), [0, 1], NO_FILES))
+"""
+
+
+def asleep(folder: str, unit: int) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
+    """Also in the middle of a unit: nobody is left who would read what they make."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    (tmp_path / "pids").mkdir()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    run = [sys.executable, str(tmp_path / "sleeper.py"), str(tmp_path / "pids")]
+    driver = subprocess.Popen(run, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    while len(pids := [int(file.name) for file in (tmp_path / "pids").iterdir()]) < 2:
+        assert driver.poll() is None
+        time.sleep(0.1)
+    driver.send_signal(blow)
+    driver.wait(30)
+    until = time.monotonic() + 30
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < until, f"left behind: {alive}"
+        time.sleep(0.05)
