@@ -59,4 +59,5 @@ def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:
         axes.plot([], [], **DOT, color=colour, label=f"FDA, {display(init)}")
     axes.set_yticks(range(len(numbers["tasks"])), numbers["tasks"])
     axes.set_ylim(len(numbers["tasks"]) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    lists = [values for each in numbers["panels"] for values in (each["before"], *each["after"].values())]
+    axes.set_xlim(0, 1.05 * max(map(max, lists)))  # the panels share their axes

@@ -32,5 +32,6 @@ def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:
     """A line for each task, and their mean."""
     draw_traces(axes, panel["traces"])
     axes.plot(panel["mean"], color=INK, linewidth=2, label="mean")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    traces = [trace for each in numbers["panels"] for trace in each["traces"].values()]
+    axes.set_ylim(0, 1.05 * max(map(max, traces)))  # the panels share their axes
+    axes.set_xlim(0, max(map(len, traces)))

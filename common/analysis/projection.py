@@ -199,4 +199,4 @@ def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:
     for (init, curve), colour in zip(panel["curves"].items(), COLOURS, strict=False):
         steps = list(map(int, curve))
         axes.plot(steps, curve.values(), color=colour, marker="o", markersize=3, linewidth=1.3, label=display(init))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1)

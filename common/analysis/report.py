@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -103,7 +104,8 @@ def figure_of(name: str, numbers: Numbers) -> Figure:
         axes.set_title(panel["title"], fontsize=9, color=INK, pad=4)
         handles, labels = axes.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
-    figure.suptitle(row.title, fontsize=12, color=INK)
+    figure.suptitle("\n".join(wrap(row.title, int(10 * size[0]))), fontsize=12, color=INK)
+    figure.set_figheight(max(size[1], 0.24 * len(entries) + 0.5))  # the legend has room
     figure.supxlabel(row.x, fontsize=10, color=INK)
     figure.supylabel(row.y, fontsize=10, color=INK)
     if entries:
