@@ -266,7 +266,7 @@ def test_layers_of_mixtures_are_refused(kind, tmp_path):
     [
         ("gemma4_text", {}, "is called with per_layer_input, .* besides its hidden states"),
         ("apertus", {}, r"keeps mlp.act_fn.beta, which its config does not tell"),
-        ("rwkv", {"attention_hidden_size": 16}, "RwkvModel cannot be called by itself"),
+        ("rwkv", {"attention_hidden_size": 16}, "a layer of RwkvModel is called with state besides its hidden states"),
     ],
 )
 def test_layers_that_cannot_be_anchored_are_refused(kind, fields, said, tmp_path):

@@ -116,7 +116,7 @@ def test_numbers_are_copied_as_csv_and_latex(opened, run):
     for kind in ("CSV", "LaTeX"):
         page.locator("summary", has_text=kind).click()
         page.get_by_role("button", name=f"Copy {kind}").click()
-        assert page.locator(f"details:has(summary:text-is('{kind}')) .copy-said").text_content() == "copied"
+        page.wait_for_selector(f"details:has(summary:text-is('{kind}')) .copy-said:text-is('copied')")
     assert page.evaluate("navigator.clipboard.readText()").startswith("% \\usepackage{booktabs}")
     table = list(csv.DictReader(io.StringIO(page.get_by_label("CSV of the table").input_value())))
     for line in table:

@@ -148,7 +148,7 @@ def test_real_inputs_are_what_reaches_each_block_of_the_expert(quick, monkeypatc
     task = domain.calibration_task(quick, "SVHN", Sample("train", 3, 3), torch.device("cpu"))
     (batch,), seen = task.batches, []
     model.visual.transformer.resblocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
-    model.encode_image(batch["images"])
+    model.encode_image(*batch.values())
     kept = torch.from_numpy(np.load(folder / "3/inputs/SVHN/dual_anchors_layer_2.npy"))
     torch.testing.assert_close(kept.transpose(0, 1), seen[0], rtol=1e-4, atol=1e-5)
 

@@ -14,7 +14,7 @@ import yaml
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
 from common.core.errors import InputError, NotFetched
-from common.domain import Domain, scored_tests
+from common.domain import Domain, anchored_part, scored_tests
 from common.experiment import Experiment
 from common.fda.adaptation import shortened
 from common.io.absent_models import NOT_FETCHED
@@ -234,7 +234,7 @@ def needs(config: Config, domain: Domain) -> list[str]:
     epochs = shortened(settings.epochs, settings.speedup)
     rows = {
         "blocks": "; ".join(map(in_short, kinds))
-        + (f"; anchored part {family.part}" if family.part else "")
+        + (f"; anchored part {anchored_part(config, domain)}" if len(domain.PARTS) > 1 else "")
         + f"; D {shape[2]}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
