@@ -111,10 +111,7 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a merged model says it was made from; InputError if that is damaged."""
-    made = read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
-    if isinstance(made.get("adapt"), dict):
-        made["adapt"].setdefault("blend", 1)  # of models from before there was a choice
-    return made
+    return read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
 
 
 def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:

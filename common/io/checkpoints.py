@@ -169,10 +169,14 @@ def read_header(file: Path) -> dict[str, Any]:
         return parse_object((handle.metadata() or {}).get(HEADER_KEY, "{}"), f"the header of {file}", "provenance")
 
 
+BEFORE = {"anchors.part": None, "adapt.blend": 1}  # how files were made that are older than a setting
+
+
 def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
+    made = BEFORE | flattened(found)
     for field, value in flattened(expected).items():
-        was = flattened(found).get(field)
+        was = made.get(field)
         if SCHEME in json.dumps(value) and was is not None and SCHEME not in json.dumps(was):
             raise InputError(
                 f"{file} is of an earlier version, which looked at samples of {field} alone, so none can tell whether "
