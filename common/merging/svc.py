@@ -5,11 +5,12 @@ each task. sᵢᵣ = ⟨aᵣ, aᵢᵣ⟩ / ‖aᵢᵣ‖² says how many times t
     S'ᵣ = γᵣ Sᵣ        γᵣ = N / Σᵢ max(α, sᵢᵣ)
 so that a direction which every task has, and which was added up N times, has it once. U and V stay.
 
-Source: "When shared knowledge hurts: spectral over-accumulation in model merging" (arXiv 2602.05536) and its code, also
-in FusionBench. Default: alpha 0.1, that of the command line; the authors' runs have 1/N, and 1 after TSV-M.
+Source: "When shared knowledge hurts: spectral over-accumulation in model merging" (arXiv 2602.05536), in the form of
+FusionBench. Default: alpha 0.1, that of the command line; the authors' runs have 1/N, and 1 after TSV-M.
 What is no matrix stays as merged. Where all sᵢᵣ exceed α the result does not depend on the scale of M.
 Deviation: a direction with ‖aᵢᵣ‖² below 1e-12 of ‖τᵢ‖² counts as one that task i lacks, sᵢᵣ = 0; the code clamps ‖aᵢᵣ‖²
 at 1e-12, which depends on the scale of the weights.
+Deviation: the authors' own repository takes the mean of the sᵢᵣ, and γᵣ = 1 where one of them is negative.
 Deviation: the code leaves out the text projection and embeddings; here what a method merges is calibrated. A fused
 matrix of queries, keys and values is one matrix, as theirs are where they are fused.
 """
