@@ -67,7 +67,8 @@ def carry_out(
     demand = Demand(len(todo), seconds, experiment.largest_product < WORTH_THREADS, memory)
     place = place_for(config.run, demand, libraries_of(config))
     if place is None:
-        return each(experiment, units, bar, *arguments)
+        with threads_for(experiment.largest_product):
+            return each(experiment, units, bar, *arguments)
     tqdm.write(f"{bar.stage}: {place.said}")
     there = replace(config, run=replace(config.run, root=place.root or config.run.root))
     work = partial(unit_of_worker, each, there, bar.stage, uuid4().hex, arguments)

@@ -49,7 +49,6 @@ from common.layout import (
 from common.opening import carry_out, open_experiment
 from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
-from common.run.device import threads_for
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
 
@@ -64,8 +63,7 @@ def construct(config: Config, domain: Domain) -> None:
     experiment = open_experiment(config, domain)
     experiment.require_moved_blocks()
     bar, layout = UnitBar("construct", len(experiment.blocks) * len(config.tasks)), RunLayout(config)
-    threads = threads_for(experiment.largest_product)
-    with threads, record_stage(config, f"construct {config.anchors.init}", bar), bar:
+    with record_stage(config, f"construct {config.anchors.init}", bar), bar:
         forecast = {"seconds": experiment.construct_seconds, "memory": partial(memory_of_construction, config, domain)}
         carry_out(construct_each, experiment, experiment.units, bar, writes=layout.anchor_files, **forecast)
 
@@ -193,7 +191,7 @@ def adapt_blocks(experiment: Experiment, domain: Domain, provenance: Mapping[str
     """Fit and store every merged block; the start is there."""
     config, layout = experiment.config, RunLayout(experiment.config)
     bar = UnitBar(f"adapt {layout.adapted.name}", len(experiment.blocks), "blocks")
-    with threads_for(experiment.largest_product), record_stage(config, bar.stage, bar), bar:
+    with record_stage(config, bar.stage, bar), bar:
         forecast = {"seconds": experiment.adapt_seconds, "memory": partial(memory_of_adaptation, config, domain)}
         files = {"reads": layout.files_for_block, "writes": layout.block_files}
         carry_out(adapt_each, experiment, experiment.blocks, bar, block_provenance(provenance), **files, **forecast)

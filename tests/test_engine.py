@@ -289,3 +289,17 @@ def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < until, f"left behind: {alive}"
         time.sleep(0.05)
+
+
+def test_the_engine_sees_all_threads_though_a_unit_takes_one(pico_config, monkeypatch):
+    """Small products are worked on by one thread; how many processes that is, all threads of the machine decide."""
+    seen, config = [], change(pico_config, "run", score=False)
+    monkeypatch.setattr("common.opening.place_for", lambda run, demand, libraries: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        construct(config, domain)
+        adapt(config, domain)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 3]
