@@ -4,6 +4,7 @@ python scripts/benchmark.py construct --arch ViT-B-32 --reference-steps 1200
 python scripts/benchmark.py construct --toy vision   (trained weights; scripts/make_toy.py vision --out toy/vision)
 python scripts/benchmark.py adapt --arch roberta-base --device cuda --out adapt.json
 python scripts/benchmark.py scaling --toy vision
+python scripts/benchmark.py merge --mergekit PYTHON   (of an environment that has mergekit)
 
 Weights are random otherwise: an expert is the base and low-rank and Gaussian noise of 1 % of its norm. Ratios are
 reference / engine, of seconds of the clock and of the processor: the latter say more where programs share a CPU.
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
 from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
+from benchmark_merge import merges
 from benchmark_reference import Reference, plain_fit
 from benchmark_scaling import scaling
 from common.config import PRESETS
@@ -205,8 +207,8 @@ def adapt(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["construct", "adapt", "scaling"])
-    size = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("what", choices=["construct", "adapt", "scaling", "merge"])
+    size = parser.add_mutually_exclusive_group()
     size.add_argument("--arch", choices=list(ARCHS))
     size.add_argument("--toy", choices=list(TOYS), help="trained weights in toy/")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -220,10 +222,13 @@ def main() -> None:
     parser.add_argument("--compiler", default="eager", help="of those: eager, inductor or cudagraphs")
     parser.add_argument("--tasks", type=int, default=8, help="adapt: experts")
     parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
+    parser.add_argument("--mergekit", type=Path, help="merge: a python that has mergekit, which is timed beside ours")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
     if args.what == "scaling" and not args.toy:
         parser.error("scaling takes --toy")
+    if (args.what == "merge") == bool(args.arch or args.toy) or (args.mergekit and args.what != "merge"):
+        parser.error("construct and adapt take --arch or --toy, merge neither; --mergekit is for merge")
     device = prepare(args.device)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, device, Path(folder))
@@ -236,6 +241,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Make or open the weights, and compare."""
+    if args.what == "merge":
+        return merges(args.mergekit, folder, args.repeats)
     if args.what == "scaling":
         return scaling(args.toy, folder, device)
     if args.toy:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,14 @@ def encoder(config: Any, anchors: int) -> Case:
     return case(family, family.modules(skeleton), (anchors, 5, config.hidden_size))
 
 
-def llama_mlp(anchors: int) -> Case:
-    """The MLP of a layer of Llama-2-13B; one layer, since all are too many for a temporary folder."""
+def llama_mlp(width: int, inner: int, anchors: int) -> Case:
+    """The MLP of a layer of a Llama; one layer, since all are too many for a temporary folder."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     from NLG.decoders import mlps
 
-    config = LlamaConfig(hidden_size=5120, intermediate_size=13824)
+    config = LlamaConfig(hidden_size=width, intermediate_size=inner)
     with torch.device("meta"):
         mlp = LlamaMLP(config)
     family = BlockFamily(blocks="model.layers", parts=mlps)
@@ -76,7 +77,8 @@ def case(family: BlockFamily, modules: list[BlockModule], shape: tuple[int, int,
 ARCHS: dict[str, tuple[Callable[[int], Case], int]] = {  # and the paper's number of anchors
     "ViT-B-32": (lambda anchors: vit(Model(arch="ViT-B-32-quickgelu"), anchors), 64),
     "roberta-base": (roberta_base, 64),
-    "llama-mlp": (llama_mlp, 8192),
+    "smollm-mlp": (partial(llama_mlp, 576, 1536), 8192),  # SmolLM's and SmolLM2's of 135 million weights
+    "llama-mlp": (partial(llama_mlp, 5120, 13824), 8192),  # Llama-2-13B's
 }
 
 

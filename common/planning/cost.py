@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -27,6 +28,7 @@ GIB = 2**30
 HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps what is freed
 HOLES = 0.5  # of the heap in use lie between buffers; measured with blocks of a ViT, a RoBERTa and a Llama
 EIGH_COPIES = 2  # of the matrix, besides the results; measured on a CPU
+NO_KERNELS = (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like)
 SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 
@@ -39,8 +41,27 @@ def memory_with_data(config: Config, weights: int) -> dict[str, str]:
     return {"merge, data": f"up to {models} models at once, {models * 4 * weights / GIB:.2f} GiB, and activations"}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What computing takes, wherever it is done.
+
+    operations: 2 for multiply and add. moved: bytes of tensors that kernels read and write, each by itself. launches:
+    the number of kernels.
+    """
+
+    operations: float = 0.0
+    moved: float = 0.0
+    launches: float = 0.0
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(times * each for each in vars(self).values()))
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
 class Ledger(TorchDispatchMode):
-    """What is done while it is on: operations (2 for multiply and add), and bytes of tensors alive at once.
+    """What is done while it is on, and bytes of tensors alive at once.
 
     peak: the most there were, LAPACK's own included. large, small: the most of those tensors that malloc maps, and of
     those on its heap.
@@ -52,12 +73,16 @@ class Ledger(TorchDispatchMode):
 
         self.formulas = flop_registry
         self.alive: Any = WeakIdKeyDictionary()
-        self.operations = self.peak = self.large = self.small = 0
+        self.operations = self.moved = self.launches = self.peak = self.large = self.small = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.formulas:
             self.operations += self.formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if not func.is_view and func.overloadpacket not in NO_KERNELS:
+            self.launches += 1
+            self.moved += sum(tensor.nbytes for tensor in tensors)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share it
@@ -68,6 +93,11 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, sum(sizes) + hidden)
         self.large, self.small = max(self.large, large), max(self.small, sum(sizes) - large)
         return result
+
+    @property
+    def work(self) -> Work:
+        """What was done."""
+        return Work(self.operations, self.moved, self.launches)
 
     @property
     def resident(self) -> float:
@@ -81,11 +111,13 @@ def in_words(gpu: float, host: float, alone: float) -> str:
     return f"about {a} on a GPU and {b} of its host; {c} on a CPU alone"
 
 
-def arithmetic(config: Config, module: nn.Module, shape: tuple[int, int, int]) -> str:
-    """The precision that construction would have on this machine."""
+def arithmetic(
+    config: Config, module: nn.Module, shape: tuple[int, int, int], device: torch.device | None = None
+) -> str:
+    """The precision that construction would have on a device; None is this machine's."""
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     x = torch.empty(shape, device="meta")[: config.anchors.chunk]
-    device = torch.device("cpu" if on_cpu else "cuda")
+    device = device or torch.device("cpu" if on_cpu else "cuda")
     return effective_precision(config.run.precision, device, dict(module.named_parameters()), x)
 
 
@@ -143,8 +175,8 @@ def blank(like: Params) -> Params:
 
 def cost_of_step(
     block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config, precision: str
-) -> tuple[float, Ledger]:
-    """Operations and memory of a construction step of one unit; two chunks stand for all."""
+) -> tuple[Work, Ledger]:
+    """Work and memory of a construction step of one unit; two chunks stand for all."""
     tasks = len(config.tasks) if config.anchors.together != "no" else 1
     forward = forward_in(precision)
     shape = (shape[0] * tasks, *shape[1:])
@@ -156,7 +188,7 @@ def cost_of_step(
         _ahead += [blank(like) for _ in range(5 * (tasks - 1))]  # θ_t and τ, the same in one stack, θ_t of the next
         settings = {"distance": config.anchors.distance, "chunk": config.anchors.chunk, "forward": forward}
         matching_gradient(MatchingProblem(block, theta_0, theta_t, tau), x[:number], **settings)
-    return ledger.operations * shape[0] / number / tasks, ledger
+    return ledger.work * (shape[0] / number / tasks), ledger
 
 
 def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], config: Config) -> Ledger:

@@ -44,6 +44,7 @@ from common.planning.cost import (
     memory_with_data,
     size_of,
 )
+from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
 from common.validation import check_choices
 
@@ -223,7 +224,7 @@ def needs(config: Config, domain: Domain) -> list[str]:
     units = blocks * len(config.tasks)
     precision = arithmetic(config, largest, shape)
     steps = [cost_of_step(family.pure(group[0].module), group[0].module, shape, config, precision) for group in kinds]
-    operations = sum(len(group) * step for group, (step, _) in zip(kinds, steps, strict=True)) / depth
+    operations = sum(len(group) * work.operations for group, (work, _) in zip(kinds, steps, strict=True)) / depth
     construction = max((ledger for _, ledger in steps), key=lambda ledger: ledger.peak)
     adaptation = adaptation_memory(config, family, largest, shape)
     dtype = getattr(torch, config.model.dtype or "float32")
@@ -232,6 +233,9 @@ def needs(config: Config, domain: Domain) -> list[str]:
     passing = 2 * 4 * max(weights)  # on its way from one file into another: as it is read, and as it is stored
     settings = config.adapt.for_start(config.start.method)
     epochs = shortened(settings.epochs, settings.speedup)
+    every = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    anchored = sum(len(group) * size_of(group[0].module) for group in kinds) * dtype.itemsize // 4
+    sizes = Bytes(every, anchored * blocks // depth, anchors * units)
     rows = {
         "blocks": "; ".join(map(in_short, kinds))
         + (f"; anchored part {anchored_part(config, domain)}" if len(domain.PARTS) > 1 else "")
@@ -246,9 +250,9 @@ def needs(config: Config, domain: Domain) -> list[str]:
         "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
         **memory_of_merge(config, merged, family.prefixes, passing),
         **memory_with_data(config, sum(weights)),
-        "merge, disk": f"{sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize / GIB:.2f} GiB "
-        f"a model in {dtype}",
+        "merge, disk": f"{every / GIB:.2f} GiB a model in {dtype}",
         "libraries": "about 0.9 GiB of host memory besides",
+        **on_paper(config, family, kinds, shape, sizes),
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
 
