@@ -31,6 +31,7 @@ from common.evaluation.significance import scores_of
 from common.evaluation.tables import MISSING, aligned, cell, published_values
 from common.io.checkpoints import write_text
 from common.io.hub import headers_only
+from common.planning.dry_run import needs
 from compare import compare, plan
 
 SETTINGS = "anchor-64-scale-{scale}-opt-1200-0.01"
@@ -151,8 +152,13 @@ def reproduce(name: str, config: Config, dry: bool) -> list[str]:
     if name in OURS and not (folder := Path("toy", OURS[name].toy)).is_dir():
         print(f"{folder} is made first: python scripts/make_toy.py {folder.name} --out {folder}")
         return []
-    with headers_only():
-        planned = plan(config, domain)
+    try:
+        with headers_only():
+            planned = plan(config, domain)
+    except InputError as error:  # the hub cannot be asked: what the architecture tells
+        nowhere = replace(config.model, root="not fetched", base=Path(config.model.base).name)
+        print("\n".join(needs(replace(config, model=nowhere), domain)))
+        return [f"{name}: {error}"]
     print(planned.text.partition("\n\n")[2])  # without the config, which stands in its file
     return [f"{name}: {sentence}" for sentence in planned.refusals]
 
