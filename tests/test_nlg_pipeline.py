@@ -224,7 +224,7 @@ def test_the_paper_config_is_planned_without_any_file():
     text = paper_plan()
     for line in (
         "MISSING    base: there is no checkpoint at /nowhere/Llama-2-13b-hf",
-        "40 x model.layers.N.mlp, 3 tensors, 810 MiB; D 5120",
+        "40 x model.layers.N.mlp, 3 tensors, 810 MiB; anchored part mlp; D 5120",
         "8192 x 1 x 5120, 160.0 MiB",
         "80 units of 200 steps",
         "12.50 GiB",  # of anchors
