@@ -1,13 +1,12 @@
 """How a merged language model is written: as stock transformers opens it, with the tokenizers that are asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from common.config import Model
 from common.core.errors import InputError
+from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
 from common.io.shards import publish_shards, stage_shards
@@ -31,7 +30,7 @@ def check_export(model: Model) -> None:
             raise InputError(f"model.tokenizers names {task}, but {folder} holds none of {', '.join(VOCABULARIES)}")
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged model that stock transformers opens, a shard at a time; its index is written last.
 
     The folder has what surrounds the base's weights. For each of model.tokenizers a folder within it has that expert's
@@ -42,9 +41,9 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     text, where = config_text(model)
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
-    written = as_stored(tensors, dtype, base)
-    whole = stacked(written, reading(model).stored(skeleton(model)), reading(model).pieces, folder)
-    shapes = stage_shards(whole, folder)
+    whole = stacked(tensors, reading(model).stored(skeleton(model)), reading(model).pieces)
+    stage_shards(as_stored(whole, dtype, base), folder)
+    shapes = {name: tensor.shape for name, tensor in whole.items()}
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
         rows = {"vocab_size": shapes[embedding][0]}

@@ -23,7 +23,7 @@ from common.io.checkpoints import copy_files, read_header
 from common.io.hashes import file_hash
 from common.io.model_files import INDEX_FILE, PICKLED_INDEX, WEIGHT_FILES, indexed_files, weight_files
 from common.io.prefixes import unwrapped
-from common.io.shards import Stored, stored_in, write_index, write_stored
+from common.io.shards import Stored, copy_stored, stored_in, write_index
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # config, generation config, tokenizer
 
@@ -76,7 +76,7 @@ def split(source: Path, out: Path) -> None:
 def copy_part(file: Path, tensors: dict[str, Stored], origin: dict) -> None:
     """Write one file, unless it is there already; InputError if it is there but of another checkpoint."""
     if not file.is_file():
-        return write_stored(file, tensors, origin)
+        return copy_stored(file, tensors, origin)
     found = read_header(file)
     if found != origin:
         sampled = any(len(value) < 64 for value in found.get("source", ()))

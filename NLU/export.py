@@ -1,20 +1,20 @@
 """How a merged encoder is written: as stock transformers opens it, and under the head of each task asked for."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.models.auto import modeling_auto as classes
 
 from common.config import Model
 from common.core.errors import InputError
 from common.core.places import for_task
+from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.shards import write_stream
+from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.task_heads import with_pooler, write_task_head
@@ -34,7 +34,7 @@ def check_export(model: Model) -> None:
         read_head(model, task)
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged encoder that stock AutoModel opens, and for each task of model.heads a classifier that has
 
         AutoModelForSequenceClassification.from_pretrained(folder / "heads" / task)
@@ -44,8 +44,8 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     base = Checkpoint(model.path("base"), family(model).names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
-    whole = with_pooler(tensors, base, POOLER, bool(model.heads))
-    merged = write_stream(folder / "model.safetensors", as_stored(whole, dtype, base))
+    merged = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
+    write_stored(folder / "model.safetensors", merged)
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_tokenizer(model.path("base"), folder)
     copy_files(model.path("base"), folder, [GENERATION_FILE])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
-from common.core.task_vectors import Params
+from common.core.task_vectors import LazyTensor, Params
 from common.domain import Scored
 from common.evaluation.answers import scored
 from common.io.checkpoints import Checkpoint
@@ -51,7 +51,7 @@ class Library(Protocol):
     def token_shape(self, model: Model) -> tuple[int, int]: ...
     def check_inputs(self, config: Config) -> None: ...
     def check_export(self, model: Model) -> None: ...
-    def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
+    def export(self, model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None: ...
     def preprocessing(self, config: Config, task: str) -> Pixels: ...
     def classifier(self, config: Config, task: str) -> Headed: ...
 
@@ -91,7 +91,7 @@ def check_export(model: Model) -> None:
     library(model).check_export(model)
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged model as the library of the base opens it, the text tower included."""
     library(model).export(model, tensors, folder)
 

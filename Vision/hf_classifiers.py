@@ -1,6 +1,6 @@
 """Classifiers on a ViT of transformers: the head of each task's expert, and how a merged backbone is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,11 +9,11 @@ from transformers import AutoModelForImageClassification, PretrainedConfig, PreT
 
 from common.config import Config, Model
 from common.core.errors import InputError
-from common.core.task_vectors import Params, require_same_shapes
+from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.shards import write_stream
+from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import write_edited
@@ -122,7 +122,7 @@ def check_export(model: Model) -> None:
         read_head(model, task)
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged backbone that stock AutoModel opens, and for each task of model.heads a classifier that has
 
         AutoModelForImageClassification.from_pretrained(folder / "heads" / task)
@@ -133,9 +133,9 @@ def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) ->
     root, base = skeleton(model), Checkpoint(model.path("base"), family(model).names)
     text = read_text(base.folder / CONFIG_FILE)
     dtype = output_type(base, parse(text, CONFIG_FILE))
-    written = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
-    whole = stacked(written, stored_shapes(root), family(model).pieces, folder)
-    merged = write_stream(folder / "model.safetensors", whole)
+    kept = with_pooler(tensors, base, POOLER, bool(model.heads))
+    merged = as_stored(stacked(kept, stored_shapes(root), family(model).pieces), dtype, base)
+    write_stored(folder / "model.safetensors", merged)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
     for task in model.heads:
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)

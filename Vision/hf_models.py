@@ -5,10 +5,9 @@ Names of tensors are those of the whole model: vision_model.encoder.layers.0.…
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from common.config import Config, Model
 from common.core.blocks import BlockFamily, call_alone, key_biases, no_pieces
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.core.task_vectors import LazyTensor
 from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, copy_files
@@ -37,7 +37,7 @@ from common.io.model_config import (
     require_family,
     require_same_function,
 )
-from common.io.shards import write_stream
+from common.io.shards import write_stored
 from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
@@ -248,17 +248,17 @@ def check_export(model: Model) -> None:
     text_checkpoint(model)
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged model that stock transformers opens, the text tower included."""
     text, base = text_checkpoint(model), Checkpoint(model.path("base"), family(model).names)
     source = text.folder
     written = read_text(config_file(source) or source / "config.json")
     dtype = output_type(base, read_config(source / "config.json"))
     names = skeleton(model).state_dict()
-    image = ((name, tensor) for name, tensor in tensors if name.startswith(IMAGE_TOWER))
+    image = {name: tensor for name, tensor in tensors.items() if name.startswith(IMAGE_TOWER)}
     others = [name for name in text.names() if name in names and not name.startswith(IMAGE_TOWER)]
-    rest = ((name, text.read([name])[name]) for name in others)
-    write_stream(folder / "model.safetensors", chain(as_stored(image, dtype, base), as_stored(rest, dtype, text)))
+    stored = as_stored(image, dtype, base) | as_stored(text.lazy(others), dtype, text)
+    write_stored(folder / "model.safetensors", stored)
     changes = dtype_field(parse(written, "config.json"), str(dtype).removeprefix("torch."))
     write_edited(written, folder / "config.json", changes)
     copy_tokenizer(source, folder)

@@ -1,10 +1,9 @@
 """CLIPs of open_clip: how one is opened, what is anchored of it, and how a merged one is written."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import open_clip
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
+from common.core.task_vectors import LazyTensor
 from common.domain import other_models
 from common.io.checkpoints import Checkpoint, write_text
-from common.io.shards import write_stream
+from common.io.shards import require_names, write_stored
 from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer
@@ -175,15 +175,16 @@ def check_export(model: Model) -> None:
     text_checkpoint(model)
 
 
-def export(model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a merged model that stock open_clip opens as local-dir:FOLDER, the text tower included."""
     names, text, base = skeleton(model).state_dict(), text_checkpoint(model), Checkpoint(model.path("base"))
-    image = filter(lambda named: named[0] in names, tensors)
-    rest = ((name, text.read([name])[name]) for name in names if not name.startswith(IMAGE_TOWER))
+    image = {name: tensor for name, tensor in tensors.items() if name in names}
+    rest = text.lazy(name for name in names if not name.startswith(IMAGE_TOWER))
     dtype = output_type(base, {})
     surroundings = config_text(model, skeleton(model).visual.preprocess_cfg)
-    stored = chain(as_stored(image, dtype, base), as_stored(rest, dtype, text))
-    write_stream(folder / "open_clip_model.safetensors", stored, names)
+    stored = as_stored(image, dtype, base) | as_stored(rest, dtype, text)
+    require_names(stored, names, folder / "open_clip_model.safetensors")
+    write_stored(folder / "open_clip_model.safetensors", stored)
     write_text(folder / "open_clip_config.json", surroundings)  # a weight that is refused leaves nothing
     if text.path.is_dir():
         copy_tokenizer(text.path, folder)

@@ -6,7 +6,7 @@ Where they are written, and what they say of themselves, is in layout.py.
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from common.config import PRETRAINED
-from common.core.task_vectors import Params, add, lazy_task_vector, subtract
+from common.core.task_vectors import LazyTensor, Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, read_tensor, write_tensors, write_text
@@ -70,8 +70,7 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
         known = (provenance, survey_of(experiment, method))
         carry_out(merge_each, experiment, range(len(groups)), bar, *known, writes=layout.part_files, **forecast)
         part_of = {name: layout.part_file(number) for number, group in enumerate(groups) for name in group}
-        names = experiment.base.names(experiment.family.scope)
-        made = ((name, read_tensor(part_of[name], name)) for name in names)
+        made = made_by(experiment, lambda name: read_tensor(part_of[name], name))
         finish(experiment, domain, made, layout.start, provenance)
         shutil.rmtree(layout.part_file(0).parent)
 
@@ -110,7 +109,7 @@ def opened_start(experiment: Experiment) -> Checkpoint:
 
 def merged_with_data(
     experiment: Experiment, domain: Domain, method: str
-) -> tuple[Iterable[tuple[str, Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """Every tensor of the merged model under a method that uses data, and how many inputs of which split it used.
 
     All tensors of the base, of every expert and of the merged model are in memory at once.
@@ -127,14 +126,21 @@ def merged_with_data(
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
     theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
     examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
-    return ((name, theta[name].cpu()) for name in names), {"split": row.data.split, "examples": examples}
+    tensors = made_by(experiment, lambda name: theta[name].cpu())
+    return tensors, {"split": row.data.split, "examples": examples}
 
 
-def merged_tensors(experiment: Experiment, method: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model under a merge method, one at a time."""
+def merged_tensors(experiment: Experiment, method: str) -> dict[str, LazyTensor]:
+    """Every tensor of the merged model under a merge method, each made when it is written."""
     surveyed = survey_of(experiment, method)
-    for name in experiment.base.names(experiment.family.scope):
-        yield name, merged_tensor(experiment, method, name, surveyed)  # a variable would keep it while the next is made
+    return made_by(experiment, lambda name: merged_tensor(experiment, method, name, surveyed))
+
+
+def made_by(experiment: Experiment, make: Callable[[str], Tensor]) -> dict[str, LazyTensor]:
+    """Every tensor that is merged, made by its name."""
+    base = experiment.base
+    names = base.names(experiment.family.scope)
+    return {name: LazyTensor(tuple(base.shapes[name]), (partial(make, name),)) for name in names}
 
 
 def survey_of(experiment: Experiment, method: str) -> Any:
@@ -196,9 +202,8 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
     if is_finished(folder, provenance):
         return
-    rest = set(experiment.rest_names())
-    sources = ((n, experiment.base if n in rest else start) for n in experiment.base.names(experiment.family.scope))
-    finish(experiment, domain, ((n, source.read([n])[n]) for n, source in sources), folder, provenance)
+    tensors = start.lazy(experiment.base.names(experiment.family.scope))
+    finish(experiment, domain, tensors | experiment.base.lazy(experiment.rest_names()), folder, provenance)
 
 
 def remove_blocks(folder: Path) -> None:
@@ -206,29 +211,28 @@ def remove_blocks(folder: Path) -> None:
     shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
-def adapted_tensors(experiment: Experiment, start: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def adapted_tensors(experiment: Experiment, start: Checkpoint) -> dict[str, LazyTensor]:
     """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
     settings = experiment.config.adapt.for_start(experiment.config.start.method)
-    rest = start if settings.rest == "start" else experiment.base
-    for name in experiment.rest_names():
-        yield name, blended(start, name, rest.read([name])[name], settings.blend)
+    tensors = (start if settings.rest == "start" else experiment.base).lazy(experiment.rest_names())
     for index, prefix in enumerate(experiment.prefixes):
-        block = Checkpoint(RunLayout(experiment.config).block_file(index)).read_under("")
-        yield from ((prefix + n, blended(start, prefix + n, tensor, settings.blend)) for n, tensor in block.items())
+        block = Checkpoint(RunLayout(experiment.config).block_file(index))
+        tensors |= {prefix + name: tensor for name, tensor in block.lazy(block.names()).items()}
+    if settings.blend == 1:
+        return tensors
+    return {n: LazyTensor(t.shape, (partial(blended, start, n, t, settings.blend),)) for n, t in tensors.items()}
 
 
-def blended(start: Checkpoint, name: str, adapted: Tensor, blend: float) -> Tensor:
+def blended(start: Checkpoint, name: str, adapted: LazyTensor, blend: float) -> Tensor:
     """One tensor between the start's, at 0, and the adapted one, at 1."""
-    if blend == 1:
-        return adapted
-    theta = start.read([name])[name]
-    return theta + blend * (adapted.to(theta) - theta)
+    (make,), theta = adapted.parts, start.read_one(name)
+    return theta + blend * (make().to(theta) - theta)
 
 
 def finish(
     experiment: Experiment,
     domain: Domain,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, LazyTensor],
     folder: Path,
     provenance: Mapping[str, Any],
 ) -> None:
@@ -237,7 +241,7 @@ def finish(
     write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
 
 
-def write_model(experiment: Experiment, domain: Domain, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a checkpoint that stock libraries open."""
     domain.export(experiment.config.model, tensors, folder)
     if experiment.matching.more:

@@ -1,15 +1,16 @@
 """What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
+from common.core.task_vectors import LazyTensor
 from common.io.examples import Sample
 from common.merging.calibration import CalibrationTask, LabelledTask
 
@@ -66,7 +67,7 @@ class Domain(Protocol):
     def token_shape(self, model: Model, part: str = ...) -> tuple[int, int]: ...
     def metric(self, task: str) -> str: ...
     def check_export(self, model: Model) -> None: ...
-    def export(self, model: Model, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None: ...
+    def export(self, model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None: ...
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> dict[str, Scored]: ...

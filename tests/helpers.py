@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import ROOT, Config
-from common.core.task_vectors import Params
+from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, write_tensors
+from common.io.shards import Stored, stored_when_made
 
 
 def change(config: Config, section: str, **fields) -> Config:
@@ -33,6 +34,11 @@ def rewrite(file: Path, edit: Callable[[Params], Any]) -> None:
     tensors = load_file(file)
     edited = edit(tensors)
     write_tensors(file, edited if isinstance(edited, dict) else tensors)
+
+
+def as_made(tensors: Params) -> dict[str, Stored]:
+    """Tensors as an export hands them to what writes them."""
+    return {n: stored_when_made(LazyTensor(tuple(t.shape), (lambda t=t: t,)), t.dtype) for n, t in tensors.items()}
 
 
 def edit_config(folder: Path, **fields) -> None:

@@ -20,7 +20,7 @@ from commands import Place, call, state
 from common.config import Config, as_dict
 from common.io.model_files import INDEX_FILE
 from common.io.shards import publish_shards, stage_shards
-from helpers import change
+from helpers import as_made, change
 from pico_lora import write_adapter
 from pico_nlg import pico_config as nlg_config
 from pico_nlg import write_pico_models
@@ -122,7 +122,7 @@ def shard(folder: Path) -> None:
     """Several shards and an index in place of one file."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    stage_shards(tensors.items(), folder, 4000)
+    stage_shards(as_made(tensors), folder, 4000)
     publish_shards(folder)
 
 

@@ -11,7 +11,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE
 from common.io.shards import publish_shards, stage_shards
 from common.pipeline import adapt, construct, merge_alone
-from helpers import change, edit_config, files_of
+from helpers import as_made, change, edit_config, files_of
 from NLG import domain
 from pico_nlg import (
     FAMILIES,
@@ -78,7 +78,7 @@ def damage(folder, how):
     """Cut an expert into shards and spoil it."""
     tensors = Checkpoint(folder).read_under("")
     (folder / "model.safetensors").unlink()
-    stage_shards(tensors.items(), folder, 4000)
+    stage_shards(as_made(tensors), folder, 4000)
     publish_shards(folder)
     first, second, *_ = sorted(folder.glob("*.safetensors"))
     index = json.loads((folder / INDEX_FILE).read_text())

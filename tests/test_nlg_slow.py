@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.command import parse
 from common.config import ROOT
+from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint
-from common.io.shards import publish_shards, stage_shards
+from common.io.shards import publish_shards, stage_shards, stored_when_made
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import files_of
@@ -67,15 +69,15 @@ def write_wide(folder, vocabulary, seed, base=None):
             AutoConfig.for_model(**config)).named_parameters()}  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
-    def tensors():
-        for name, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator) * (0.02 if base is None else 0.002)
-            if base is not None:
-                stored = Checkpoint(base).read([name])[name]
-                noise[: len(stored)] += stored
-            yield name, noise.half()
+    def made(name):
+        noise = torch.randn(shapes[name], generator=generator) * (0.02 if base is None else 0.002)
+        if base is not None:
+            stored = Checkpoint(base).read([name])[name]
+            noise[: len(stored)] += stored
+        return noise.half()
 
-    stage_shards(tensors(), folder, 1000 * MIB)
+    lazy = {name: LazyTensor(tuple(shape), (partial(made, name),)) for name, shape in shapes.items()}
+    stage_shards({n: stored_when_made(t, torch.float16) for n, t in lazy.items()}, folder, 1000 * MIB)
     publish_shards(folder)
 
 

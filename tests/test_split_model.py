@@ -16,7 +16,7 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE, PICKLED_INDEX
-from common.io.shards import read_range, write_stored
+from common.io.shards import copy_stored, read_range
 from helpers import files_of
 from NLG.split_model import main, part_of, split
 from pico_nlg import pico_model, pico_tokenizer
@@ -95,10 +95,10 @@ def test_an_interrupted_split_goes_on_and_ends_with_the_same_bytes(llama, tmp_pa
         def dying(*args, stop=survived, writes=writes):
             if next(writes) == stop:
                 raise KeyboardInterrupt
-            return write_stored(*args)
+            return copy_stored(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr("NLG.split_model.write_stored", dying)
+            patch.setattr("NLG.split_model.copy_stored", dying)
             with pytest.raises(KeyboardInterrupt):
                 split(tmp_path / "in", tmp_path / "stopped")
         assert INDEX_FILE not in files_of(tmp_path / "stopped")

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ class LazyParams(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is asked for, of a shape that is known before.
+
+    parts: what make it, one after the other along its first axis; a stack is made a part at a time.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[Callable[[], Tensor], ...]
 
 
 def as_leaf_tensors(theta: Params) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, is_finite
+from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
 from common.io.json_files import parse_object
@@ -117,6 +118,19 @@ class Checkpoint:
             if not is_finite(tensors[name]):
                 raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
         return tensors
+
+    def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
+        """The named tensors, each read when it is asked for. InputError names one that is missing."""
+        lazy = {}
+        for name in names:
+            if name not in self.shapes:
+                raise InputError(f"{self.path} lacks the tensor {name}")
+            lazy[name] = LazyTensor(tuple(self.shapes[name]), (partial(self.read_one, name),))
+        return lazy
+
+    def read_one(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        return self.read([name])[name]
 
     def read_at(self, name: str, index: int) -> Tensor:
         """One of many things of a kind that are stacked in a tensor, in float32; no other is in memory."""

@@ -1,4 +1,4 @@
-"""Checkpoints in several safetensors files: written as their tensors arrive, or copied tensor by tensor.
+"""Checkpoints in safetensors files: written as their tensors are made, or copied tensor by tensor.
 
 Whatever happens in between, a folder has an index only when all that it names is whole.
 """
@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.core.errors import InputError
+from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import HEADER_KEY, replacing, write_text
 from common.io.headers import rows_of
 from common.io.model_files import INDEX_FILE
@@ -45,38 +44,38 @@ class Stored:
     pieces: Callable[[], Iterable[bytes | memoryview]]
 
 
-# ---- a stream of tensors ---------------------------------------------------------------------------------------------
+# ---- tensors that are made as they are written -----------------------------------------------------------------------
 
 
-def stage_shards(
-    tensors: Iterable[tuple[str, Tensor | Stored]], folder: Path, limit: int = SHARD_BYTES
-) -> dict[str, tuple[int, ...]]:
-    """Write a stream of named tensors as shards under hidden names; what the folder held before stays as it was.
+def stage_shards(tensors: Mapping[str, Stored], folder: Path, limit: int = SHARD_BYTES) -> None:
+    """Write tensors as shards under hidden names; what the folder held before stays as it was.
 
-    A shard is at most `limit` bytes, or one tensor. One tensor at a time is in memory.
-    Returns: the shape of every tensor. `publish_shards` makes a checkpoint of them.
+    A shard is at most `limit` bytes, or one tensor. `publish_shards` makes a checkpoint of them.
     """
     for left_by_a_kill in folder.glob(STAGED):
         left_by_a_kill.unlink()
-    shapes = {}
-    for number, shard in enumerate(in_shards(tensors, folder, limit)):
+    for number, shard in enumerate(in_shards(tensors, limit)):
         write_stored(folder / STAGED.replace("*", f"{number:05d}"), shard)
-        shapes |= {name: tensor.shape for name, tensor in shard.items()}
-    return shapes
 
 
-def write_stream(file: Path, tensors: Iterable[tuple[str, Tensor | Stored]], expected: Iterable[str] = ()) -> list[str]:
-    """Write a stream of named tensors into one safetensors file that is whole or not there, one in memory at a time.
+def in_shards(tensors: Mapping[str, Stored], limit: int) -> Iterator[dict[str, Stored]]:
+    """Tensors in groups of at most `limit` bytes, or one tensor."""
+    shard: dict[str, Stored] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
 
-    Returns: their names. InputError if one of the names `expected` is not among them.
-    """
-    groups = in_shards(tensors, file.parent, math.inf)  # of which there is one; its bytes are there as long as this is
-    whole = next(groups)
+
+def require_names(tensors: Iterable[str], expected: Iterable[str], file: Path) -> None:
+    """InputError if one of the names `expected` is not among those of the tensors for a file."""
     for name in expected:
-        if name not in whole:
+        if name not in tensors:
             raise InputError(f"{file}: the models have no tensor {name}, which the architecture needs")
-    write_stored(file, whole)
-    return list(whole)
 
 
 def publish_shards(folder: Path) -> None:
@@ -126,13 +125,8 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
 def read_range(file: Path, begin: int, end: int) -> Iterator[bytes]:
     """The bytes of a file from `begin` to `end`, in pieces."""
     with open(file, "rb") as handle:
-        yield from read_handle(handle, begin, end)
-
-
-def read_handle(handle: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end` of an open file in pieces; the place at which it is read otherwise stays as it is."""
-    for at in range(begin, end, CHUNK_BYTES):
-        yield os.pread(handle.fileno(), min(CHUNK_BYTES, end - at), at)
+        for at in range(begin, end, CHUNK_BYTES):
+            yield os.pread(handle.fileno(), min(CHUNK_BYTES, end - at), at)
 
 
 def stored_pickle(tensor: Pickled) -> Stored:
@@ -144,58 +138,18 @@ def stored_pickle(tensor: Pickled) -> Stored:
     return Stored(DTYPES[tensor.dtype], tensor.shape, math.prod(tensor.shape) * tensor.dtype.itemsize, pieces)
 
 
-def in_shards(
-    tensors: Iterable[tuple[str, Tensor | Stored]], folder: Path, limit: float
-) -> Iterator[dict[str, Stored]]:
-    """A stream in groups of at most `limit` bytes, or one tensor.
+def stored_when_made(tensor: LazyTensor, dtype: torch.dtype) -> Stored:
+    """A tensor that is made, in this type and the shape that was said, when its bytes are asked for."""
 
-    A file begins with what is in it, which is known when all of it has come. Until then the bytes wait in a file
-    without a name, and there a group is found until the next one is asked for.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as waiting:
-            shard: dict[str, Stored] = {}
-            for name, tensor in tensors:
-                if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > limit:
-                    yield shard
-                    shard = {}
-                    waiting.seek(0)
-                shard[name] = tensor if isinstance(tensor, Stored) else appended(waiting, tensor)
-                del tensor  # before the next is made
-            yield shard
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error}") from error
+    def pieces() -> Iterator[memoryview]:
+        for make in tensor.parts:
+            made = make().detach().cpu().contiguous()
+            if made.dtype != dtype or (len(tensor.parts) == 1 and made.shape != tensor.shape):
+                raise ValueError(f"{made.dtype} {tuple(made.shape)} was made of a tensor of {dtype} {tensor.shape}")
+            yield bytes_of(made)
+            del made  # before the next is made
 
-
-def appended(handle: BinaryIO, tensor: Tensor) -> Stored:
-    """A tensor whose bytes are written where a file stands."""
-    begin = handle.tell()
-    put(handle, begin, tensor)
-    handle.seek(begin + tensor.nbytes)
-    return stored_at(handle, begin, tensor.dtype, tuple(tensor.shape))
-
-
-def waiting_in(folder: Path) -> BinaryIO:
-    """A new file without a name in a folder; InputError if it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return TemporaryFile(dir=folder)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error}") from error
-
-
-def put(handle: BinaryIO, begin: int, tensor: Tensor) -> None:
-    """Write the bytes of a tensor at a place of a file."""
-    handle.seek(begin)
-    handle.write(bytes_of(tensor.detach().cpu().contiguous()))
-    handle.flush()
-
-
-def stored_at(handle: BinaryIO, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
-    """The tensor whose bytes lie at a place of an open file, which is there as long as this is."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    return Stored(DTYPES[dtype], shape, nbytes, partial(read_handle, handle, begin, begin + nbytes))
+    return Stored(DTYPES[dtype], tensor.shape, math.prod(tensor.shape) * dtype.itemsize, pieces)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -203,11 +157,32 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str, Any] | None = None) -> None:
-    """Copy tensors byte by byte into one safetensors file, and read it back to see that it holds what was written.
+def copy_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str, Any] | None = None) -> None:
+    """Copy tensors byte by byte into one safetensors file, and read it back to see that it holds what was written."""
+    sha = hashlib.sha256()
+    with replacing(file) as temporary:
+        write_pieces(temporary, tensors, header, sha.update)
+        with open(temporary, "rb") as written:
+            if hashlib.file_digest(written, "sha256").digest() != sha.digest():
+                raise InputError(f"{file} does not read back as it was written; is the disk sound?")
 
-    In memory is one piece of one tensor at a time.
+
+def write_stored(file: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write tensors into one safetensors file, each once and in its place, which their types and shapes tell before.
+
+    The file is whole or as it was.
     """
+    with replacing(file) as temporary:
+        write_pieces(temporary, tensors)
+
+
+def write_pieces(
+    file: Path,
+    tensors: Mapping[str, Stored],
+    header: Mapping[str, Any] | None = None,
+    seen: Callable[[bytes | memoryview], None] = lambda _: None,
+) -> None:
+    """Write a safetensors file; in memory is one piece of one tensor at a time, which `seen` is shown."""
     # Wide types first, as the format's own writer has it: every tensor is aligned to its type.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].nbytes // max(1, math.prod(item[1].shape)), item[0]))
     own = {} if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
@@ -218,13 +193,16 @@ def write_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str,
         rows[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     head = json.dumps(rows).encode()
     head += b" " * (-len(head) % 8)
-    pieces = chain((len(head).to_bytes(8, "little"), head), *(tensor.pieces() for _, tensor in ordered))
-    sha = hashlib.sha256()
-    with replacing(file) as temporary:
-        with open(temporary, "wb") as out:
-            for piece in pieces:
-                sha.update(piece)
+    with open(file, "wb") as out:
+        for piece in (len(head).to_bytes(8, "little"), head):
+            seen(piece)
+            out.write(piece)
+        for name, tensor in ordered:
+            left = tensor.nbytes
+            for piece in tensor.pieces():
+                left -= len(piece)
+                seen(piece)
                 out.write(piece)
-        with open(temporary, "rb") as written:
-            if hashlib.file_digest(written, "sha256").digest() != sha.digest():
-                raise InputError(f"{file} does not read back as it was written; is the disk sound?")
+                del piece  # before the next is made
+            if left:
+                raise InputError(f"{name} has {tensor.nbytes - left} bytes, not {tensor.nbytes}: was a file replaced?")

@@ -1,13 +1,11 @@
 """The heads of tasks, which are never merged: read from each task's expert, and put beside the one merged body."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from common.core.task_vectors import Params, require_same_shapes
+from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.checkpoints import Checkpoint, write_tensors, write_text
 from common.io.lora import open_checkpoint
 from common.io.model_files import INDEX_FILE
@@ -39,20 +37,17 @@ def read_task_head(
 
 
 def with_pooler(
-    tensors: Iterable[tuple[str, Tensor]], base: Checkpoint, pooler: str, headed: bool
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Mapping[str, LazyTensor], base: Checkpoint, pooler: str, headed: bool
+) -> dict[str, LazyTensor]:
     """The merged tensors, and the base's pooler where none was merged: stock AutoModel would draw one at random.
 
     None at all where heads are written beside them (`headed`), whose folders hold their own if they have one.
 
     pooler: how the names of its tensors begin.
     """
-    left = set() if headed else set(base.names(pooler))
-    for name, tensor in tensors:
-        if not (headed and name.startswith(pooler)):
-            left.discard(name)
-            yield name, tensor
-    yield from base.read(sorted(left)).items()
+    if headed:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(pooler)}
+    return {**tensors, **base.lazy(name for name in base.names(pooler) if name not in tensors)}
 
 
 def write_task_head(folder: Path, head: Params, body: Iterable[str]) -> None:

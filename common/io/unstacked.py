@@ -1,17 +1,16 @@
 """Checkpoints that keep many matrices in one tensor, or keep them turned, read one at a time; and the way back."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from common.core.blocks import Piece, Pieces
 from common.core.errors import InputError
-from common.core.task_vectors import Params
+from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint
-from common.io.shards import Stored, put, stored_at, waiting_in
 
 
 class Unstacked(Checkpoint):
@@ -82,16 +81,17 @@ def unstacked(checkpoint: Checkpoint, pieces: Pieces) -> Checkpoint:
 
 
 def stacked(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, folder: Path
-) -> Iterator[tuple[str, Tensor | Stored]]:
-    """Put the pieces of each stack together again; all else passes as it is.
+    tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], pieces: Pieces
+) -> dict[str, LazyTensor]:
+    """The pieces of each stack put together again, in the place of its last; all else is as it is.
+
+    A stack is made piece by piece, of which one is in memory.
 
     Args:
-        tensors: Named tensors in any order, in the types that they are stored in.
+        tensors: Named tensors in any order.
         shapes: {name: shape} of the checkpoint that is written.
         pieces: What its stacks are made of.
-        folder: Where the pieces of a stack wait, in files without a name: only one is in memory.
-    Raises: InputError if a stack lacks a piece at the end, or there is no room for it.
+    Raises: InputError if a stack lacks a piece.
     """
     places = {
         piece.name: (name, piece)
@@ -99,25 +99,31 @@ def stacked(
         for piece in pieces(name, shape)
         if not (piece.rows and piece.place is not None)
     }
-    begun: dict[str, BinaryIO] = {}
+    whole: dict[str, LazyTensor] = {}
+    begun: dict[str, dict[int, tuple[Callable[[], Tensor], ...]]] = {}
     left: dict[str, int] = {}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         if name not in places:
-            yield name, tensor
+            whole[name] = tensor
             continue
         stack, piece = places[name]
-        tensor = tensor.T.contiguous() if piece.turned else tensor
+        if piece.turned:
+            tensor = LazyTensor(tensor.shape[::-1], tuple(partial(turned, part) for part in tensor.parts))
         if piece.place is None and piece.rows is None:
-            yield stack, tensor
+            whole[stack] = tensor
             continue
-        if stack not in begun:
-            begun[stack], left[stack] = waiting_in(folder), shapes[stack][0]
-        rows = 1 if piece.rows is None else piece.rows.stop - piece.rows.start
         first = piece.rows.start if piece.rows else piece.place or 0
-        put(begun[stack], first * tensor.nbytes // rows, tensor)
-        left[stack] -= rows
+        begun.setdefault(stack, {})[first] = tensor.parts
+        rows = 1 if piece.rows is None else piece.rows.stop - piece.rows.start
+        left[stack] = left.get(stack, shapes[stack][0]) - rows
         if not left[stack]:
-            yield stack, stored_at(begun.pop(stack), 0, tensor.dtype, shapes[stack])
-        del tensor  # before the next is made
+            parts = begun.pop(stack)
+            whole[stack] = LazyTensor(tuple(shapes[stack]), tuple(chain(*(parts[at] for at in sorted(parts)))))
     if begun:
         raise InputError(f"the stack {next(iter(begun))} lacks {left[next(iter(begun))]} of its parts")
+    return whole
+
+
+def turned(make: Callable[[], Tensor]) -> Tensor:
+    """A matrix that is made, the other way round."""
+    return make().T.contiguous()
