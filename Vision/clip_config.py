@@ -132,6 +132,8 @@ def refuse_other_layouts(path: Path, config: Path | None) -> None:
     own = any(name.startswith(OTHER_TOWERS) for name in names)
     served = f"take the same model as open_clip saves it, or of transformers {', '.join((*TWO_TOWERS, *CLASSIFIERS))}"
     then = "only such a tower, or a ViT of timm, can be merged" if own else served
+    if said.get("model_type") in (*TWO_TOWERS, *CLASSIFIERS):
+        then = "leave model.arch out, which names a model of open_clip, and it is merged in its own layout"
     raise InputError(
         f"{path} holds {layout}{called}; vision anchors the blocks of open_clip's VisionTransformer, whose tensors are "
         f"called visual.transformer.resblocks.…: {then}"

@@ -230,6 +230,9 @@ def test_other_layouts_of_images_are_called_what_they_are(own_clip):
         (root / "base" / "config.json").write_text(json.dumps(fields))
         with pytest.raises(InputError, match=f"base holds .*{message}"):
             merge_alone(config, vision)
+    (root / "base" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(InputError, match=r"\(vit in config.json\).*: leave model.arch out"):
+        merge_alone(change(config, "model", arch="ViT-B-32"), vision)
     with pytest.raises(InputError, match="image tower of RN50 is open_clip's ModifiedResNet"):
         vision.skeleton(change(config, "model", arch="RN50").model)
 
