@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,3 +67,8 @@ def linear(params: Params, x_ATD: torch.Tensor) -> torch.Tensor:
 def assert_close(ours: torch.Tensor, expected, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     """A tensor of the project is, in float64, what another computation expects."""
     np.testing.assert_allclose(ours.detach().double().numpy(), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def heeding_interrupts() -> None:
+    """For a process that is begun: what a shell begins in the background ignores interrupts, and so would this."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

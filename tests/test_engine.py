@@ -28,7 +28,7 @@ from common.run.processes import Pool, pool_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import read_notes, record_stage, total_cost
 from common.validation import check_engine
-from helpers import change, files_of
+from helpers import change, files_of, heeding_interrupts
 from Vision import domain
 
 NO_FILES = Files(Path(), lambda unit: (), lambda unit: ())
@@ -279,7 +279,9 @@ def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
     (tmp_path / "pids").mkdir()
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     run = [sys.executable, str(tmp_path / "sleeper.py"), str(tmp_path / "pids")]
-    driver = subprocess.Popen(run, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        run, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL, preexec_fn=heeding_interrupts
+    )
     while len(pids := [int(file.name) for file in (tmp_path / "pids").iterdir()]) < 2:
         assert driver.poll() is None
         time.sleep(0.1)

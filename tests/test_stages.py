@@ -19,7 +19,7 @@ from common.run.progress import UnitBar
 from common.run.stages import Units, command_stages, current, in_words
 from compare import compare
 from compare import stages_of as grid_of
-from helpers import change
+from helpers import change, heeding_interrupts
 from Vision import domain
 
 
@@ -143,7 +143,9 @@ def test_ctrl_c_ends_soon_and_says_what_is_kept(pico_config, tmp_path):
     config = replace(change(pico_config, "anchors", steps=600), run=replace(pico_config.run, log=str(log)))
     file.write_text(yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}))
     command = [sys.executable, ROOT / "Vision" / "construct_fda.py", "--config", file]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heeding_interrupts
+    )
     while process.poll() is None and not (log.is_file() and "1 of 4 units" in log.read_text()):
         time.sleep(0.02)
     began = time.monotonic()
