@@ -93,14 +93,22 @@ class Cluster:
         return {"CPU": cpus, "GPU": share, "memory": LIBRARIES + int(memory.host if share else memory.alone)}
 
     def on_each(self, nodes: Iterable[str], function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
-        """What a function returns on each of some machines."""
+        """What a function returns on each of some machines, without those that are lost meanwhile."""
         remote = self.ray.remote(num_cpus=0, max_retries=0, **options)(function)
-        try:
-            return self.ray.get(
-                [remote.options(scheduling_strategy=at(n, soft=False)).remote(*arguments) for n in nodes]
-            )
-        except self.ray.exceptions.RayError as error:
-            raise InputError(f"a machine of the Ray cluster did not answer: {' '.join(str(error).split())}") from error
+        asked = {n: remote.options(scheduling_strategy=at(n, soft=False)).remote(*arguments) for n in nodes}
+        answers, failure = [], None
+        for node, task in asked.items():
+            try:
+                answers.append(self.ray.get(task))
+            except self.ray.exceptions.RayError as error:
+                failure = error
+                if node in self.nodes():
+                    break
+        else:
+            if answers:
+                return answers
+        said = " ".join(str(failure).split())
+        raise InputError(f"a machine of the Ray cluster did not answer: {said}") from failure
 
     def outcomes(self, work: Work, units: Sequence[Any], files: Files) -> Generator[tuple[Any, Outcome]]:
         """Units with their outcomes, as they come. Ray begins a unit again that was lost with its worker or machine."""
