@@ -22,6 +22,7 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.heads import are_equal
 from common.io.layer_calls import LayerCalls, one_line, require_second_derivative
+from common.io.lora import LoraCheckpoint
 from common.io.skeleton import canonical_names, layers_of, path_of, stored_shapes
 
 TABLE = ".relative_attention_bias"
@@ -140,12 +141,21 @@ def names_of(root: PreTrainedModel) -> Callable[[str], str | None]:
 
 
 def check_encoder_decoder(config: Config, root: PreTrainedModel, where: str) -> None:
-    """InputError if answers are to be scored, or if a model's encoder and decoder embed words each in its own way."""
+    """InputError if answers are to be scored, if a model's encoder and decoder embed words each in its own way, or if
+    an adapter trains the shared embedding: both stacks embed words by copies, which peft adapts not.
+    """
     if config.run.score:
         raise InputError(f"{where}: a {type(root).__name__} {UNSCORED}")
-    embedding, _ = vocabulary_of(root)
-    for path in (config.model.path("base"), *other_models(config).values()):
+    embedding, _ = names = vocabulary_of(root)
+    base = config.model.path("base")
+    for path in (base, *other_models(config).values()):
         if is_adapter(path):
+            adapter = LoraCheckpoint(path, base, names_of(root), names)
+            if copies_of(root) and embedding in adapter.factors.keys() | adapter.saved.keys():
+                raise InputError(
+                    f"{path} trains {embedding}, of which encoder and decoder have copies that it leaves alone: what "
+                    "it was trained to be cannot be told; merge it into its model with peft, and give that"
+                )
             continue
         model = Checkpoint(path, canonical_names(root))
         for copy in copies_of(root) & model.shapes.keys():

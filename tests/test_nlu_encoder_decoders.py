@@ -2,9 +2,12 @@
 
 import inspect
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -172,6 +175,43 @@ def test_copies_of_the_embedding_are_one_with_it_or_refused(tmp_path):
     rewrite(tmp_path / "CoLA" / "model.safetensors", lambda tensors: tensors[copy].add_(1))
     with pytest.raises(InputError, match=r"CoLA: encoder.embed_tokens.weight and shared.weight differ"):
         merge_alone(change(config, "run", name="other"), domain)
+
+
+ADAPTED = {"target_modules": ["q", "v", "wi"]}
+
+
+@pytest.mark.parametrize(
+    "trained", [ADAPTED, {"target_modules": ["lm_head"]}, ADAPTED | {"modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_answers_as_peft_does(trained, t5, tmp_path):
+    write_peft(tmp_path, **trained)
+    theirs = PeftModel.from_pretrained(stock(tmp_path / "base"), tmp_path / "CoLA").eval()
+    alone = change(t5, "start", method="ta", hyper={"ta": {"scale": 1.0}})
+    merged = stock(merge_alone(replace(alone, tasks=["CoLA"]), domain))
+    with torch.no_grad():
+        answers = [model(**TEXT).logits for model in (merged, theirs, stock(tmp_path / "base"))]
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=1e-4)
+    assert (answers[0] - answers[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("trained", [{"target_modules": ["q", "shared"]}, ADAPTED | {"modules_to_save": ["shared"]}])
+def test_an_adapter_of_the_shared_embedding_is_refused(trained, t5, tmp_path):
+    """Peft's model answers as if it were not there, since the stacks have copies of their own; its merge moves them."""
+    write_peft(tmp_path, **trained)
+    with pytest.raises(InputError, match=r"CoLA trains shared.weight, of which encoder and decoder have copies"):
+        merge_alone(change(t5, "start", method="ta"), domain)
+
+
+def write_peft(root, **trained):
+    """An adapter of the base in place of the first expert."""
+    torch.manual_seed(5)
+    settings = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **trained)
+    model = get_peft_model(stock(root / "base"), settings)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    shutil.rmtree(root / "CoLA")
+    model.save_pretrained(root / "CoLA")
 
 
 def test_answers_in_words_are_not_scored(t5):
