@@ -5,8 +5,9 @@ Where they are written, and what they say of themselves, is in layout.py.
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from common.run.engine import Memory, asks_for_workers
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
 
+Part = tuple[int, Sequence[str]]
+"""A part of a merge: its number, and the names of its tensors."""
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
 
 
@@ -68,8 +71,9 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
     with record_stage(experiment.config, bar.stage, bar), bar:
         forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
         known = (provenance, survey_of(experiment, method))
-        carry_out(merge_each, experiment, range(len(groups)), bar, *known, writes=layout.part_files, **forecast)
-        part_of = {name: layout.part_file(number) for number, group in enumerate(groups) for name in group}
+        parts = list(enumerate(groups))
+        carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
+        part_of = {name: layout.part_file(number) for number, group in parts for name in group}
         made = made_by(experiment, lambda name: read_tensor(part_of[name], name))
         finish(experiment, domain, made, layout.start, provenance)
         shutil.rmtree(layout.part_file(0).parent)
@@ -77,24 +81,27 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
 
 def merge_groups(experiment: Experiment) -> list[list[str]]:
     """Names of the merged tensors in parts: those of a block, and every other by itself."""
-    names = experiment.base.names(experiment.family.scope)
-    blocks = [[name for name in names if name.startswith(prefix)] for prefix in experiment.prefixes]
-    return blocks + [[name] for name in experiment.rest_names()]
+    blocks, others = {prefix: [] for prefix in experiment.prefixes}, []
+    for name in experiment.base.names(experiment.family.scope):
+        begun = (name[: dot.end()] for dot in re.finditer(r"\.", name))
+        prefix = next(filter(blocks.__contains__, begun), None)
+        others.append([name]) if prefix is None else blocks[prefix].append(name)
+    return [*blocks.values(), *others]
 
 
 def merge_each(
-    experiment: Experiment, parts: Iterable[int], bar: Units, provenance: dict[str, Any], surveyed: Any
+    experiment: Experiment, parts: Iterable[Part], bar: Units, provenance: dict[str, Any], surveyed: Any
 ) -> None:
     """Merge and store some parts, unless their files are there already."""
-    method, groups = experiment.config.start.method, merge_groups(experiment)
-    for number in parts:
+    method = experiment.config.start.method
+    for number, names in parts:
         file = RunLayout(experiment.config).part_file(number)
-        with bar.unit(f"{groups[number][0]} and {len(groups[number]) - 1} more"):
+        with bar.unit(f"{names[0]} and {len(names) - 1} more"):
             if file.is_file():
                 check_provenance(file, read_header(file), provenance)
                 bar.keep()
             else:
-                tensors = {name: merged_tensor(experiment, method, name, surveyed) for name in groups[number]}
+                tensors = {name: merged_tensor(experiment, method, name, surveyed) for name in names}
                 write_tensors(file, tensors, provenance)
 
 

@@ -9,7 +9,7 @@ runs/<name>/merged/<method>-pretrained-rest/             a start's blocks in the
 .../provenance.json                                      written last: the folder is whole, and made from this
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,9 @@ class RunLayout:
         """Where a part of the start waits until all are there, if it is merged in parts."""
         return self.start / "parts" / f"part_{number:03d}.safetensors"
 
-    def part_files(self, number: int) -> list[Path]:
-        """What a unit of a merge writes."""
-        return [self.part_file(number)]
+    def part_files(self, part: tuple[int, Sequence[str]]) -> list[Path]:
+        """What a unit of a merge writes, a number and names of tensors."""
+        return [self.part_file(part[0])]
 
     def files_for_block(self, index: int) -> list[Path]:
         """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""

@@ -150,13 +150,13 @@ def scored_trials(
     """The numbers of some candidates with their scores, as they come."""
     folder = config.run.dir / "search"
     shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
-    place, here = None, dict(trials)
+    place = None
     if asks_for_workers(config.run) and trials:
         model = 8.0 * sum(map(math.prod, open_experiment(config, domain).base.shapes.values()))  # as made, as scored
         asked = Demand(len(trials), 0.0, True, lambda: Memory(model, model, model))
         place = place_for(config.run, asked, libraries_of(config))
     if place is None:
-        yield from ((number, scores_of(domain, here, number)) for number in here)
+        yield from ((number, scores_of(domain, trials[number])) for number in trials)
     else:
         there = {n: replace(t, run=replace(t.run, root=place.root or t.run.root)) for n, t in trials.items()}
         files = Files(Path(config.run.root).expanduser(), lambda number: (), lambda number: ())
@@ -167,12 +167,11 @@ def scored_trials(
 
 def scores_at_worker(trials: Mapping[int, Config], number: int) -> dict[str, dict[str, Any]]:
     """The scores of a candidate, in a process that has its domain still to import."""
-    return scores_of(module_of(trials[number].domain), trials, number)
+    return scores_of(module_of(trials[number].domain), trials[number])
 
 
-def scores_of(domain: Domain, trials: Mapping[int, Config], number: int) -> dict[str, dict[str, Any]]:
+def scores_of(domain: Domain, trial: Config) -> dict[str, dict[str, Any]]:
     """{test set: value and examples} of a candidate, which is merged for it and removed again."""
-    trial = trials[number]
     path = merge_start(open_experiment(trial, domain), domain).path
     scores = scores_on_cut(trial, domain, trial.start.method, path)
     shutil.rmtree(trial.run.dir)
