@@ -209,6 +209,7 @@ def test_the_engine_chooses_by_products_work_and_memory(pico_config, monkeypatch
 def test_tests_and_small_runs_stay_in_one_process(pico_config, monkeypatch):
     """A run of milliseconds is over before a worker has begun, however many cores there are."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # or 64 would be given back to this process
     monkeypatch.setattr("common.run.processes.pool_of", None)
     construct(pico_config, domain)
 

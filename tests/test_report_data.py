@@ -38,7 +38,9 @@ def test_task_vectors_are_measured_once_and_are_what_the_weights_say(pico_config
         sizes = [float((theta - theta_0).norm() / theta_0.norm()) for theta in thetas]
         assert [relative(found)[task][block] for task in pico_config.tasks] == pytest.approx(sizes, rel=1e-5)
     taus = [
-        torch.cat([(e.read([n])[n] - base.read([n])[n]).flatten() for p in found["blocks"] for n in base.names(p)])
+        torch.cat(
+            [(e.read([n])[n] - base.read([n])[n]).flatten() for p in found["blocks"] for n in base.names(p)]
+        ).double()
         for e in experts
     ]
     cosine = float(torch.nn.functional.cosine_similarity(*taus, dim=0))

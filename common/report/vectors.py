@@ -75,8 +75,9 @@ def measured(experiment: Experiment, index: int) -> dict[str, Any]:
 
 
 def short(x: float) -> float:
-    """Six digits of a number: the rest hangs on the order of a sum."""
-    return float(f"{x:.6g}")
+    """Ten digits of a number: the rest hangs on the order of a sum, and fewer would show in the cosine of two τ that
+    are nearly at right angles."""
+    return float(f"{x:.10g}")
 
 
 def relative(found: Mapping[str, Any]) -> dict[str, list[float]]:
