@@ -17,7 +17,7 @@ from common.analysis.bias import representation_bias
 from common.analysis.blend import by_block, through_all
 from common.analysis.finetuning import update_vectors
 from common.analysis.interference import asked_step, interference
-from common.analysis.landscape import inner, plane
+from common.analysis.landscape import plane
 from common.analysis.material import plain, spread
 from common.analysis.projection import Cone, attention_and_mlp
 from common.analysis.registry import ANALYSES
@@ -28,6 +28,7 @@ from common.analysis.tsne import mixing
 from common.config import ROOT
 from common.core.errors import InputError
 from common.core.seeding import seeded
+from common.core.task_vectors import inner
 from common.fda.matching import MatchingProblem
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample

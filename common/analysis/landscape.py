@@ -25,7 +25,7 @@ from common.analysis.material import Material, Numbers
 from common.config import PRETRAINED
 from common.core.errors import InputError
 from common.core.seeding import seeded
-from common.core.task_vectors import Params, add, subtract
+from common.core.task_vectors import Params, add, inner, subtract
 from common.domain import first_tests
 from common.evaluation.figures import COLOURS, INK
 from common.evaluation.rows import display
@@ -37,11 +37,6 @@ from common.pipeline import fit_problem, fit_settings_of
 
 EXAMPLES, BATCH = 48, 24  # of each task
 POINTS, MARGIN = 13, 0.3  # of the grid, along each axis; what lies around the models, of their extent
-
-
-def inner(a: Params, b: Params) -> float:
-    """⟨a, b⟩ over the tensors of `a`, in float64."""
-    return float(sum((p.double() * b[name].double()).sum() for name, p in a.items()))
 
 
 def scaled(a: Params, factor: float) -> Params:

@@ -101,3 +101,13 @@ def add(theta_0: Params, delta: Params, scale: float = 1.0) -> dict[str, Tensor]
     """θ₀ + scale·δ, float32 or wider. InputError where names or shapes differ."""
     require_same_tensors(delta, theta_0)
     return {name: torch.add(upcast(tensor), upcast(delta[name]), alpha=scale) for name, tensor in theta_0.items()}
+
+
+def inner(a: Params, b: Params) -> float:
+    """⟨a, b⟩ over the tensors of `a`, summed in float64."""
+    return sum(float((p.double() * b[name].double()).sum()) for name, p in a.items())
+
+
+def norm(params: Params) -> float:
+    """The Euclidean norm of all tensors together, summed in float64."""
+    return inner(params, params) ** 0.5

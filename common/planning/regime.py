@@ -8,17 +8,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from common.core.task_vectors import Params, subtract
+from common.core.task_vectors import norm, subtract
 from common.experiment import Experiment
 
 # Of ‖θ₀‖. On the toy CLIP with experts tuned at five rates, FDA's gain over task arithmetic is +5.6 points at 2.6 %,
 # +2.3 at 4.8 % and −2.0 at 8.4 % (Vision/results/studies/rates.json).
 REGIME = 0.05
-
-
-def norm(params: Params) -> float:
-    """The Euclidean norm of all tensors together, summed in float64."""
-    return sum(float(p.double().square().sum()) for p in params.values()) ** 0.5
 
 
 @torch.no_grad()

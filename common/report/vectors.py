@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.core.task_vectors import subtract
+from common.core.task_vectors import norm, subtract
 from common.experiment import Experiment
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
@@ -66,9 +66,8 @@ def measured(experiment: Experiment, index: int) -> dict[str, Any]:
     for name in theta_0:
         flat = torch.stack([tau.pop(name).flatten() for tau in taus]).double()
         gram_NN += (flat @ flat.T).cpu()
-    theta = sum(float(p.double().square().sum()) for p in theta_0.values()) ** 0.5
     return {
-        "theta": short(theta),
+        "theta": short(norm(theta_0)),
         "tau": [short(float(x) ** 0.5) for x in gram_NN.diagonal()],
         "gram": [[short(float(x)) for x in row] for row in gram_NN],
     }
