@@ -29,7 +29,7 @@ from common.core.errors import InputError
 from common.domain import FOLDERS
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
 from common.evaluation.significance import Scores, difference, findings, scores_of
-from common.evaluation.studies import draw, table_of
+from common.evaluation.studies import FIGURES, table_of
 from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
 from common.io.checkpoints import write_text
 from common.merging.registry import method_table
@@ -48,8 +48,10 @@ def main() -> None:
     try:
         if args.keep:
             keep_rows(*args.keep)
-        for study in sorted(ROOT.glob("*/results/studies/rates.json")):
-            draw(json.loads(study.read_text(encoding="utf-8")), study.with_suffix(".png"))
+        for study in sorted(ROOT.glob("*/results/studies/*.json")):
+            if study.stem in FIGURES:
+                percent = import_module(f"{study.relative_to(ROOT).parts[0]}.domain").PERCENT
+                FIGURES[study.stem](json.loads(study.read_text("utf-8")), study.with_suffix(".png"), percent)
         for page in pages():
             write_text(page, with_tables(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))))
     except InputError as error:

@@ -6,10 +6,11 @@ python scripts/study.py scale     --config FILE   experts θ₀ + s·τ, s a qua
 python scripts/study.py ablations --config FILE   the paper's: initialisation, shape, distances, steps, epochs
 python scripts/study.py real      --config FILE   real inputs of each block in the place of anchors (vision)
 python scripts/study.py cost      --config FILE   seconds of each row of compare's own run beside its gain
+python scripts/study.py methods   --config FILE   the same, a line for each of many starts: accuracy against seconds
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
-for each point, rows.json and table.md, of rates and scale also figure.png. A point that is there already is kept. Rates
-need the toy's experts at each: python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE.
+for each point, rows.json and table.md, of rates, scale and methods also figure.png. A point that is there already is
+kept. Rates need the toy's experts at each: python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE.
 """
 
 import json
@@ -30,7 +31,7 @@ from common.domain import Domain, anchored_part, first_tests, scored_tests
 from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, scores_of
-from common.evaluation.studies import Rows, draw, table_of
+from common.evaluation.studies import FIGURES, Rows, table_of
 from common.io.checkpoints import write_text
 from common.io.examples import Sample
 from common.merging.calibration import block_params, first_block_inputs, next_block_inputs
@@ -240,7 +241,7 @@ def cost(config: Config, domain: Domain) -> Rows:
         gains = {
             key: difference(scores[name], scores[of]) for key, of in (("gain", display(PRETRAINED)), ("step", start))
         }
-        line = {"name": name, "avg": mean_of(scores[name]), "hardware": row["hardware"]}
+        line = {"name": name, "start": row["start"] or "", "avg": mean_of(scores[name]), "hardware": row["hardware"]}
         line |= {clock: spent[name][clock] + spent.get(start, {}).get(clock, 0) for clock in CLOCKS}
         line |= {f"step_{clock}": spent[name][clock] for clock in CLOCKS}
         made.append(line | {key: list(gain) for key, gain in gains.items() if gain})
@@ -262,13 +263,13 @@ def study(kind: str, config: Config, domain: Domain) -> None:
     write_text(folder / "rows.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     text = table_of(kind, rows, domain.PERCENT)
     write_text(folder / "table.md", text)
-    if kind in ("rates", "scale"):
-        draw(rows, folder / "figure.png")
+    if kind in FIGURES:
+        FIGURES[kind](rows, folder / "figure.png", domain.PERCENT)
     print(f"\n{text}\n{folder}: rows.json and table.md")
 
 
 POINTS = {"tasks": of_tasks, "rates": of_rates, "scale": of_scale, "real": of_real}
-KINDS = {kind: partial(along, kind) for kind in POINTS} | {"ablations": ablations, "cost": cost}
+KINDS = {kind: partial(along, kind) for kind in POINTS} | {"ablations": ablations, "cost": cost, "methods": cost}
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in KINDS else ""

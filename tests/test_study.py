@@ -12,6 +12,7 @@ import torch
 
 import study
 from common.core.errors import InputError
+from common.evaluation import studies
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample
 from helpers import change
@@ -128,6 +129,29 @@ def test_cost_is_that_of_the_start_and_of_both_stages(quick, capsys):
         assert rows["FDA (TA, Weight)"][clock] == pytest.approx(own + notes["merge ta"][clock])
     assert rows["TA"]["step"] == rows["TA"]["gain"]
     assert "Processor seconds" in capsys.readouterr().out
+
+
+def test_methods_have_a_line_for_each_start_the_best_first(quick, capsys):
+    study.study("methods", change(quick, "compare", starts=["pretrained", "ta", "average"]), domain)
+    folder = quick.run.dir / "study/methods"
+    rows = {row["name"]: row for row in json.loads((folder / "rows.json").read_text())}
+    lines = [line.split("|")[1:-1] for line in (folder / "table.md").read_text().splitlines()[2:]]
+    table = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+    assert set(table) == {"Pretrained", "TA", "Average"}
+    assert [float(cells[0]) for cells in table.values()] == sorted((float(c[0]) for c in table.values()), reverse=True)
+    for start, (own, _, fda, seconds, gain) in table.items():
+        row = rows[f"FDA ({start}, Weight)"]
+        assert float(fda) - float(own) == pytest.approx(100 * row["step"][0], abs=0.011)
+        assert float(seconds) == round(row["cpu_seconds"]) and gain.startswith(f"{100 * row['step'][0]:+.2f}")
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_merge_that_a_cheaper_one_equals_is_beaten():
+    row = {"cpu_seconds": 2.0, "avg": 0.5}
+    cheaper, better, same = row | {"cpu_seconds": 1.0}, row | {"avg": 0.6}, dict(row)
+    assert studies.beats(cheaper, row) and studies.beats(better, row)
+    assert not studies.beats(same, row) and not studies.beats(row, better)
+    assert not studies.beats(cheaper | {"avg": 0.4}, row)
 
 
 def test_real_inputs_are_what_reaches_each_block_of_the_expert(quick, monkeypatch, tmp_path):
