@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from common.config import ROOT, Config
 from common.core.task_vectors import LazyTensor, Params
+from common.fda import precision
+from common.fda.matching import MatchingProblem, matching_gradient
+from common.fda.precision import forward_in
 from common.io.checkpoints import Checkpoint, write_tensors
 from common.io.shards import Stored, stored_when_made
 
@@ -62,6 +67,16 @@ def read(path: Path, name: str) -> torch.Tensor:
 def linear(params: Params, x_ATD: torch.Tensor) -> torch.Tensor:
     """A block of one weight, without bias."""
     return torch.nn.functional.linear(x_ATD, params["weight"])
+
+
+def assert_same_in_bf16(problem: MatchingProblem, x_ATD: torch.Tensor) -> None:
+    """Gradients of anchors of a shape that the block was never called with point the same way in bf16 as in float32."""
+    x_ATD = torch.cat([x_ATD, -x_ATD, x_ATD.flip(1)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(precision, "FEW", 0)
+        _, found = matching_gradient(problem, x_ATD, forward=forward_in("bf16"))
+    _, expected = matching_gradient(problem, x_ATD)
+    assert functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
 
 
 def assert_close(ours: torch.Tensor, expected, rtol: float = 1e-5, atol: float = 1e-7) -> None:

@@ -14,7 +14,7 @@ from common.fda.matching import MatchingProblem, matching_loss
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import change, edit_config
+from helpers import assert_same_in_bf16, change, edit_config
 from pico_hf_vision import TOWERS, pico_hf_config, write_pico_hf
 from pico_vision import PICO_TASKS
 from Vision import domain
@@ -66,6 +66,7 @@ def test_a_step_s_loss_is_that_of_plain_autograd_on_the_stock_layer(pico):
     problem = MatchingProblem(experiment.functions[0], theta_0, theta_t, tau)
     for name, ours in zip(tau, matching_loss(problem, x_ATD).tolist(), strict=True):
         assert ours == pytest.approx(losses[name], abs=1e-5)
+    assert_same_in_bf16(problem, x_ATD)
     assert not experiment.family.without_null_gradients(subtract(theta_t, theta_0))["self_attn.k_proj.bias"].any()
 
 

@@ -17,7 +17,7 @@ from common.io.unstacked import Unstacked
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import change
+from helpers import assert_same_in_bf16, change
 from NLG import domain
 from NLG.decoders import opener_of
 from pico_decoders import DECODERS, fields_of
@@ -97,6 +97,7 @@ def own_paths(config, prefixes):
 def our_loss(experiment, x_ATD):
     theta_0, theta_t = (experiment.read_block(c, 0) for c in (experiment.base, experiment.experts["math"]))
     problem = MatchingProblem(experiment.functions[0], theta_0, theta_t, subtract(theta_t, theta_0))
+    assert_same_in_bf16(problem, x_ATD)
     return matching_loss(problem, x_ATD).mean().item()
 
 

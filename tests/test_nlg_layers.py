@@ -20,7 +20,7 @@ from common.pipeline import adapt, construct
 from common.planning.cost import cost_of_step
 from common.planning.dry_run import ADAPT, describe
 from common.validation import check_part
-from helpers import change
+from helpers import assert_same_in_bf16, change
 from NLG import domain
 from NLG.decoders import opener_of
 from NLU import domain as encoders
@@ -85,6 +85,11 @@ def test_a_layer_answers_as_within_its_stock_model(kind, tmp_path):
         changed[:, 4] += torch.randn(16, generator=torch.Generator().manual_seed(2))
         moved = (function(theta, changed) - function(theta, x_ATD)).abs().amax((0, 2))
         assert moved[:4].max() < 1e-6 < 1e-4 < moved[4:].min()
+    generator = torch.Generator().manual_seed(3)
+    tau = {n: 1e-3 * torch.randn(p.shape, generator=generator) for n, p in theta.items()}
+    expert = {n: p + tau[n] for n, p in theta.items()}
+    moved = {n: t for n, t in family.without_null_gradients(tau).items() if t.any()}
+    assert_same_in_bf16(MatchingProblem(function, theta, expert, moved), x_ATD)
     check_null_gradients(family, function, theta)
 
 

@@ -12,7 +12,7 @@ from common.core.errors import InputError
 from common.fda.matching import MatchingProblem, matching_loss
 from common.opening import open_experiment
 from common.pipeline import adapt, construct
-from helpers import change
+from helpers import assert_same_in_bf16, change
 from NLU import domain
 from pico_encoders import ENCODERS, fields_of
 from pico_nlu import pico_config, pico_tokenizer, slug
@@ -105,6 +105,7 @@ def check_loss(experiment, bodies, x_ATD):
     ]
     problem = MatchingProblem(block, theta_0, theta_t, tau)
     assert matching_loss(problem, x_ATD).tolist() == pytest.approx(expected, abs=1e-5)
+    assert_same_in_bf16(problem, x_ATD)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.core.blocks import Block
+from common.core.linear import linear_by
 from common.core.task_vectors import Params, as_leaf_tensors
 from common.fda.matching import PairForward, plain_forward
 
@@ -91,9 +92,9 @@ class DifferenceForward:
                 difference += (bias - bias_0).detach()
             return y + difference
 
-        with _replace_linear(pretrained):
+        with linear_by(pretrained):
             y_0 = block(theta_0, x_ATD)
-        with _replace_linear(expert):
+        with linear_by(expert):
             y_t = block(as_leaf_tensors(theta_t), x_ATD)
         return y_0, _LastPassOnly.apply(y_t) if by_x else y_t.detach()
 
@@ -117,17 +118,6 @@ def low_product(x: Tensor, weight_low: Tensor) -> Tensor:
 def _low_rows(x: Tensor) -> Tensor:
     """x as a matrix (R, ...) in bf16."""
     return x.flatten(0, -2).to(LOW)
-
-
-@contextmanager
-def _replace_linear(function: Callable[..., Tensor]) -> Iterator[None]:
-    """All modules call this function in place of F.linear. Torch's function modes do not see nn.MultiheadAttention."""
-    original = F.linear
-    F.linear = function
-    try:
-        yield
-    finally:
-        F.linear = original
 
 
 class _LastPassOnly(torch.autograd.Function):

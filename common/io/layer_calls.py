@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from common.core.blocks import Block
 from common.core.errors import InputError
+from common.core.linear import usual_linear
 
 KEPT = 8  # shapes of inputs whose arguments are kept: chunks of anchors, batches of adaptation
 OUTPUTS = 4  # of a layer, at most
@@ -76,7 +77,8 @@ class LayerCalls:
         if key not in self.noted:
             if len(self.noted) == KEPT:
                 self.noted.pop(next(iter(self.noted)))
-            with _disable_current_modes(), torch.no_grad():  # a call can be traced, but what is kept must be tensors
+            # a call can be traced, and its linear maps counted: what is kept must be tensors, and no map of the block
+            with usual_linear(), _disable_current_modes(), torch.no_grad():
                 self.noted[key] = tree_map(lambda value: moved(value, device, dtype), self.note(anchors, tokens))
         return self.noted[key]
 

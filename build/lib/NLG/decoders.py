@@ -1,0 +1,227 @@
+"""Causal language models: where their blocks are, and how a config becomes a model without weights.
+
+What is anchored is the MLP of each decoder layer, which sees one token at a time; all else is merged in weight space.
+Or, not of the paper, the layer as a whole (anchors.part).
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from common.config import Model
+from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_biases, whole_layer
+from common.core.errors import InputError
+from common.io.layer_calls import LayerCalls, require_second_derivative
+from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
+from common.io.skeleton import beginnings, canonical_names, layers_of, path_of, stored_name, stored_path, stored_shapes
+from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
+
+
+def config_text(model: Model) -> tuple[str, str]:
+    """The text of the base's config and where it is from: config.json beside the weights, or else model.arch.
+
+    InputError if there is neither.
+    """
+    file = config_file(model.path("base"))
+    if file:
+        return read_text(file), str(file)
+    if not model.arch:
+        raise InputError(f"there is no {model.path('base') / CONFIG_FILE}, and model.arch does not give its text")
+    return model.arch, "model.arch"
+
+
+def architecture(model: Model) -> PretrainedConfig:
+    """The base's config; InputError if model.family names another architecture. No code that it names is ever run."""
+    text, where = config_text(model)
+    fields = parse(text, where)
+    require_family(fields, where, model.family)
+    return known_config(fields, where)
+
+
+def opener_of(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What opens a model of this config: that of a language model, or of one that sees images besides."""
+    seeing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    named = (config.architectures or [""])[0]
+    causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and named not in seeing.values()
+    return AutoModelForCausalLM if causal or config.model_type not in seeing else AutoModelForImageTextToText
+
+
+@cache
+def skeleton(model: Model) -> nn.Module:
+    """The base without its weights, on the meta device.
+
+    Attention is the plain formula: the fused kernels have no second derivative.
+    """
+    for name in ("text", "head"):
+        if getattr(model, name):
+            raise InputError(f"model.{name} is for vision; here the folders of base and experts tell everything")
+    config = architecture(model)
+    try:
+        with torch.device("meta"):
+            opener = opener_of(config)
+            root = opener.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            ).eval()
+    except Exception as error:  # sizes below zero, an activation that is none: whatever its layers raise
+        said = " ".join(str(error).split())
+        raise InputError(f"transformers cannot build the model of {config_text(model)[1]}: {said}") from error
+    if root.get_output_embeddings() is None:
+        raise InputError(f"{config_text(model)[1]}: a {type(root).__name__} is no language model")
+    return root
+
+
+def token_shape(model: Model, part: str = "mlp") -> tuple[int, int]:
+    """Tokens of an anchor, and the width of the model: an MLP sees every token alone; for a layer as many as the paper
+    has for the layers of encoders."""
+    return 1 if part == "mlp" else 5, architecture(model).get_text_config().hidden_size
+
+
+@cache
+def family(model: Model, part: str = "mlp") -> BlockFamily:
+    """The blocks of any decoder that transformers knows, found in its skeleton: the MLPs of its layers, or the layers.
+
+    Raises: InputError if its layers have no MLP of their own, a module that takes a token of width D to one; or of
+        whole layers, if one is not a twice differentiable function of its hidden states.
+    """
+    found, root, where = reading(model), skeleton(model), config_text(model)[1]
+    return (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
+
+
+@cache
+def reading(model: Model) -> BlockFamily:
+    """How checkpoints of the base's architecture are read and written, whatever is anchored; InputError if they have
+    no list of layers, or keep experts in a way that is not known."""
+    root, where = skeleton(model), config_text(model)[1]
+    layers = layers_of(root.get_decoder())
+    if not layers:
+        raise InputError(f"{where}: a {type(root).__name__} has no list of layers to anchor")
+    path = ".".join(filter(None, (path_of(root, root.get_decoder()), layers)))
+    blocks, mixture = stored_path(root, path), mixture_of(root, path)
+    embedding, head = (
+        stored_name(root, f"{path_of(root, part)}.weight")
+        for part in (root.get_input_embeddings(), root.get_output_embeddings())
+    )
+    return BlockFamily(
+        blocks=blocks,
+        path=path,
+        names=canonical_names(root),
+        stored=stored_shapes,
+        vocabulary=(embedding, head),
+        pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
+    )
+
+
+def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:
+    """Of the first layer with routed experts: the path of what holds them, they, how checkpoints keep them; or None."""
+    for index, layer in root.get_submodule(path).named_children():
+        for name, mlp in mlps(layer):
+            if hasattr(mlp, "experts"):
+                return name, mlp.experts, layout_of(root, f"{path}.{index}", mlp.experts, f"{name}.experts")
+    return None
+
+
+def with_mlps(found: BlockFamily, root: nn.Module, where: str, width: int) -> BlockFamily:
+    """Anchored is the MLP of each layer, of a mixture every expert. Raises: InputError as `family` does."""
+    kind = f"layer of {type(root).__name__}"
+    for layer in root.get_submodule(found.path).children():
+        if not list(mlps(layer)):
+            children = ", ".join(name for name, _ in layer.named_children())
+            raise InputError(
+                f"{where}: a {kind} is made of {children}: there is no MLP among them ({', '.join(MLPS)}), which is "
+                "what is anchored of a language model; anchors.part layer anchors the layer as a whole"
+            )
+        for name, mlp in mlps(layer):
+            if not hasattr(mlp, "experts") and not keeps_width(mlp, width):
+                raise InputError(
+                    f"{where}: the {name} of a {kind} does not take a token of width {width} to one: it is none that "
+                    "can be anchored; anchors.part layer anchors the layer as a whole"
+                )
+    mixture = mixture_of(root, found.path)
+
+    def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, mlp in mlps(layer):
+            yield from experts_of(mlp, mixture[2], width) if hasattr(mlp, "experts") else [(name, mlp)]
+
+    return replace(found, parts=straight(parts), published_axes="AD")
+
+
+def with_layers(found: BlockFamily, root: nn.Module, where: str, width: int) -> BlockFamily:
+    """Anchored is each layer as a whole, as the model calls it at its first positions. Raises: InputError as `family`
+    does, and if it routes tokens to experts."""
+    for name, part in root.get_submodule(found.path).named_modules():
+        if is_routed(name, part):
+            raise InputError(
+                f"{where}: a layer of {type(root).__name__} has experts ({name}); which of them answer a token is no "
+                "function with a derivative, and one that no anchor comes to matches nothing: anchors.part mlp anchors "
+                "each by itself"
+            )
+    calls = LayerCalls(root.get_decoder(), layers_of(root.get_decoder()), where)
+    found = replace(found, part="layer", parts=straight(whole_layer), call=calls)
+    modules = found.modules(root)
+    for (_, layer), *_ in by_kind(modules):
+        require_second_derivative(found.pure(layer), layer, width, calls.name)
+    first = root.get_submodule(f"{found.path}.0")
+    return replace(found, null_gradients={} if calls.are_rotated else key_biases(first) | fused_key_biases(first))
+
+
+def fused_key_biases(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """As key_biases, of attention that has queries, keys and values one after another in one tensor: GPT-2's, and
+    GPT-BigCode's if its heads share keys and values."""
+    found = {}
+    for name, attention in layer.named_modules():
+        fused = getattr(attention, "c_attn", None)
+        if isinstance(fused, Conv1D):
+            found[f"{name}.c_attn.bias"] = (1, 3)
+        elif fused is not None and getattr(attention, "multi_query", False):
+            found[f"{name}.c_attn.bias"] = (attention.num_heads, attention.num_heads + 2)
+    return found
+
+
+def is_routed(name: str, part: nn.Module) -> bool:
+    """Whether a module holds the experts of a mixture: by its name, or as stacks of matrices."""
+    stacks = (p for p in part.parameters(recurse=False) if p.ndim > 2 and 1 not in p.shape)
+    return name.endswith(".experts") or (not isinstance(part, nn.Conv1d) and any(True for _ in stacks))
+
+
+def turned(skeleton: nn.Module) -> Pieces:
+    """GPT-2 stores its matrices as (inputs, outputs): each is its one piece, the other way round."""
+    names = {f"{path}.weight" for path, part in skeleton.named_modules() if isinstance(part, Conv1D)}
+    return lambda name, shape: [Piece(name, turned=True)] if name in names else []
+
+
+def straight(parts: Parts) -> Parts:
+    """The same parts, their matrices (outputs, inputs)."""
+    return lambda layer: [(name, as_linear(part)) for name, part in parts(layer)]
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """A module on the meta device whose matrices are (outputs, inputs), a copy of one that has others."""
+    if not any(isinstance(part, Conv1D) for part in module.modules()):
+        return module
+    module = deepcopy(module)
+    for path, part in list(module.named_modules()):
+        if isinstance(part, Conv1D):
+            inputs, outputs = part.weight.shape
+            module.set_submodule(path, nn.Linear(inputs, outputs, device="meta"))
+    return module
+
+
+@cache
+def body(model: Model) -> tuple[str, ...]:
+    """How the names of all tensors begin that lie in no head."""
+    return beginnings(skeleton(model))
+
+
+MLPS = ("mlp", "feed_forward", "ffn")
+
+
+def mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The MLP of a decoder layer, which sees every token alone."""
+    yield from ((name, part) for name, part in layer.named_children() if name in MLPS)

@@ -1,0 +1,25 @@
+"""What the project knows about text encoders: their blocks (encoders.py), how they are scored and written."""
+
+from NLU.encoders import check_inputs, family, skeleton, token_shape
+from NLU.export import check_export, export
+from NLU.scoring import TASKS, calibration_task, labelled_task, metric, score
+
+__all__ = [
+    "NAME",
+    "PARTS",
+    "PERCENT",
+    "TASKS",
+    "calibration_task",
+    "check_export",
+    "check_inputs",
+    "export",
+    "family",
+    "labelled_task",
+    "metric",
+    "score",
+    "skeleton",
+    "token_shape",
+]
+NAME = "nlu"
+PARTS = ("layer",)  # what can be anchored of a layer
+PERCENT = False  # tables print fractions

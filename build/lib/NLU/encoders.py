@@ -1,0 +1,143 @@
+"""Text encoders: where their blocks are, and how a folder of Hugging Face becomes a model without weights.
+
+Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+
+from common.config import Config, Model
+from common.core.blocks import BlockFamily, key_biases
+from common.core.errors import InputError
+from common.domain import other_models
+from common.io.layer_calls import LayerCalls
+from common.io.lineage import compare_models
+from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
+from common.io.skeleton import layers_of, stored_shapes
+from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
+
+POOLER = "pooler."
+
+
+def config_of(model: Model, path: Path) -> Path:
+    """The config.json beside a model's weights; InputError if there is none, or if it is of another family."""
+    file = config_file(path)
+    if not file:
+        raise InputError(f"{path} holds no {CONFIG_FILE}; a folder as save_pretrained writes it is needed")
+    require_family(read_config(file), str(file), model.family)
+    return file
+
+
+def architecture(model: Model, path: Path) -> PretrainedConfig:
+    """The config of a model of the family; no code that it names is ever run."""
+    file = config_of(model, path)
+    return known_config(read_config(file), str(file))
+
+
+def check_inputs(config: Config) -> None:
+    """Compare the base's config with that of every expert and of a start made elsewhere.
+
+    Raises: InputError if one of them is another function of equal weights.
+    """
+    model, file = config.model, config_of(config.model, config.model.path("base"))
+    base = resolve(read_config(file), str(file))
+    root = skeleton(model)
+    compare_models(model.path("base"), base, other_models(config), computing(root))
+    if is_encoder_decoder(root):
+        check_encoder_decoder(config, root, str(file))
+
+
+def computing(root: nn.Module) -> frozenset[str]:
+    """Fields that count for this encoder though they do not for others: RoBERTa numbers its positions from that of the
+    padding token on."""
+    embeddings = getattr(root, "embeddings", None)
+    from_padding = any(name.startswith("create_position_ids") for name in dir(embeddings))
+    return frozenset({"pad_token_id"} if from_padding else ())
+
+
+@cache
+def skeleton(model: Model) -> PreTrainedModel:
+    """The bare encoder of the base without its weights, on the meta device; of an encoder-decoder the whole model.
+
+    Attention is the plain formula: the fused kernels have no second derivative.
+    """
+    for name in ("arch", "text", "head"):
+        if getattr(model, name):
+            raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
+    config = architecture(model, model.path("base"))
+    opener = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
+    with torch.device("meta"):
+        return opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+
+
+def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
+    """Tokens of an anchor as published, and the width of the encoder."""
+    return 5, skeleton(model).config.hidden_size
+
+
+@cache
+def family(model: Model, part: str = "layer") -> BlockFamily:
+    """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`, and
+    `encoder_decoder` for one with a decoder."""
+    root, where = skeleton(model), str(config_of(model, model.path("base")))
+    return encoder_decoder(root, where, model.path("base")) if is_encoder_decoder(root) else encoder(root, where)
+
+
+def is_encoder_decoder(root: PreTrainedModel) -> bool:
+    """Whether a model has a decoder behind its encoder."""
+    return bool(getattr(root.config, "is_encoder_decoder", False))
+
+
+def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
+    """The layers of a bare encoder without weights; `where` names its config in what is refused.
+
+    Merged are the embeddings and the layers; a head is a task's own, and so is the pooler before it. A masked language
+    model or a classifier keeps the encoder under the prefix of its class. Where positions are not rotary, no input
+    moves the bias of the keys.
+
+    Raises: InputError if a layer is given what all layers share and weights decide, such as a table of relative
+        positions.
+    """
+    path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
+    if not path:
+        raise InputError(f"{where}: a {kind} has no list of layers to anchor")
+    calls = LayerCalls(root, path, where)
+    if any(own not in stored for own, _ in root.named_parameters()):
+        raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
+    positions = "embeddings.position_embeddings.weight"
+    return BlockFamily(
+        blocks=path,
+        call=calls,
+        names=names_within(root, stored),
+        before_head=POOLER,
+        null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
+        positions=positions if positions in stored else "",
+    )
+
+
+def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
+    """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
+    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in known} | {"pooler"}
+
+    def name_of(stored: str) -> str | None:
+        name = stored.removeprefix(prefix)
+        if name.split(".")[0] not in parts or name.endswith("_ids"):
+            return None
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return name_of
+
+
+def body_name(model: Model) -> Callable[[str], str | None]:
+    """From a stored name to that of the encoder without its pooler: what a classifier takes from a merged model."""
+
+    def name_of(stored: str) -> str | None:
+        name = family(model).names(stored)
+        return None if name is None or name.startswith(POOLER) else name
+
+    return name_of

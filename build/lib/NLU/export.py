@@ -1,0 +1,73 @@
+"""How a merged encoder is written: as stock transformers opens it, and under the head of each task asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto as classes
+
+from common.config import Model
+from common.core.errors import InputError
+from common.core.places import for_task
+from common.core.task_vectors import LazyTensor
+from common.io.checkpoints import Checkpoint, copy_files
+from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
+from common.io.shards import write_stored
+from common.io.stored_types import as_stored, output_type
+from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.task_heads import with_pooler, write_task_head
+from common.io.tokenizer_files import has_tokenizer
+from NLU.encoders import POOLER, config_of, family, skeleton
+from NLU.scoring import TASKS, expert_architecture, read_head
+
+GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begins and ends an answer
+
+
+def check_export(model: Model) -> None:
+    """InputError if model.heads asks for the head of a task or expert that has none."""
+    for task in model.heads:
+        alike = [known for known in TASKS if for_task("{slug}", known) == for_task("{slug}", task)]
+        if task not in TASKS and (alike or not model.path("expert", task).exists()):
+            raise InputError(f"model.heads: unknown task {task!r}; choose from {', '.join(TASKS)}")
+        read_head(model, task)
+
+
+def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
+    """Write a merged encoder that stock AutoModel opens, and for each task of model.heads a classifier that has
+
+        AutoModelForSequenceClassification.from_pretrained(folder / "heads" / task)
+
+    A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
+    """
+    base = Checkpoint(model.path("base"), family(model).names)
+    text = read_text(config_of(model, model.path("base")))
+    dtype = output_type(base, json.loads(text))
+    merged = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
+    write_stored(folder / "model.safetensors", merged)
+    write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
+    copy_tokenizer(model.path("base"), folder)
+    copy_files(model.path("base"), folder, [GENERATION_FILE])
+    for task in model.heads:
+        own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
+        write_task_head(folder / "heads" / task, own, merged)
+        write_classifier_surroundings(model, task, dtype, folder / "heads" / task)
+
+
+def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
+    """What must change in a config for weights of another type and class: these two, where it names them."""
+    fields = parse(text, CONFIG_FILE)
+    named = {"architectures": [name]} if fields.get("architectures") else {}
+    return named | dtype_field(fields, str(dtype).removeprefix("torch."))
+
+
+def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
+    """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
+    expert, base, config = model.path("expert", task), model.path("base"), expert_architecture(model, task)
+    name = classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config.model_type]
+    own = config_file(expert)
+    text = read_text(own or config_of(model, base))
+    labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}
+    write_edited(text, place / CONFIG_FILE, adjusted(text, dtype, name) | labels)
+    copy_tokenizer(expert if has_tokenizer(expert) else base, place)

@@ -1,0 +1,226 @@
+"""The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.config import Config, Model
+from common.core.errors import InputError
+from common.core.task_vectors import Params
+from common.domain import Scored
+from common.evaluation.answers import scored_by
+from common.evaluation.metrics import METRICS, REGRESSION
+from common.io.adapters import is_adapter
+from common.io.examples import Sample, load_sample, load_scored
+from common.io.lora import open_checkpoint
+from common.io.task_heads import read_task_head
+from common.io.tokenizer_files import VOCABULARIES
+from common.io.vocabulary import tokenizer_folder
+from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
+from common.run.stages import lines_only
+from NLU.encoder_decoders import UNSCORED
+from NLU.encoders import architecture, body_name, family, is_encoder_decoder, skeleton
+
+MAX_LENGTH = 128  # tokens of an example; longer ones are cut
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set of sentences or sentence pairs; see the head of tasks.yaml."""
+
+    text: list[str]
+    labels: int
+    metric: str
+    hub: str = ""
+    hub_config: str | None = None
+    split: str = "validation"
+    train_split: str = "train"
+
+
+def read_tasks(file: Path) -> dict[str, Task]:
+    """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
+    tasks = {}
+    for name, row in yaml.safe_load(file.read_text()).items():
+        try:
+            tasks[name] = Task(**row)
+        except TypeError as error:
+            raise InputError(f"{file}: task {name}: {error}") from error
+        if tasks[name].metric not in METRICS:
+            raise InputError(f"{file}: task {name}: unknown metric {row['metric']!r}; choose from {', '.join(METRICS)}")
+        if (tasks[name].labels == 1) != (tasks[name].metric in REGRESSION):
+            raise InputError(f"{file}: task {name}: {row['metric']} does not fit labels: {row['labels']}")
+    return tasks
+
+
+TASKS = read_tasks(Path(__file__).parent / "tasks.yaml")
+
+
+def metric(task: str) -> str:
+    """Name of the number that a task reports."""
+    return TASKS[task].metric
+
+
+@torch.no_grad()
+def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
+    """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
+    owner = config.tests[task]
+    outputs = outputs_of(config.model, owner)
+    if outputs != TASKS[task].labels:
+        labels = f"{outputs} against {TASKS[task].labels}"
+        raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
+    classifier = open_classifier(config.model, owner).to(device).eval()
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
+    labels = torch.cat([labels for _, labels in batches])
+    scores = {}
+    for name, path in checkpoints.items():
+        encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
+        classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
+        bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())
+        logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
+        if not logits.isfinite().all():
+            raise InputError(f"{path} answers task {task} with NaN or Inf")
+        predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
+        scores[name] = scored_by(metric(task), labels.numpy(), predictions.numpy())
+    return scores
+
+
+def open_classifier(model: Model, task: str) -> PreTrainedModel:
+    """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
+    config = expert_architecture(model, task)
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    classifier.load_state_dict(read_head(model, task), strict=False)
+    return classifier
+
+
+def outputs_of(model: Model, task: str) -> int:
+    """How many outputs the head of a task's expert must have; one that tasks.yaml does not list may have any."""
+    return TASKS[task].labels if task in TASKS else expert_architecture(model, task).num_labels
+
+
+def expert_architecture(model: Model, task: str) -> PretrainedConfig:
+    """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
+    folder = model.path("expert", task)
+    if is_encoder_decoder(skeleton(model)):
+        raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return architecture(model, folder)
+    config = architecture(model, model.path("base"))
+    if task not in TASKS:
+        raise InputError(f"{folder} has an adapter and no config.json, which would tell the outputs of its head")
+    config.num_labels = TASKS[task].labels
+    return config
+
+
+def read_head(model: Model, task: str) -> Params:
+    """All tensors of the task's expert that are never merged: its classifier, and the pooler that a BERT has before it.
+
+    InputError if the expert lacks one of them or has another number of outputs than the task.
+    """
+    folder, wanted = model.path("expert", task), outputs_of(model, task)
+    config = expert_architecture(model, task)
+    if config.num_labels != wanted:
+        kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
+        raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    return read_task_head(classifier, body_name(model), folder, model.path("base"))
+
+
+def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
+    folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
+    return tokenizer
+
+
+def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[BatchEncoding, Tensor]]:
+    """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
+    row = TASKS[task]
+    columns = (*row.text, "label")
+    records = load_scored(config.eval, task, row, columns)
+    *texts, labels = (list(records[column]) for column in columns)
+    if row.labels > 1 and not set(labels) <= set(range(row.labels)):
+        raise InputError(
+            f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
+        )
+
+    def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
+        *texts, labels = zip(*examples, strict=True)
+        return encoded(tokenizer, texts), torch.tensor(labels)
+
+    examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
+    return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> BatchEncoding:
+    """The tokens of a batch, padded to its longest: texts has all first sentences, and all second ones of pairs."""
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    return tokenizer(*map(list, texts), truncation=True, max_length=length, padding=True, return_tensors="pt")
+
+
+def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
+    """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
+    classifier, tokenizer = classifier_and_tokenizer(config, task, device)
+    records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
+    examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
+    if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
+        examples.sort(key=lambda texts: sum(map(len, texts)))
+    batches = torch.utils.data.DataLoader(
+        examples, sample.batch, collate_fn=lambda texts: encoded(tokenizer, list(zip(*texts, strict=True)))
+    )
+    return with_classifier(config, classifier, batches, len(examples), device)
+
+
+def classifier_and_tokenizer(
+    config: Config, task: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a test set's task is answered with: the classifier of its expert, whose encoder has no weights yet."""
+    classifier = open_classifier(config.model, config.tests[task]).to(device)
+    vocabulary = classifier.get_input_embeddings().num_embeddings
+    return classifier, open_tokenizer(config.model, config.tests[task], vocabulary)
+
+
+def with_classifier(
+    config: Config, classifier: PreTrainedModel, batches: Iterable, examples: int, device: torch.device
+) -> CalibrationTask:
+    """Batches of tokens, and the classifier of their task."""
+    head = [module for name, module in classifier.named_children() if name != classifier.base_model_prefix]
+    prefix, of = f"{classifier.base_model_prefix}.", lambda output: output.logits
+    return calibration_task_of(classifier, family(config.model), batches, examples, device, head, prefix, of)
+
+
+def labelled_task(config: Config, task: str, sample: Sample, device: torch.device) -> LabelledTask:
+    """The texts of a task with their labels, and the loss of its classifier: cross-entropy, of a regression the squared
+    error.
+    """
+    row = TASKS[task]
+    classifier, tokenizer = classifier_and_tokenizer(config, task, device)
+    answer = with_classifier(config, classifier, (), 0, device).answer
+    records = load_sample(config.eval, task, row, (*row.text, "label"), sample)
+
+    def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+        chosen = records.select(numbers)
+        return {**encoded(tokenizer, [chosen[column] for column in row.text]), "labels": torch.tensor(chosen["label"])}
+
+    def loss(theta: Params, batch: Batch) -> Tensor:
+        logits, labels = answer(theta, {k: x for k, x in batch.items() if k != "labels"}), batch["labels"].to(device)
+        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels.float())
+
+    return LabelledTask(loss, batch, len(records))

@@ -1,0 +1,74 @@
+"""What lies beside the weights of vision models of transformers: their configs, and how they prepare an image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from common.core.errors import InputError
+from common.io.model_config import ModelConfig, config_file, read_config, resolve
+
+TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2")  # the image's is called vision_model
+CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers")  # a backbone, and a head for each task
+BLANK = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8))
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+Pixels = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+"""pixels(records with an image each) -> what a model is called with: pixel_values, (images, channels, height, width);
+SigLIP 2 has patches in their place, (images, patches, numbers), and their grids and mask besides."""
+
+
+def kind_of(path: Path) -> str:
+    """The architecture that the config beside a model names, "" if there is none; an image tower's is the model's."""
+    file = config_file(path)
+    return str((read_config(file) if file else {}).get("model_type") or "").removesuffix("_vision_model")
+
+
+def own_config(path: Path, kinds: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a model and its fields; InputError if there is none, or it is of none of the architectures."""
+    file = config_file(path)
+    if not file:
+        raise InputError(f"{path} holds no config.json; a folder as save_pretrained writes it is needed")
+    fields = read_config(file)
+    if kind_of(path) not in kinds:
+        raise InputError(
+            f"{file} has model type {fields.get('model_type')!r}; vision merges the image towers of open_clip, and of "
+            f"transformers {', '.join((*TWO_TOWERS, *CLASSIFIERS))}; models that are merged are of one kind"
+        )
+    return file, fields
+
+
+def image_config(path: Path) -> ModelConfig:
+    """The config of a model's image tower, whether it is saved alone or with a text tower."""
+    file, fields = own_config(path, TWO_TOWERS)
+    kind = fields["model_type"].removesuffix("_vision_model")
+    tower = fields if kind != fields["model_type"] else fields.get("vision_config") or {}
+    return resolve(tower | {"model_type": f"{kind}_vision_model"}, str(file))
+
+
+def processor_folder(*folders: Path) -> Path | None:
+    """The first of some folders that says how an image is prepared."""
+    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSORS)), None)
+
+
+def preprocessing(*folders: Path) -> Pixels:
+    """From records with an image each to what a model sees of them, as the files in the first of the folders say that
+    has any. InputError if none has."""
+    folder = processor_folder(*folders)
+    if folder is None:
+        raise InputError(f"{' and '.join(map(str, folders))}: no {PROCESSORS[0]}, which says how an image is prepared")
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the class of a processor makes of any value
+        said = " ".join(str(error).split())
+        raise InputError(f"{folder}: transformers cannot read how an image is prepared: {said}") from error
+    return lambda rows: processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").data
+
+
+def prepared_size(pixels: Pixels) -> tuple[int, int]:
+    """Height and width of what a model sees of an image."""
+    return tuple(pixels([{"image": BLANK}])["pixel_values"].shape[-2:])

@@ -1,0 +1,1 @@
+"""What the paper's figures show besides scores: one analysis a file, see registry.py."""

@@ -1,0 +1,133 @@
+"""Models in memory as checkpoints and back, and which domain a model is of."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import CLIP, CustomTextCLIP
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as classes
+
+from common.config import Model
+from common.core.errors import InputError
+from common.core.places import for_task, path_of
+from common.domain import FOLDERS, Domain
+from common.io.checkpoints import write_tensors
+from common.io.model_config import config_file, read_config
+from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+
+ModelLike = nn.Module | str | Path
+"""A model of transformers or open_clip in memory, or where one is, as model.base of a config says it."""
+
+OF_OPEN_CLIP = (CLIP, CustomTextCLIP)
+OWN = ("base", "expert", "experts", "root")  # fields of the section model that are arguments here
+
+
+def model_section(base: ModelLike, experts: Mapping[str, ModelLike], options: Model, folder: Path) -> Model:
+    """The section `model` of a config, with every module written to a folder of its own below `folder`.
+
+    Raises: InputError on something that is neither a model nor a place, or on an option that is an argument here.
+    """
+    for name in OWN:
+        if getattr(options, name) != getattr(Model(), name):
+            raise InputError(f"model.{name} is set, but base and experts are arguments of the function")
+    if not isinstance(experts, Mapping):
+        raise InputError(f"experts is a {type(experts).__name__}; {{task: module or path}} is needed")
+    if isinstance(base, OF_OPEN_CLIP) and not options.arch:
+        raise InputError(
+            "base: a model of open_clip does not say its architecture; model=Model(arch=...) names it, as in "
+            "ViT-B-32-quickgelu, or base can be the folder that it was loaded from"
+        )
+    places = {
+        task: written(expert, f"experts[{task!r}]", folder / str(i) / (for_task("{slug}", task) or "expert"))
+        for i, (task, expert) in enumerate(experts.items())
+    }
+    return replace(options, base=written(base, "base", folder / "base"), experts=places)
+
+
+def written(model: ModelLike, what: str, folder: Path) -> str:
+    """Where a model is; one in memory is saved in `folder`, in the types of its weights."""
+    if isinstance(model, str | Path):
+        return str(model)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+        return str(folder)
+    if isinstance(model, OF_OPEN_CLIP):
+        write_tensors(folder / OPEN_CLIP_FILES[0], model.state_dict())
+        return str(folder)
+    raise InputError(
+        f"{what} is a {type(model).__name__}; a model of transformers or open_clip is needed, or the path of one"
+    )
+
+
+def domain_of(base: ModelLike) -> str:
+    """The domain of a base: vision, nlu or nlg; InputError if it cannot be told."""
+    if isinstance(base, OF_OPEN_CLIP):
+        return "vision"
+    if isinstance(base, PreTrainedModel):
+        fields, where = base.config.to_dict() | {"architectures": [type(base).__name__]}, type(base).__name__
+    else:
+        path = path_of(str(base))
+        if (path / OPEN_CLIP_CONFIG).is_file():
+            return "vision"
+        file = config_file(path)
+        fields, where = read_config(file) if file else {}, str(file or path)
+    kind, named = str(fields.get("model_type")).removesuffix("_vision_model"), (fields.get("architectures") or [""])[0]
+    language = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    masked = classes.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind in classes.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "vision"
+    if any(named in names.values() or (kind in names and kind not in masked) for names in language):
+        return "nlg"
+    if kind in masked or kind in classes.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
+        return "nlu"
+    raise InputError(f"{where} does not tell what kind of model it is; domain= says so: {', '.join(FOLDERS)}")
+
+
+@torch.no_grad()
+def check_computes_as(module: Any, what: str, model: Model, domain: Domain) -> None:
+    """InputError if an open_clip module does not answer an image as the architecture of the base with its weights does.
+
+    The activation, for one, shows in no tensor: ViT-B-32 and ViT-B-32-quickgelu have the same names and shapes.
+    """
+    twin: Any = deepcopy(domain.skeleton(model)).eval()
+    tower: Any = deepcopy(module.visual).cpu().float().eval()
+    size = tower.image_size if isinstance(tower.image_size, tuple) else (tower.image_size,) * 2
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        twin.visual.load_state_dict(tower.state_dict(), assign=True)
+        same = torch.allclose(twin.visual(image), tower(image), atol=1e-4, rtol=1e-4)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{what} is not of the architecture {model.arch or model.base}: {said}") from error
+    if not same:
+        raise InputError(
+            f"{what} answers an image otherwise than the architecture {model.arch or model.base} with its weights, "
+            "which differs in the activation or the number of heads, say: model.arch can name another"
+        )
+
+
+def like_base(base: nn.Module, folder: Path) -> nn.Module:
+    """A module like the base, on its device and in its mode, with the weights of the checkpoint in a folder.
+
+    What the checkpoint of a text encoder leaves out, the base's head, is the base's own.
+    """
+    if isinstance(base, PreTrainedModel):
+        attention = base.config._attn_implementation
+        loaded: Any = type(base).from_pretrained(
+            folder, output_loading_info=True, dtype="auto", attn_implementation=attention, local_files_only=True
+        )
+        made, info = loaded
+        own = made.state_dict()
+        with torch.no_grad():
+            for name in info["missing_keys"]:
+                own[name].copy_(base.state_dict()[name])
+        return made.to(base.device).train(base.training)
+    made = deepcopy(base)
+    made.load_state_dict(load_file(folder / OPEN_CLIP_FILES[0]))
+    return made

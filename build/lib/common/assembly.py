@@ -1,0 +1,255 @@
+"""Merged checkpoints: the starts that merge methods make, and the models that adaptation makes of them.
+
+Where they are written, and what they say of themselves, is in layout.py.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.config import PRETRAINED
+from common.core.task_vectors import LazyTensor, Params, add, lazy_task_vector, subtract
+from common.domain import Domain, first_tests
+from common.experiment import Experiment
+from common.io.checkpoints import Checkpoint, check_provenance, read_header, read_tensor, write_tensors, write_text
+from common.io.examples import Sample
+from common.io.tokens import write_with_more
+from common.io.unstacked import unstacked
+from common.layout import (
+    ADAPTATION_FILE,
+    PROVENANCE_FILE,
+    SAME_REST,
+    RunLayout,
+    is_finished,
+    merge_provenance,
+    read_provenance,
+)
+from common.merging.starts import by_part, chain_of, merge, survey
+from common.opening import carry_out
+from common.run.engine import Memory, asks_for_workers
+from common.run.progress import UnitBar, Units
+from common.run.run_log import record_stage
+
+Part = tuple[int, Sequence[str]]
+"""A part of a merge: its number, and the names of its tensors."""
+KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
+
+
+def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
+    """The checkpoint of the start: the base itself, or what the merge method makes, unless it is on disk already."""
+    method = experiment.config.start.method
+    if method == PRETRAINED or experiment.config.start.checkpoint:
+        return opened_start(experiment)
+    folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
+    if not is_finished(folder, provenance):
+        data = chain_of(method).row.data
+        if data or not asks_for_workers(experiment.config.run):
+            with record_stage(experiment.config, f"merge {method}"):
+                if data:
+                    tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+                else:
+                    tensors = merged_tensors(experiment, method)
+                finish(experiment, domain, tensors, folder, provenance)
+        else:
+            merge_in_parts(experiment, domain, method, provenance)
+    return opened_start(experiment)
+
+
+def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:
+    """A merge whose tensors are made part by part, each where run.engine lets it be made, and then put together."""
+    layout, groups = RunLayout(experiment.config), merge_groups(experiment)
+    largest = max(math.prod(shape) for shape in experiment.base.shapes.values())
+    held = 4.0 * largest * (len(experiment.experts) + 6)  # θ₀, each τ if the method keeps them, what becomes of them
+    bar = UnitBar(f"merge {method}", len(groups), "parts")
+    with record_stage(experiment.config, bar.stage, bar), bar:
+        forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
+        known = (provenance, survey_of(experiment, method))
+        parts = list(enumerate(groups))
+        carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
+        part_of = {name: layout.part_file(number) for number, group in parts for name in group}
+        made = made_by(experiment, lambda name: read_tensor(part_of[name], name))
+        finish(experiment, domain, made, layout.start, provenance)
+        shutil.rmtree(layout.part_file(0).parent)
+
+
+def merge_groups(experiment: Experiment) -> list[list[str]]:
+    """Names of the merged tensors in parts: those of a block, and every other by itself."""
+    blocks, others = {prefix: [] for prefix in experiment.prefixes}, []
+    for name in experiment.base.names(experiment.family.scope):
+        begun = (name[: dot.end()] for dot in re.finditer(r"\.", name))
+        prefix = next(filter(blocks.__contains__, begun), None)
+        others.append([name]) if prefix is None else blocks[prefix].append(name)
+    return [*blocks.values(), *others]
+
+
+def merge_each(
+    experiment: Experiment, parts: Iterable[Part], bar: Units, provenance: dict[str, Any], surveyed: Any
+) -> None:
+    """Merge and store some parts, unless their files are there already."""
+    method = experiment.config.start.method
+    for number, names in parts:
+        file = RunLayout(experiment.config).part_file(number)
+        with bar.unit(f"{names[0]} and {len(names) - 1} more"):
+            if file.is_file():
+                check_provenance(file, read_header(file), provenance)
+                bar.keep()
+            else:
+                tensors = {name: merged_tensor(experiment, method, name, surveyed) for name in names}
+                write_tensors(file, tensors, provenance)
+
+
+def opened_start(experiment: Experiment) -> Checkpoint:
+    """The checkpoint of the start, which is there."""
+    if experiment.config.start.method == PRETRAINED:
+        return experiment.base
+    if experiment.config.start.checkpoint:
+        return experiment.given_start()
+    return unstacked(Checkpoint(RunLayout(experiment.config).start), experiment.family.pieces)
+
+
+def merged_with_data(
+    experiment: Experiment, domain: Domain, method: str
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Every tensor of the merged model under a method that uses data, and how many inputs of which split it used.
+
+    All tensors of the base, of every expert and of the merged model are in memory at once.
+    """
+    config, chain, hyper = experiment.config, chain_of(method), experiment.hyper(method)
+    row, own = chain.row, by_part(chain, hyper)[chain.method]
+    assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
+    sample = Sample(row.data.split, own["examples"], row.data.batch, own.get("seed", 0))
+    first = first_tests(config, domain)
+    tests = {task: first[task] for task in config.tasks}
+    calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
+    names = experiment.base.names(experiment.family.scope)
+    theta_0 = experiment.read(experiment.base, names)
+    deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
+    theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
+    examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
+    tensors = made_by(experiment, lambda name: theta[name].cpu())
+    return tensors, {"split": row.data.split, "examples": examples}
+
+
+def merged_tensors(experiment: Experiment, method: str) -> dict[str, LazyTensor]:
+    """Every tensor of the merged model under a merge method, each made when it is written."""
+    surveyed = survey_of(experiment, method)
+    return made_by(experiment, lambda name: merged_tensor(experiment, method, name, surveyed))
+
+
+def made_by(experiment: Experiment, make: Callable[[str], Tensor]) -> dict[str, LazyTensor]:
+    """Every tensor that is merged, made by its name."""
+    base = experiment.base
+    names = base.names(experiment.family.scope)
+    return {name: LazyTensor(tuple(base.shapes[name]), (partial(make, name),)) for name in names}
+
+
+def survey_of(experiment: Experiment, method: str) -> Any:
+    """What a method has to know of all merged tensors before the first is made, if anything."""
+    names = [name for name in experiment.base.names(experiment.family.scope) if is_merged(experiment, method, name)]
+    return survey(method, lambda: (of_tensor(experiment, name) for name in names), experiment.hyper(method))
+
+
+def is_merged(experiment: Experiment, method: str, name: str) -> bool:
+    """Whether a method merges a tensor, or leaves it as the base has it."""
+    return chain_of(method).row.scope == "all" or name.startswith(experiment.family.prefixes)
+
+
+def merged_tensor(experiment: Experiment, method: str, name: str, surveyed: Any) -> Tensor:
+    """One tensor of the merged model, on the CPU."""
+    theta, deltas = of_tensor(experiment, name)
+    if is_merged(experiment, method, name):
+        theta = add(theta, merge(method, theta, deltas, experiment.hyper(method), surveyed))
+    return theta[name].cpu()
+
+
+def of_tensor(experiment: Experiment, name: str) -> tuple[Params, list[Params]]:
+    """θ₀ and the τᵢ of one tensor. Each expert's is read when its task vector is asked for."""
+    theta = experiment.read(experiment.base, [name])
+    readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
+    deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
+    if theta[name].numel() <= KEPT:
+        deltas = [dict(delta) for delta in deltas]
+    return theta, deltas
+
+
+def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor, on the device."""
+    return experiment.read(checkpoint, [name])[name]
+
+
+def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> bool:
+    """Put the adapted blocks and the rest together; False if blocks are missing because they are made elsewhere."""
+    layout = RunLayout(experiment.config)
+    folder = layout.adapted
+    missing = [i for i in range(experiment.depth) if not layout.block_file(i).is_file()]
+    if missing:
+        print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
+        return False
+    curves = {i: read_header(layout.block_file(i))["trace"] for i in range(experiment.depth)}
+    write_text(folder / ADAPTATION_FILE, json.dumps({"traces": curves}) + "\n")
+    finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
+    remove_blocks(folder)
+    return True
+
+
+def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> None:
+    """Write the start's blocks within the rest of the pretrained model: what adaptation began from where adapt.rest is
+    pretrained, so that its gain can be told from that of the rest.
+    """
+    folder = start.path.with_name(f"{start.path.name}-{SAME_REST.replace(' ', '-')}")
+    start = unstacked(start, experiment.family.pieces)
+    inputs = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
+    provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
+    if is_finished(folder, provenance):
+        return
+    tensors = start.lazy(experiment.base.names(experiment.family.scope))
+    finish(experiment, domain, tensors | experiment.base.lazy(experiment.rest_names()), folder, provenance)
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove the adapted blocks of a model that is put together; they may be gone already."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
+
+
+def adapted_tensors(experiment: Experiment, start: Checkpoint) -> dict[str, LazyTensor]:
+    """Every tensor of the adapted model: the fitted blocks, and the rest as adapt.rest says."""
+    settings = experiment.config.adapt.for_start(experiment.config.start.method)
+    tensors = (start if settings.rest == "start" else experiment.base).lazy(experiment.rest_names())
+    for index, prefix in enumerate(experiment.prefixes):
+        block = Checkpoint(RunLayout(experiment.config).block_file(index))
+        tensors |= {prefix + name: tensor for name, tensor in block.lazy(block.names()).items()}
+    if settings.blend == 1:
+        return tensors
+    return {n: LazyTensor(t.shape, (partial(blended, start, n, t, settings.blend),)) for n, t in tensors.items()}
+
+
+def blended(start: Checkpoint, name: str, adapted: LazyTensor, blend: float) -> Tensor:
+    """One tensor between the start's, at 0, and the adapted one, at 1."""
+    (make,), theta = adapted.parts, start.read_one(name)
+    return theta + blend * (make().to(theta) - theta)
+
+
+def finish(
+    experiment: Experiment,
+    domain: Domain,
+    tensors: Mapping[str, LazyTensor],
+    folder: Path,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint and, when it is whole, its provenance."""
+    write_model(experiment, domain, tensors, folder)
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+
+
+def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
+    """Write a checkpoint that stock libraries open."""
+    domain.export(experiment.config.model, tensors, folder)
+    if experiment.matching.more:
+        write_with_more(experiment.base.path, folder, experiment.matching.more)

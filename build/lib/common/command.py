@@ -1,0 +1,167 @@
+"""From the command line to a stage: parse, then describe or run; say in one sentence what is wrong."""
+
+import argparse
+import atexit
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.core.annotations import is_of, name_of
+from common.core.errors import InputError
+from common.domain import Domain, module_of
+from common.io.hub import headers_only
+from common.planning.dry_run import Plan, describe
+from common.report.live import reported
+from common.run.plain_log import told
+from common.run.stages import command_stages
+from common.validation import check_domain
+
+SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
+
+
+def run(
+    stage: Callable[[Config, Domain], Any],
+    name: str | None,
+    description: str | None,
+    plan: Callable[[Config, Domain], Plan] = describe,
+    config: Config | None = None,
+) -> None:
+    """Run one stage for the config on the command line; with --dry-run print its plan.
+
+    Args:
+        stage: What is run.
+        name: The domain of a recipe, which refuses a config of another one; None for a command of all domains, which
+            takes the one that the config names. The domain is imported once the config is read: it brings libraries
+            that --help and a wrong flag can do without.
+        description: What --help says, the docstring of the command.
+        plan: What --dry-run prints, and what the run would refuse.
+        config: In place of that of the command line, where something else was read.
+
+    Ends the process with status 2 on an InputError, in a dry run on each that the run would have, with 130 when
+    interrupted, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
+    """
+    stages = None
+    try:
+        config = config or parse(description or "")
+        check_domain(config, name or config.domain)
+        domain = module_of(config.domain)
+        if config.dry_run:
+            with headers_only():
+                planned = plan(config, domain)
+            print(planned.text, flush=True)
+            if planned.refusals:
+                raise InputError("\nerror: ".join(planned.refusals))
+        else:
+            with command_stages() as stages, told(stages, config.run.log), reported(config, domain, stages):
+                made = stage(config, domain)
+            if isinstance(made, Path):
+                print(f"the merged model is in {made}", flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        where = f" in {stages.reached}; what was done is kept in {config.run.dir}" if config and stages else ""
+        print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
+        leave(130)
+    except Exception as error:
+        if os.environ.get("FDA_DEBUG"):
+            raise
+        print(f"error: {unforeseen(error)}\nFDA_DEBUG=1 in the environment shows the traceback", file=sys.stderr)
+        sys.exit(1)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now. What has to be done at its end is done, but the libraries' modules are not taken down one by
+    one, which takes two seconds of a processor.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def unforeseen(error: Exception) -> str:
+    """One sentence on an error that no check foresaw: its type and message, and what was being done as far as noted."""
+    doing = "; ".join(dict.fromkeys(reversed(getattr(error, "__notes__", []))))
+    message = " ".join(str(error).split()) or "it says no more"
+    return f"stopped{f' at {doing}' if doing else ''} by {type(error).__name__}: {message}"
+
+
+def parse(description: str, argv: list[str] | None = None) -> Config:
+    """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
+    parser = ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
+    parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
+    parser.add_class_arguments(Model, "model")
+    parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
+    for section in SECTIONS:
+        parser.add_class_arguments(section, section.__name__.lower())
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="Say what would be read, made and needed; read headers and a block",
+    )
+    argv = files_first(sys.argv[1:] if argv is None else argv)
+    parsed = read_arguments(parser, argv)
+    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
+    return replace(config, adapt=prefer_typed(config.adapt, typed))
+
+
+def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """What the files and the command line say; else one sentence that names them, and exit status 2."""
+    try:
+        said = parser.parse_args(argv)
+        for section in (Model, *SECTIONS):
+            name = section.__name__.lower()
+            if not isinstance(said[name], Namespace):
+                raise ValueError(f"{name} is {said[name]!r}, but should be a group of fields")
+        return parser.instantiate(said)
+    except InputError:
+        raise
+    except (argparse.ArgumentError, ValueError, RecursionError) as error:
+        files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+        where = f"in {', '.join(files)} or on the command line" if files else "on the command line"
+        print(f"error: {' '.join(str(error).split())} ({where}; --help lists what there is)", file=sys.stderr)
+        sys.exit(2)
+
+
+def files_first(argv: list[str]) -> list[str]:
+    """The command line with its YAML files in front, so that what is typed overrides them; the last is the file of
+    configs/presets/ that --preset names."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--preset")
+    named, others = files.parse_known_args(argv)
+    presets = {file.stem: str(file) for file in sorted(PRESETS.glob("*.yaml"))}
+    if named.preset is not None and named.preset not in presets:
+        raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
+    chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
+    return [f"--config={file}" for file in chosen] + others
+
+
+def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
+    """Check `by_start` and drop from it the fields given on the command line, which come first."""
+    known = {f.name: f.type for f in fields(Adapt) if f.name != "by_start"}
+    for start, changes in adapt.by_start.items():
+        for key, value in changes.items():
+            if key not in known:
+                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
+            if not is_of(value, known[key]):
+                raise InputError(f"adapt.by_start.{start}.{key} must be {name_of(known[key])}, it is {value!r}")
+    return replace(
+        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
+    )

@@ -1,0 +1,65 @@
+"""The sections `start` and `adapt`: what adaptation begins from, and how it trains."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from common.core.places import path_of
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that adaptation starts from.
+
+    Args:
+        method: pretrained, or a merge method.
+        checkpoint: A merged checkpoint made elsewhere, to take instead; `method` then just names it.
+        hyper: Hyperparameters of each method, as in {ta: {scale: 0.3}}.
+    """
+
+    method: str = "pretrained"
+    checkpoint: str = ""
+    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint is."""
+        return path_of(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """How the merged blocks are trained on the anchors (paper box 2).
+
+    Args:
+        rest: Where tensors outside the blocks come from: the pretrained model (paper) or the start.
+        per_task: From ta: a coefficient for each weight of each task vector (paper Eq. 6). False: for each
+            weight of their sum, as from any other start.
+        distance: Between the merged block's outputs and the expert's.
+        lr: Learning rate of Adam.
+        epochs: Passes over the anchors of all tasks.
+        speedup: Divides the epochs and multiplies the learning rate, with Adam's moments shorter to match. 1: the
+            paper's.
+        batch_size: Anchors per step.
+        warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
+            that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.
+        blend: How far to go from the start to the adapted model, in every tensor: 0 is the start, 1 the paper's.
+        label: Put behind the name of the result, to keep several side by side.
+        by_start: What differs for one start, as in {wudi: {epochs: 25}}. The command line comes before it.
+    """
+
+    rest: Literal["pretrained", "start"] = "pretrained"
+    per_task: bool = True
+    distance: Literal["cos", "mse", "l1"] = "cos"
+    lr: float = 1e-2
+    epochs: int = 100
+    speedup: float = 1
+    batch_size: int = 128
+    warm_start: Literal["none", "regmean"] = "none"
+    blend: float = 1
+    label: str = ""
+    by_start: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def for_start(self, method: str) -> "Adapt":
+        """These settings with what differs for one start put in."""
+        return replace(self, by_start={}, **self.by_start.get(method, {}))

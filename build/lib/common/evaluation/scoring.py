@@ -1,0 +1,154 @@
+"""Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from common.assembly import start_in_base
+from common.config import PRETRAINED, ROOT, Config, as_dict
+from common.domain import Domain, scored_tests
+from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
+from common.evaluation.tables import table
+from common.experiment import Experiment
+from common.io.checkpoints import Checkpoint, digest, read_header
+from common.io.json_files import interpreted
+from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
+from common.opening import open_experiment
+from common.run.progress import UnitBar
+from common.run.run_log import commit, record_stage, total_cost
+
+if TYPE_CHECKING:  # imports matplotlib
+    from common.evaluation.figures import Traces
+
+RESULTS = "results.json"
+
+
+def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
+    """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
+
+    The examples of a task are read once for all models that are to be scored on it. A row of `others`, results of other
+    runs with these data, is taken over where it is of the same checkpoint.
+    """
+    tests = scored_tests(config, domain)
+    unscored = [task for task in config.tasks if task not in tests.values()]
+    if unscored:
+        print(f"not scored, as eval.tests names no test set for it: {', '.join(unscored)}")
+    if not tests:
+        return
+    experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
+    rows = results_of(config)
+    make_same_rests(experiment, domain)
+    models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
+    bar = UnitBar("score", sum(map(len, models.values())), "scores")
+    with record_stage(config, bar.stage, bar), bar:
+        for test in tests:
+            pending = {}
+            for model, checkpoint in models[test]:
+                row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
+                row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
+                row["checkpoint"] = checkpoint.fingerprint()
+                cost = cost_of(config, model, checkpoint)
+                known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)
+                if known:
+                    rows = upsert(rows, {**known, **cost})
+                    bar.keep()
+                else:
+                    pending[row_name(row)] = (row | cost, checkpoint.path)
+            if pending:
+                paths = {name: path for name, (_, path) in pending.items()}
+                with bar.unit(test, len(pending)):
+                    for name, scored in domain.score(config, test, paths, experiment.device).items():
+                        result = {"metric": domain.metric(test), **scored._asdict()}
+                        birth = {"config": digest(as_dict(config)), "commit": commit()}
+                        rows = upsert(rows, pending[name][0] | result | birth)
+            write_results(file, rows, list(tests))
+    publish(config, domain, rows, traces(config.run.dir))
+
+
+def results_of(config: Config) -> list[Row]:
+    """The rows that a run has so far."""
+    file = config.run.dir / RESULTS
+    return read_results(file)[0] if file.is_file() else []
+
+
+def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, "Traces"]) -> None:
+    """Write table.md and the figures of the rows of eval.split; print the table and what it shows beyond the error."""
+    from common.evaluation.figures import write_report
+    from common.evaluation.significance import findings
+
+    rows, tests = [row for row in rows if row["split"] == config.eval.split], list(scored_tests(config, domain))
+    style = {"percent": domain.PERCENT, "published": paper_table(config)}
+    found = findings(rows, tests, percent=domain.PERCENT)
+    write_report(config.run.dir, rows, tests, curves, found, **style)
+    print(table(rows, tests, **style))
+    print("".join(f"{line}\n" for line in found))
+    print(f"{config.run.dir}: {RESULTS}, table.md and the figures")
+
+
+def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware."""
+    if checkpoint.path.parent != RunLayout(config).merged:
+        return {}
+    made = checkpoint.path.name
+    stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
+    return total_cost(config.run.dir, stages)
+
+
+def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
+    """What is scored on the test sets of a task: (method, start, init, label) of the row, and the checkpoint."""
+    row = {"method": PRETRAINED, "start": None, "init": None, "label": ""}
+    yield row, experiment.base
+    yield row | {"method": "individual"}, experiment.experts[task]
+    if experiment.config.start.checkpoint:
+        yield row | {"method": experiment.config.start.method}, experiment.given_start()
+    for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
+        yield row | identifying(read_provenance(file.parent), file), Checkpoint(file.parent)
+
+
+def make_same_rests(experiment: Experiment, domain: Domain) -> None:
+    """For each start of an adapted model with the pretrained rest: the start in that rest, to be scored beside it."""
+    merged = RunLayout(experiment.config).merged
+    for file in sorted(merged.glob(f"fda-*/{PROVENANCE_FILE}")):
+        made = read_provenance(file.parent)
+        with interpreted(file, "provenance of a merged model"):
+            start, rest = merged / str(made["start"]["method"]), made["adapt"]["rest"]
+        if rest == "pretrained" and (start / PROVENANCE_FILE).is_file():
+            start_in_base(experiment, domain, Checkpoint(start))
+
+
+def identifying(made: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a row says of a merged model, from its provenance; InputError if that is damaged."""
+    with interpreted(file, "provenance of a merged model"):
+        method, used = str(made["start"]["method"]), data_of(made)
+        if "anchors" not in made:
+            return used | {"method": method, "label": str(made.get("label", ""))}
+        adapted = {"method": "fda", "start": method, "init": str(made["anchors"]["init"])}
+        return adapted | used | {"label": str(made["adapt"]["label"]), "epochs": int(made["adapt"]["epochs"])}
+
+
+def traces(run_dir: Path) -> dict[str, "Traces"]:
+    """The matching losses that a run's anchor files hold: {init: {(task, block): loss before each step}}."""
+    found: dict[str, Any] = {}
+    for file in sorted((run_dir / "anchors").glob("*/*/block_*.safetensors")):
+        init, unit, trace = trace_of(file, file.stat().st_mtime_ns)
+        found.setdefault(init, {})[unit] = trace
+    return found
+
+
+@cache
+def trace_of(file: Path, changed: int) -> tuple[str, tuple[str, int], tuple[float, ...]]:
+    """(initialisation, (task, block), losses) of a file of anchors, which was changed last at that time."""
+    header = read_header(file)
+    with interpreted(file, "file of anchors"):
+        unit = (str(header["run"]["task"]), int(header["run"]["block"]))
+        return str(header["anchors"]["init"]), unit, tuple(float(loss) for loss in header["trace"])
+
+
+def paper_table(config: Config) -> dict[str, Any] | None:
+    """The paper's table for the config's model, if the config names one."""
+    if not config.eval.paper_table:
+        return None
+    return yaml.safe_load((ROOT / "configs" / "paper_results.yaml").read_text())[config.eval.paper_table]

@@ -1,0 +1,101 @@
+"""Whether one model is better than another: a paired bootstrap over the examples of the test sets, and over seeds.
+
+Both models answer the same examples, so the difference of their means varies far less than either mean does. Every draw
+takes as many examples of each test set as it has, with replacement, the same for both (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 16); of several seeds it takes as many with replacement, too.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from common.evaluation.answers import resampled
+from common.evaluation.rows import Row, display, in_base, is_shown, rank, row_name
+
+DRAWS = 1000
+LEVEL = 0.95
+
+
+class Difference(NamedTuple):
+    """The difference of two mean scores, and the bounds of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """better or worse, if the interval lies on one side of 0."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not told apart"
+
+
+Scores = Mapping[int | None, np.ndarray]
+"""{seed: (1 + draws,) means over the tasks; the first is that of the examples as they are}"""
+
+
+def scores_of(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Scores]:
+    """The mean score of every model, by its row's name, on all draws; without models that lack a task or the answers
+    to it."""
+    answered = [row for row in sorted(rows, key=rank) if row.get("answers")]
+    columns: dict[tuple[str, int | None], list[np.ndarray]] = {}
+    for i, task in enumerate(tasks):
+        of_task = [row for row in answered if row["task"] == task]
+        if of_task:
+            n, generator = of_task[0]["n"], np.random.default_rng((0, i))
+            draws = np.vstack([np.arange(n), generator.integers(n, size=(DRAWS, n))])  # of one task at a time in memory
+            for row in of_task:
+                if row["n"] == n:
+                    values = resampled(row["answers"], row["metric"], n, draws)
+                    columns.setdefault((row_name(row), row.get("seed")), []).append(values)
+    scores: dict[str, dict[int | None, np.ndarray]] = {}
+    for (name, seed), values in columns.items():
+        if len(values) == len(tasks):
+            scores.setdefault(name, {})[seed] = np.mean(values, 0)
+    return dict(scores)
+
+
+def difference(ours: Scores, theirs: Scores) -> Difference | None:
+    """Of two models on the same draws; None if they have no seed in common."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    apart = np.stack([ours[seed] - theirs[seed] for seed in seeds])
+    mean, drawn = float(apart[:, 0].mean()), apart[:, 1:]
+    chosen = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), drawn.shape[1]))
+    low, high = np.quantile(np.take_along_axis(drawn, chosen, 0).mean(0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Difference(mean, float(low), float(high))
+
+
+def findings(
+    rows: Sequence[Row], tasks: Sequence[str], *, percent: bool = True, scores: Mapping[str, Scores] | None = None
+) -> list[str]:
+    """A line for each adapted model against its start, and one on which model is best; none without answers.
+
+    `scores`: what `scores_of` gives for the rows, if it was asked before.
+    """
+    scores, lines = scores_of(rows, tasks) if scores is None else scores, []
+    shown = {row_name(row): row for row in rows if is_shown(row)}
+    for name, row in sorted(shown.items(), key=lambda item: rank(item[1])):
+        if row["method"] != "fda" or name not in scores:
+            continue
+        start, said = display(row["start"]), None
+        for other, rest in ((start, ""), (in_base(start), " with the same rest")):
+            gain = difference(scores[name], scores[other]) if other in scores else None
+            if gain and gain != said:  # some starts have the pretrained rest themselves
+                lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}")
+            said = gain
+    merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
+    if lines and len(merged) > 1:
+        best = max(merged, key=lambda name: np.mean([drawn[0] for drawn in scores[name].values()]))
+        gains = {name: difference(scores[best], scores[name]) for name in merged if name != best}
+        level = [name for name, gain in gains.items() if gain and gain.verdict != "better"]
+        beside = f"not told apart from it: {', '.join(level)}" if level else "better than every other merged model"
+        lines.append(f"best mean: {best}; {beside}")
+    return lines
+
+
+def in_words(gain: Difference, percent: bool) -> str:
+    """The difference, its interval and the verdict."""
+    mean, low, high = (f"{100 * x:+.2f}" if percent else f"{x:+.4f}" for x in gain)
+    return f"{mean} ({low} to {high}), {gain.verdict}"

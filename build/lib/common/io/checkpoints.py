@@ -1,0 +1,274 @@
+"""Checkpoints on disk: read a tensor or a block at a time, write whole files or none."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.core.errors import InputError
+from common.core.task_vectors import LazyTensor, Params, is_finite
+from common.io.hashes import SCHEME, file_hash, identity
+from common.io.headers import Row, opened
+from common.io.json_files import parse_object
+from common.io.model_files import WEIGHT_FILES, find_model, json_of
+from common.io.prefixes import unwrapped
+from common.io.quantised import quantiser_files, require_weights
+from common.io.tokenizer_files import TOKENIZER_FILES
+
+SURROUNDINGS = ("config.json", "open_clip_config.json", "generation_config.json", *TOKENIZER_FILES)
+PIECE = 8 * 2**20  # weights
+HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
+
+
+class Checkpoint:
+    """The tensors of one model: a .safetensors file, or a folder as Hugging Face or open_clip lay it out.
+
+    Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
+    is what was read last. Its names are what `names` makes of the stored ones, without the prefixes of training tools;
+    weights it gives None for are left out, and listed as `left_out`.
+    Matrices can be had with more or fewer rows than are stored, see `resize`.
+    """
+
+    def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
+        self.path = Path(path)
+        self.found = find_model(self.path)
+        self.rows: dict[str, Row] = {}
+        self.left_out: list[str] = []
+        stored = {row.stored: row for row in self.found.rows()}
+        self.check_weights(stored)
+        self.unwrapped = unwrapped(stored, self.path)
+        for wrapped, plain in self.unwrapped.names.items():
+            row, name = stored[wrapped], names(plain)
+            if name in self.rows:
+                raise InputError(f"{self.path} has {name} twice, as {self.rows[name].stored} and as {row.stored}")
+            if name is not None:
+                self.rows[name] = row
+            elif row.dtype.startswith(("F", "BF")):  # a buffer of position ids is no weight
+                self.left_out.append(plain)
+        self.shapes = {name: row.shape for name, row in self.rows.items()}
+
+    @property
+    def layout(self) -> str:
+        """What is read of the path and what is not, for the dry run: files, and prefixes of names."""
+        return ", ".join(filter(None, (str(self.found) if self.path.is_dir() else "", str(self.unwrapped))))
+
+    @property
+    def folder(self) -> Path:
+        """Where the model's config and tokenizer are. A file of a name of one's own may lie beside those of others."""
+        return self.path.parent if self.path.name in WEIGHT_FILES else self.path
+
+    def check_weights(self, stored: Mapping[str, Row]) -> None:
+        """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
+        named = next(quantiser_files(self.folder), "")
+        require_weights(self.path, stored, json_of(self.folder / "config.json"), named)
+
+    def resize(self, rows: Mapping[str, int]) -> None:
+        """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
+        for name in rows.keys() & self.shapes.keys():
+            self.shapes[name] = (rows[name], *self.shapes[name][1:])
+
+    def alias(self, name: str, of: str) -> None:
+        """From now on `name` is another name of the tensor `of`, in place of what it may have been."""
+        self.rows[name], self.shapes[name] = self.rows[of], self.shapes[of]
+
+    def borrow(self, name: str, base: "Checkpoint") -> None:
+        """From now on a tensor is the base's."""
+        self.rows[name], self.shapes[name] = base.rows[name], base.shapes[name]
+
+    def drop(self, name: str) -> None:
+        """From now on there is no tensor of that name."""
+        self.rows.pop(name, None)
+        self.shapes.pop(name, None)
+
+    def touches(self, prefix: str) -> bool:
+        """Whether a tensor whose name begins so may differ from the base's; headers tell it of adapters alone."""
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that begin with `prefix`, in order."""
+        return sorted(name for name in self.shapes if name.startswith(prefix))
+
+    def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of the tensors whose name begins with `prefix`."""
+        return {name: self.shapes[name] for name in self.names(prefix)}
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
+        tensors = {}
+        for name in names:
+            if name not in self.rows:
+                raise InputError(f"{self.path} lacks the tensor {name}")
+            file = self.rows[name].file
+            if self.rows[name].dtype.startswith("C"):
+                raise InputError(f"{file}: the tensor {name} holds complex numbers, which are no weights of any family")
+            tensor = read_tensor(file, self.rows[name].stored)
+            tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
+            if not is_finite(tensors[name]):
+                raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
+        return tensors
+
+    def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
+        """The named tensors, each read when it is asked for. InputError names one that is missing."""
+        lazy = {}
+        for name in names:
+            if name not in self.shapes:
+                raise InputError(f"{self.path} lacks the tensor {name}")
+            lazy[name] = LazyTensor(tuple(self.shapes[name]), (partial(self.read_one, name),))
+        return lazy
+
+    def read_one(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        return self.read([name])[name]
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things of a kind that are stacked in a tensor, in float32; no other is in memory."""
+        if name not in self.rows:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        with opened(self.rows[name].file) as handle:
+            tensor = handle.get_slice(self.rows[name].stored)[index].to(torch.float32, copy=True)
+        if not is_finite(tensor):
+            raise InputError(f"{self.rows[name].file}: the tensor {name} holds NaN or Inf at {index}")
+        return tensor
+
+    def read_under(self, prefix: str) -> Params:
+        """All tensors whose name begins with `prefix`, the prefix taken off."""
+        return {name.removeprefix(prefix): t for name, t in self.read(self.names(prefix)).items()}
+
+    def fingerprint(self) -> str:
+        """Identifies the model by every byte of its weights and of what stock libraries read beside them."""
+        files = sorted({row.file for row in self.rows.values()}) + surroundings(self.folder)
+        return identity([[file.name, file_hash(file)] for file in files])
+
+
+def read_tensor(file: Path, stored: str) -> Tensor:
+    """A tensor of a file in float32. Of a large one a piece at a time is mapped: what is mapped is memory in use."""
+    with opened(file) as handle:
+        shape = handle.get_slice(stored).get_shape()
+        if math.prod(shape) <= PIECE:
+            return handle.get_tensor(stored).to(torch.float32, copy=True)
+    tensor, rows = torch.empty(shape), max(1, PIECE * shape[0] // math.prod(shape))
+    for begin in range(0, shape[0], rows):
+        with opened(file) as handle:
+            tensor[begin : begin + rows] = handle.get_slice(stored)[begin : begin + rows]
+    return tensor
+
+
+def with_rows(matrix: Tensor, rows: int) -> Tensor:
+    """A matrix cut to `rows` rows, or filled up to them with the mean of its own."""
+    if rows <= len(matrix):
+        return matrix[:rows]
+    return torch.cat([matrix, matrix.mean(0, keepdim=True).expand(rows - len(matrix), -1)])
+
+
+def surroundings(folder: Path) -> list[Path]:
+    """The config and tokenizer files in a folder, in order; none beside what is a file itself."""
+    return sorted({file for pattern in SURROUNDINGS for file in folder.glob(pattern) if file.is_file()})
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What this project wrote into the header of one of its files; empty if the file is not one of them."""
+    with opened(file) as handle:
+        return parse_object((handle.metadata() or {}).get(HEADER_KEY, "{}"), f"the header of {file}", "provenance")
+
+
+BEFORE = {"anchors.part": None, "adapt.blend": 1}  # how files were made that are older than a setting
+
+
+def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
+    made = BEFORE | flattened(found)
+    for field, value in flattened(expected).items():
+        was = made.get(field)
+        if SCHEME in json.dumps(value) and was is not None and SCHEME not in json.dumps(was):
+            raise InputError(
+                f"{file} is of an earlier version, which looked at samples of {field} alone, so none can tell whether "
+                "it is made from these very files; choose another run.name, or remove the file to have it made anew"
+            )
+        if was != value:
+            raise InputError(
+                f"{file} was made with {field} = {was}, now it is {value}; "
+                "choose another run.name, or remove the file to have it made anew"
+            )
+
+
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings, as JSON would give them back."""
+    flat = {}
+    for key, value in json.loads(json.dumps(nested)).items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file that is either whole or not there. The same contents give the same bytes."""
+    metadata = {"format": "pt"} if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
+    with replacing(file) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that exist."""
+    for name in names:
+        if (source / name).is_file():
+            with replacing(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` that takes its place when the block ends well; else nothing changes."""
+    temporary = file.with_name(f".{file.name}.{gethostname()}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(file)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {file}: {error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove what killed processes of this machine began to write in the place of `file`; others may be writing it."""
+    for temporary in file.parent.glob(f".{file.name}.{gethostname()}.*.tmp"):
+        try:
+            os.kill(int(temporary.suffixes[-2][1:]), 0)  # asks whether there is such a process
+        except (ProcessLookupError, OverflowError):
+            temporary.unlink(missing_ok=True)
+        except (PermissionError, ValueError, IndexError):
+            pass  # somebody else's
+
+
+def digest(value: Params | Any) -> str:
+    """16 hexadecimal digits that identify tensors by name, type, shape and bytes, or anything that JSON can say."""
+    sha = hashlib.sha256()
+    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+        for name in sorted(value):
+            tensor = value[name].detach().cpu().contiguous()
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    else:
+        sha.update(json.dumps(value, sort_keys=True).encode())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,112 @@
+"""Checkpoints with the rows of the merged model: an expert's put where their tokens are, a base's with more of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.core.task_vectors import Params
+from common.io.checkpoints import Checkpoint, digest
+
+PIECE = 4096  # rows that are copied at a time
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which row of each expert is which row of the merged model.
+
+    rows: of the merged model. sources: for each expert its row for every merged one, -1 where
+    it lacks the token. more: {token: (row, description)} that the merged tokenizer has beyond the base's. moved: for an
+    expert some token of its tokenizer that has another row in the merged model: (token, row there, row in the merged).
+    """
+
+    rows: int
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+    more: Mapping[str, tuple[int, Mapping[str, Any]]] = field(default_factory=dict)
+    moved: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    def provenance(self) -> dict[str, str]:
+        """What identifies the matching, if any expert's rows are not simply the merged ones; {} otherwise."""
+        plain = torch.arange(self.rows)
+        unlike = {task: source for task, source in self.sources.items() if not torch.equal(source, plain)}
+        return {"rows": digest(unlike)} if unlike else {}
+
+
+class MatchedExpert(Checkpoint):
+    """An expert whose rows are put where the merged model has their tokens, over the base's rows."""
+
+    def __init__(self, own: Checkpoint, base: Checkpoint, names: Sequence[str], source: Tensor):
+        self.own, self.base, self.source, self.path = own, base, source, own.path
+        self.matched = {name for name in names if name in own.shapes}
+        self.shapes = own.shapes | {name: (len(source), *own.shapes[name][1:]) for name in self.matched}
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32, matched where they have a row for every token."""
+        return {name: self.placed(name) if name in self.matched else self.own.read([name])[name] for name in names}
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things that are stacked in a tensor; none of them has a row for every token."""
+        return self.own.read_at(name, index)
+
+    def placed(self, name: str) -> Tensor:
+        """The base's tensor with the expert's rows in their places."""
+        theta, own = self.base.read([name])[name], self.own.read([name])[name]
+        for begin in range(0, len(theta), PIECE):
+            source = self.source[begin : begin + PIECE]
+            there = (source >= 0) & (source < len(own))
+            theta[begin : begin + PIECE][there] = own[source[there]]
+        return theta
+
+    def touches(self, prefix: str) -> bool:
+        """Whether a tensor whose name begins so may differ from the base's."""
+        return self.own.touches(prefix)
+
+    def fingerprint(self) -> str:
+        """Identifies the expert, whatever its rows are matched with."""
+        return self.own.fingerprint()
+
+
+class JoinedBase(Checkpoint):
+    """A base with rows for tokens that only experts have: the mean over those that have them."""
+
+    def __init__(self, own: Checkpoint, experts: Mapping[str, Checkpoint], names: Sequence[str], matching: Matching):
+        self.own, self.experts, self.matching, self.path = own, experts, matching, own.path
+        self.rows, self.found = own.rows, own.found
+        self.joined = {name for name in names if name in own.shapes}
+        self.shapes = own.shapes | {name: (matching.rows, *own.shapes[name][1:]) for name in self.joined}
+        self.kept: dict[str, Tensor] = {}
+
+    def read(self, names: Iterable[str]) -> Params:
+        """The named tensors in float32, with the rows of all tokens where they have one for each."""
+        return {name: self.filled(name) if name in self.joined else self.own.read([name])[name] for name in names}
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """One of many things that are stacked in a tensor; none of them has a row for every token."""
+        return self.own.read_at(name, index)
+
+    def filled(self, name: str) -> Tensor:
+        """The base's tensor and the rows of the tokens that it lacks."""
+        own = self.own.read([name])[name]
+        new = torch.tensor([row for row, _ in self.matching.more.values()])
+        if name not in self.kept:
+            self.kept[name] = self.mean_of_experts(name, new, own.mean(0))
+        theta = own.new_empty(self.shapes[name]).copy_(own.mean(0))
+        theta[: len(own)] = own
+        theta[new] = self.kept[name]
+        return theta
+
+    def mean_of_experts(self, name: str, rows: Tensor, otherwise: Tensor) -> Tensor:
+        """For each of the merged rows the mean over the experts that have it, `otherwise` where none has."""
+        total, count = torch.zeros(len(rows), len(otherwise)), torch.zeros(len(rows), 1)
+        for task, expert in self.experts.items():
+            own, source = expert.read([name])[name], self.matching.sources[task][rows]
+            there = (source >= 0) & (source < len(own))
+            total[there] += own[source[there]]
+            count[there] += 1
+        return torch.where(count > 0, total / count.clamp(min=1), otherwise)
+
+    def fingerprint(self) -> str:
+        """Identifies the base alone."""
+        return self.own.fingerprint()

@@ -1,0 +1,114 @@
+"""What a transformers model without weights tells: where its layers are, and how its checkpoints name the tensors."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from common.core.blocks import Piece, Pieces
+
+
+def path_of(skeleton: nn.Module, module: nn.Module) -> str:
+    """Where a module is within a model."""
+    return next(name for name, part in skeleton.named_modules() if part is module)
+
+
+def layers_of(module: nn.Module) -> str:
+    """The path of the repeated layers: of all lists of modules that lie in no other, the one with the most weights;
+    "" if there is none."""
+    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
+
+
+def first_input(block: nn.Module, tower: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """(T, D) of what reaches a block of an image tower on the meta device, of an image of a size."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, named: dict) -> None:
+        seen.append((*args, *named.values())[0])
+
+    with block.register_forward_pre_hook(see, with_kwargs=True):
+        tower(torch.empty(1, 3, *size, device="meta"))
+    _, tokens, width = seen[0].shape
+    return tokens, width
+
+
+def stored_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the checkpoint that save_pretrained writes of a model. A name can be another than the model's
+    own, and a mixture's experts are apart in one and stacked in the other."""
+    stored = revert_weight_conversion(skeleton, dict(skeleton.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+def stored_name(skeleton: PreTrainedModel, name: str) -> str:
+    """How a checkpoint names a tensor of the model that is stored as it is, such as the head."""
+    return next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1, device="meta")})))
+
+
+def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
+    """{name of a stored tensor: the model's own tensors that it holds}: one under another name, or several, the rows of
+    one behind those of the other."""
+    own = [name for name, _ in skeleton.named_parameters()]
+    stored = revert_weight_conversion(skeleton, {name: torch.tensor([number]) for number, name in enumerate(own)})
+    return {name: [own[number] for number in numbers.tolist()] for name, numbers in stored.items()}
+
+
+def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
+    """The pieces of stored tensors as `stored_parts` gives them: equal shares of the rows."""
+
+    def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+        own = parts.get(name, [name])
+        if own == [name]:
+            return
+        rows = shape[0] // len(own) if shape else 0
+        for number, part in enumerate(own):
+            yield Piece(part, rows=slice(number * rows, (number + 1) * rows) if len(own) > 1 else None)
+
+    return pieces
+
+
+def stored_path(skeleton: PreTrainedModel, path: str) -> str:
+    """How the names of the tensors of a list of layers begin in a checkpoint, without the layer's number."""
+    layer = skeleton.get_submodule(f"{path}.0")
+    within = min(
+        (name for name, p in layer.named_parameters() if p.ndim < 3), key=lambda n: layer.get_parameter(n).ndim
+    )
+    return stored_name(skeleton, f"{path}.0.{within}").removesuffix(f".0.{within}")
+
+
+def beginnings(skeleton: PreTrainedModel) -> tuple[str, ...]:
+    """How names in a checkpoint begin that lie in the model's body, and not in a head."""
+    body = skeleton.base_model_prefix + "."
+    inner: dict[str, Tensor] = {n: p for n, p in skeleton.named_parameters() if n.startswith(body)}
+    names = [name.split(".") for name in revert_weight_conversion(skeleton, inner)]
+    heads = revert_weight_conversion(skeleton, {n: p for n, p in skeleton.named_parameters() if n not in inner})
+    shared = {parts[0] for parts in names} & {name.split(".")[0] for name in heads}
+    return tuple(sorted({".".join(parts[: 1 + (parts[0] in shared)]) + "." for parts in names}))
+
+
+def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
+    """From the name of a stored tensor to that in a checkpoint as save_pretrained writes it today.
+
+    One saved without any head lacks the prefix of its body; some have the model's own names, which the class renames.
+    None for what the class knows to be no weight, such as the masks that old files keep.
+    """
+    known, own = frozenset(stored_shapes(skeleton)), frozenset(n for n, p in skeleton.named_parameters() if p.ndim < 3)
+    prefix = f"{skeleton.base_model_prefix}."
+    children = {name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)}
+    buffers = [p for p in skeleton._keys_to_ignore_on_load_unexpected or () if not p.startswith("^")]
+    ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *buffers]))
+
+    def name_of(stored: str) -> str | None:
+        bare = not stored.startswith(prefix) and stored.split(".")[0] in children
+        name = prefix + stored if bare else stored
+        if name in known:
+            return name
+        if name in own:
+            return stored_name(skeleton, name)
+        return None if ignored.search(name) else name
+
+    return name_of

@@ -1,0 +1,32 @@
+"""The files beside a model's weights that say how text and images become its input, and how it answers.
+
+Names are those that transformers 4 and 5, sentencepiece, tiktoken and mistral-common write. Python files that a
+tokenizer may bring along are never copied.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+# Each of these alone can hold a vocabulary.
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "vocab.json", "vocab.txt", "spiece.model", "spm.model",
+    "sentencepiece.bpe.model", "sentencepiece.model", "tekken.json", "*.tiktoken",
+)  # fmt: skip
+# All of a tokenizer, its chat templates and what else a processor is made of.
+TOKENIZER_FILES = (
+    *VOCABULARIES, "vocab.*", "merges.txt", "bpe.codes", "dict.txt", "added_tokens.json", "special_tokens_map.json",
+    "tokenizer_config.json", "normalizer.json", "chat_template.*", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "image_preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of the files in a folder that one of the patterns describes, in order."""
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(str(file.relative_to(folder)) for file in found)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary."""
+    return bool(matching(folder, VOCABULARIES))

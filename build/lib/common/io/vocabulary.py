@@ -1,0 +1,215 @@
+"""Vocabularies that differ: rows of embeddings and heads are matched by token, so that one row means one token.
+
+The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there: its task
+vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
+    refuse  base and experts have equally many rows; a token of experts alone has the row that it has there
+    pad     as many rows as the largest model has; what the base lacks begins as the mean of its rows
+    base    the base's rows; what the base lacks is left out
+    union   a row for every token of any model, behind the base's; it begins as the mean of those that experts have
+Rows without a token, and those of models without a tokenizer, are matched by number. What fills up batches is one
+token whatever the experts call it: no model looks at it.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.core.errors import InputError
+from common.io.adapters import is_adapter
+from common.io.checkpoints import Checkpoint
+from common.io.matched import JoinedBase, MatchedExpert, Matching
+from common.io.tokens import FAST, Tokens, read_tokens
+
+PADDING = ""  # stands for the padding token that the base lacks, by whatever name
+
+
+def match_vocabularies(
+    names: Sequence[str], base: Checkpoint, experts: Mapping[str, Checkpoint], policy: str
+) -> tuple[Checkpoint, dict[str, Checkpoint], Matching]:
+    """Base and experts with the same rows for the same tokens, and how they were matched.
+
+    names: tensors with a row for every token, the embedding first. InputError if the policy cannot have it so.
+    """
+    sizes = {model: rows_of(names, model) for model in (base, *experts.values())}
+    if not all(sizes.values()):  # another tensor than a matrix: what compares shapes says so
+        return base, dict(experts), Matching(0)
+    if policy == "refuse":
+        require_equal_sizes(base, sizes)
+    own = read_tokens(base.path)
+    tokens = {task: tokens_of_expert(expert, own, names) for task, expert in experts.items()}
+    counts = {task: sizes[expert] for task, expert in experts.items()}
+    paths = {task: expert.path for task, expert in experts.items()}
+    new = {} if policy == "base" or own is None else new_tokens(own, tokens, counts)
+    more: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    if policy == "union":
+        require_tokenizers(base.path, own, tokens, paths)
+        places = {key: max(own.ids.values()) + 1 + i for i, key in enumerate(new)} if own else {}
+        more = described(new, places, tokens, paths)
+        rows = max([sizes[base], *(place + 1 for place in places.values())])
+    else:
+        rows = max(sizes.values()) if policy == "pad" else sizes[base]
+        places = own_places(new, own, paths, base.path)
+    own_rows = {
+        task: {key: owners[task] for key, owners in new.items() if task in owners and owners[task] < counts[task]}
+        for task in experts
+    }
+    sources = {task: source_of(rows, counts[task], own, tokens[task], own_rows[task], places) for task in experts}
+    moved = {task: moved_token(own, tokens[task], own_rows[task], places) for task in experts}
+    matching = Matching(rows, sources, more, {task: token for task, token in moved.items() if token})
+    if more:
+        base = JoinedBase(base, experts, names, matching)
+    else:
+        base.resize({name: rows for name in names})
+    plain = torch.arange(rows)
+    matched = {
+        task: expert
+        if torch.equal(sources[task], plain) and all(expert.shapes[n][0] == rows for n in names if n in expert.shapes)
+        else MatchedExpert(expert, base, names, sources[task])
+        for task, expert in experts.items()
+    }
+    return base, matched, matching
+
+
+def rows_of(names: Sequence[str], model: Checkpoint) -> int:
+    """The most rows that a model has in the named tensors; 0 if it has none, or they are no matrices."""
+    shapes = [model.shapes[name] for name in names if name in model.shapes]
+    return max((shape[0] for shape in shapes), default=0) if all(len(shape) == 2 for shape in shapes) else 0
+
+
+def require_equal_sizes(base: Checkpoint, sizes: Mapping[Checkpoint, int]) -> None:
+    """InputError naming the first model whose number of rows is not the base's."""
+    for model, rows in sizes.items():
+        if rows != sizes[base]:
+            raise InputError(
+                f"{model.path} has {rows} tokens, {base.path} has {sizes[base]}; model.vocabulary may be pad (missing "
+                "rows become the mean of the others), union (each token of any model gets a row) or base (tokens that "
+                "the base lacks are cut off)"
+            )
+
+
+def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[str]) -> Tokens | None:
+    """An expert's tokens; the base's for an adapter without a tokenizer; None, with a warning, if they are unknown."""
+    if not is_adapter(expert.path) or any((expert.path / file).is_file() for file in (FAST, "vocab.json")):
+        found = read_tokens(expert.path)
+    else:
+        found = base
+    if (found is None or base is None) and any(expert.touches(name) for name in names):
+        which = "the base" if base is None else expert.path
+        print(f"{expert.path}: its rows are matched by number, {which} has no tokenizer.json", file=sys.stderr)
+    return found
+
+
+def key_of(token: str, tokens: Tokens) -> str:
+    """What a token that the base lacks is known by: its text, or that it is the padding token."""
+    return PADDING if token == tokens.padding else token
+
+
+def new_tokens(
+    base: Tokens, tokens: Mapping[str, Tokens | None], counts: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """{token: {task: its row there}} of the tokens that the base lacks, in the order of tasks and rows."""
+    new: dict[str, dict[str, int]] = {}
+    for task, own in tokens.items():
+        lacking = sorted((i, t) for t, i in (own.ids.items() if own else ()) if t not in base.ids and i < counts[task])
+        for i, token in lacking:
+            assert own
+            new.setdefault(key_of(token, own), {})[task] = i
+    return new
+
+
+def own_places(
+    new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path
+) -> dict[str, int]:
+    """The rows of new tokens where they have them in the experts; InputError if a row would be two tokens."""
+    taken = {i: (token, base_path) for token, i in base.ids.items()} if base else {}
+    places = {}
+    for key, owners in new.items():
+        for task, row in owners.items():
+            token, path = taken.setdefault(row, (key, paths[task]))
+            if token != key or places.setdefault(key, row) != row:
+                raise InputError(
+                    f"row {places.get(key, row)} is the token {token or 'for padding'!r} in {path}, "
+                    f"{key or 'padding'!r} is row {row} in {paths[task]}; model.vocabulary may be union (each token "
+                    "gets a row of its own) or base (tokens that the base lacks are left out)"
+                )
+    return places
+
+
+def require_tokenizers(
+    base: Path, own: Tokens | None, tokens: Mapping[str, Tokens | None], paths: Mapping[str, Path]
+) -> None:
+    """InputError if the tokens of some model are unknown."""
+    for path, found in [(base, own), *((paths[task], found) for task, found in tokens.items())]:
+        if found is None or (path == base and not (base / FAST).is_file()):
+            raise InputError(f"model.vocabulary is union, but {path} has no {FAST}; save its tokenizer there")
+
+
+def described(
+    new: Mapping[str, Mapping[str, int]],
+    places: Mapping[str, int],
+    tokens: Mapping[str, Tokens | None],
+    paths: Mapping[str, Path],
+) -> dict[str, tuple[int, Mapping[str, Any]]]:
+    """{token: (row, description)} of new tokens; InputError if one is more than an added token."""
+    more = {}
+    for key, owners in new.items():
+        task = next(iter(owners))
+        own = tokens[task]
+        assert own
+        token = own.padding if key == PADDING else key
+        if token is None or token not in own.added:
+            raise InputError(
+                f"{token!r} is in the trained vocabulary of {paths[task]}, not among its added_tokens, so it cannot "
+                "join the base's tokenizer; model.vocabulary may be base"
+            )
+        more[token] = (places[key], own.added[token])
+    return more
+
+
+def source_of(
+    rows: int,
+    count: int,
+    base: Tokens | None,
+    own: Tokens | None,
+    own_rows: Mapping[str, int],
+    places: Mapping[str, int],
+) -> Tensor:
+    """For every merged row the expert's, of which there are `count`; -1 where the expert lacks it.
+
+    own_rows: {new token: row in the expert}. places: {new token: row in the merged model}.
+    """
+    source = list(range(min(rows, count))) + [-1] * (rows - count)
+    if base and own and own is not base:
+        for i in own.ids.values():
+            if i < len(source):
+                source[i] = -1  # the row of a token, which goes where the token belongs
+        for token, i in base.ids.items():
+            if i < rows:
+                source[i] = own.ids.get(token, -1)
+        for key, i in places.items():
+            source[i] = own_rows.get(key, -1)
+    found = torch.tensor(source)
+    return torch.where(found < count, found, -1)
+
+
+def moved_token(
+    base: Tokens | None, own: Tokens | None, own_rows: Mapping[str, int], places: Mapping[str, int]
+) -> tuple[str, int, int] | None:
+    """A token of an expert that has another row in the merged model: the token, its row in the expert, in the model."""
+    if not base or not own or own is base:
+        return None
+    shared = ((token, i, base.ids[token]) for token, i in own.ids.items() if token in base.ids)
+    new = ((key, i, places[key]) for key, i in own_rows.items() if key in places)
+    return next((row for row in (*shared, *new) if row[1] != row[2]), None)
+
+
+def tokenizer_folder(expert: Path, base: Path, files: Sequence[str]) -> Path:
+    """The expert's folder, or else the base's, where one of a tokenizer's files is; InputError if in neither."""
+    for folder in (expert, base):
+        if any(file.is_file() for name in files for file in folder.glob(name)):
+            return folder
+    raise InputError(f"no tokenizer: neither {expert} nor {base} holds one of {', '.join(files)}")

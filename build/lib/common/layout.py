@@ -1,0 +1,225 @@
+"""Where a run keeps its files, and what each says it was made from.
+
+runs/<name>/anchors/<init>/<task>/block_07.safetensors   the anchors of one unit; the header has their provenance
+runs/<name>/anchors/<init>/<task>/snapshots_07.safetensors   the same along the optimisation, with anchors.snapshots
+runs/<name>/merged/<method>/                             a start: a checkpoint that stock libraries open
+runs/<name>/merged/fda-<method>-<init>/                  an adapted model; blocks/ holds its blocks while it is made
+.../adaptation.json                                      the losses of each block while it was adapted
+runs/<name>/merged/<method>-pretrained-rest/             a start's blocks in the pretrained model, to be scored
+.../provenance.json                                      written last: the folder is whole, and made from this
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.config import Config, as_dict
+from common.core.errors import InputError
+from common.core.task_vectors import Params
+from common.experiment import Experiment, Unit
+from common.io.anchor_files import load_anchors, load_published
+from common.io.checkpoints import Checkpoint, check_provenance, digest
+from common.io.hashes import file_hash, identity
+from common.io.json_files import read_object
+
+PROVENANCE_FILE = "provenance.json"
+ADAPTATION_FILE = "adaptation.json"  # {"traces": {block: mean loss per anchor in each epoch}}
+SAME_REST = "pretrained rest"  # label of a start that is scored with what an adapted model has around its blocks
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The files and folders of one run."""
+
+    config: Config
+
+    def anchor_file(self, task: str, index: int) -> Path:
+        """The anchors of a unit: ours, or those of anchors.source in the released layout."""
+        anchors = self.config.anchors
+        if anchors.source:
+            return anchors.path(task) / f"dual_anchors_layer_{index + 1}.npy"
+        return self.anchor_folder / task / f"block_{index:02d}.safetensors"
+
+    def snapshot_file(self, task: str, index: int) -> Path:
+        """The anchors of a unit along their optimisation, if anchors.snapshots asked for any."""
+        return self.anchor_folder / task / f"snapshots_{index:02d}.safetensors"
+
+    def anchor_files(self, unit: Unit) -> list[Path]:
+        """The anchors of a unit for each of its tasks."""
+        index, tasks = unit
+        return [self.anchor_file(task, index) for task in tasks]
+
+    @property
+    def anchor_folder(self) -> Path:
+        """All anchors that are made from anchors.init."""
+        return self.config.run.dir / "anchors" / self.config.anchors.init
+
+    @property
+    def merged(self) -> Path:
+        """All models that the run makes, a folder each."""
+        return self.config.run.dir / "merged"
+
+    @property
+    def start(self) -> Path:
+        """The merge that adaptation starts from, where start.method is one."""
+        return self.merged / self.config.start.method
+
+    @property
+    def adapted(self) -> Path:
+        """The adapted model."""
+        parts = ["fda", self.config.start.method, self.config.anchors.init, self.config.adapt.label]
+        return self.merged / "-".join(part for part in parts if part)
+
+    def block_file(self, index: int) -> Path:
+        """Where an adapted block waits until all are there."""
+        return self.adapted / "blocks" / f"block_{index:02d}.safetensors"
+
+    def part_file(self, number: int) -> Path:
+        """Where a part of the start waits until all are there, if it is merged in parts."""
+        return self.start / "parts" / f"part_{number:03d}.safetensors"
+
+    def part_files(self, part: tuple[int, Sequence[str]]) -> list[Path]:
+        """What a unit of a merge writes, a number and names of tensors."""
+        return [self.part_file(part[0])]
+
+    def files_for_block(self, index: int) -> list[Path]:
+        """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""
+        ours = not self.config.anchors.source
+        anchors = [self.anchor_file(task, index) for task in self.config.tasks if ours]
+        merged = sorted(self.start.rglob("*")) if not self.config.start.checkpoint else []
+        return anchors + [file for file in merged if file.is_file()]
+
+    def block_files(self, index: int) -> list[Path]:
+        """What a unit of adaptation writes."""
+        return [self.block_file(index)]
+
+
+# ---- what it was made from -------------------------------------------------------------------------------------------
+
+
+def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return False
+    check_provenance(file, read_provenance(folder), provenance)
+    return True
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a merged model says it was made from; InputError if that is damaged."""
+    return read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
+
+
+def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:
+    """What decides the anchors of a unit besides the weights they are made from: settings and seed."""
+    config = experiment.config
+    settings = as_dict(config.anchors) | {"shape": list(experiment.shape), "scale": experiment.anchor_scale()}
+    settings["part"] = experiment.family.part
+    for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
+        del settings[said_by_shape_or_no_matter]
+    unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
+    return {"anchors": settings, "run": unit} | fused_or_not(config)
+
+
+def fused_or_not(config: Config) -> dict[str, Any]:
+    """What says that the matching loss had q, k and v as one tensor; nothing where it had them as they are stored."""
+    return {"model": {"fuse_qkv": True}} if config.model.fuse_qkv else {}
+
+
+def anchor_provenance(
+    experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
+) -> dict[str, Any]:
+    """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
+    weights = {"base": digest(experiment.matched(theta_0)), "expert": digest(experiment.matched(theta_t))}
+    if experiment.config.anchors.position_embeddings:
+        weights["positions"] = digest({experiment.family.positions: experiment.positions(task)})
+    return anchor_settings(experiment, task, index) | {"weights": weights}
+
+
+def anchors_of(experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params) -> Tensor:
+    """The anchors x_ATD of a unit, on the device; InputError if there are none or they are of other weights."""
+    file = RunLayout(experiment.config).anchor_file(task, index)
+    if not file.is_file():
+        raise no_anchors(file, experiment.config)
+    if experiment.config.anchors.source:
+        axes, width = experiment.family.published_axes, experiment.shape[2]
+        return load_published(file, axes, width).to(experiment.device)
+    provenance = anchor_provenance(experiment, task, index, theta_0, theta_t)
+    return load_anchors(file, provenance, experiment.shape).to(experiment.device)
+
+
+def require_own_anchors(config: Config) -> None:
+    """InputError if the anchors are made elsewhere: there are none to construct."""
+    if source := config.anchors.source:
+        raise InputError(f"anchors.source has anchors made elsewhere, {source}: none are to be constructed")
+
+
+def no_anchors(file: Path, config: Config) -> InputError:
+    """For a unit without a file of anchors."""
+    if config.anchors.source:
+        return InputError(f"there is no anchor file {file}")
+    return InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
+
+
+def merge_settings(experiment: Experiment) -> dict[str, Any]:
+    """What decides the merge of start.method besides the checkpoints."""
+    method = experiment.config.start.method
+    start = {"method": method, "hyper": experiment.hyper(method)}
+    return {"start": start, "inputs": {"model": written_as(experiment.config)}}
+
+
+def merge_provenance(experiment: Experiment) -> dict[str, Any]:
+    """What decides the merge of start.method: its hyperparameters and checkpoints; "data" follows if it has any."""
+    return merge_settings(experiment) | {"inputs": inputs_of(experiment)}
+
+
+def written_as(config: Config) -> dict[str, Any]:
+    """The options of the model that say how a merged one is written."""
+    return {"vocabulary": config.model.vocabulary, "dtype": config.model.dtype, "tokenizers": config.model.tokenizers}
+
+
+def inputs_of(experiment: Experiment) -> dict[str, Any]:
+    """What identifies the checkpoints that are merged, in the order of the tasks."""
+    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
+    written = written_as(experiment.config) | experiment.matching.provenance()
+    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
+
+
+def fit_settings(experiment: Experiment) -> dict[str, Any]:
+    """What decides an adapted model besides checkpoints and anchors: settings and seed."""
+    config = experiment.config
+    settings = as_dict(config.adapt.for_start(config.start.method))
+    del settings["by_start"]
+    return {
+        "start": {"method": config.start.method},
+        "adapt": settings,
+        "run": {"seed": config.run.seed},
+        "anchors": {"init": config.anchors.init, "part": experiment.family.part},
+        "inputs": {"model": written_as(config)},
+    } | fused_or_not(config)
+
+
+def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
+    """What decides an adapted model: settings, seed, start, the experts and every anchor."""
+    config, layout, settings = experiment.config, RunLayout(experiment.config), fit_settings(experiment)
+    made = start.path / PROVENANCE_FILE
+    anchors = [file_hash(layout.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks]
+    settings["start"]["checkpoint"] = start.fingerprint()
+    settings["anchors"]["files"] = identity(anchors)
+    settings["inputs"] = inputs_of(experiment)
+    return settings | data_of(read_provenance(start.path) if made.is_file() else {})
+
+
+def block_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what an adapted model is made from, what decides its blocks as they are fitted."""
+    fit = {name: value for name, value in provenance["adapt"].items() if name not in ("blend", "label")}
+    return {**provenance, "adapt": fit}
+
+
+def data_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Under "data" what inputs of the tasks a model of this provenance was made with, if with any; {} otherwise."""
+    return {"data": made["data"]} if "data" in made else {}

@@ -1,0 +1,54 @@
+"""Thresholds on magnitudes, of one tensor or of a model. Equal ones share their fate: nothing hangs on their order."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from common.merging.tensorwise import Parts, Taus, rounded_down
+from common.merging.whole import nth_largest
+
+Granularity = Literal["model", "tensor"]
+"""Whether a threshold or norm is one for the whole model, as most papers have it, or one for each tensor."""
+
+
+def magnitude_thresholds(parts: Parts, density: float, matrices: bool = False) -> dict[int, float]:
+    """{task: the magnitude that the fraction `density` of its weights reaches, at least one of them}, over the
+    whole model or all its matrices. The model is passed over twice.
+    """
+
+    def magnitudes() -> Iterator[tuple[int, Tensor]]:
+        for base, deltas in parts():
+            for name, theta in base.items():
+                if theta.ndim == 2 or not matrices:
+                    yield from ((i, tau.abs()) for i, tau in enumerate(Taus(deltas, name)))
+
+    return nth_largest(magnitudes, lambda n: max(1, rounded_down(n * density)))
+
+
+def trim(tau: Tensor, density: float, threshold: float | None = None) -> Tensor:
+    """τ with zeros but for the fraction `density` of its weights that is largest in magnitude, at least one weight; or
+    for those whose magnitude reaches a `threshold`."""
+    if threshold is None:
+        threshold = largest(tau.abs(), max(1, share(tau, density)))
+    return tau.where(tau.abs() >= threshold, 0)  # a product with the mask would make a number of each of its bits
+
+
+def largest(x: Tensor, count: int) -> float:
+    """The `count`-th largest value in x, which loses its order; above all of them for a count of 0.
+
+    By numpy on the CPU, which needs a twentieth of the time of torch's topk there and, in place, none of its memory.
+    """
+    if count == 0:
+        return math.inf
+    place = x.numel() - count
+    values: np.ndarray = x.flatten().cpu().numpy()  # a view of a contiguous x on the CPU
+    values.partition(place)
+    return float(values[place])
+
+
+def share(x: Tensor, fraction: float) -> int:
+    """How many of the weights of x a fraction is, rounded down."""
+    return rounded_down(x.numel() * fraction)

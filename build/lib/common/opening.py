@@ -1,0 +1,225 @@
+"""Opening an experiment: its inputs read by their headers, compared and checked, before any weight is in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from tqdm import tqdm
+
+from common.config import Config
+from common.core.blocks import BlockFamily, BlockModule
+from common.core.errors import InputError
+from common.core.notices import warn
+from common.core.task_vectors import require_same_shapes
+from common.domain import FOLDERS, Domain, anchored_part, module_of
+from common.experiment import Experiment
+from common.io.adapters import is_adapter, open_adapter
+from common.io.checkpoints import Checkpoint, remove_leftovers
+from common.io.heads import leave_to_heads, open_experts
+from common.io.matched import Matching
+from common.io.unstacked import unstacked
+from common.io.vocabulary import match_vocabularies
+from common.run.device import WORTH_THREADS, prepare, threads_for
+from common.run.engine import Demand, Files, Memory, place_for, value_of
+from common.run.progress import UnitBar, Units
+from common.run.run_log import NOTES
+from common.validation import check_choices, check_fused, check_positions, check_tokenizers
+
+_OPEN: dict[str, Experiment] = {}  # what a worker has open
+Checking = Callable[[str], AbstractContextManager[None]]
+"""checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
+
+
+def open_experiment(config: Config, domain: Domain) -> Experiment:
+    """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
+    check_choices(config, domain)
+    remove_leftovers(config.run.dir / NOTES)
+    experiment = open_inputs(config, domain, lambda _: nullcontext())
+    assert experiment  # what is missing has been refused
+    return replace(experiment, device=prepare(config.run.device))
+
+
+def carry_out(
+    each: Callable[..., None],
+    experiment: Experiment,
+    units: Sequence[Any],
+    bar: UnitBar,
+    *arguments: Any,
+    reads: Callable[[Any], Sequence[Path]] = lambda unit: (),
+    writes: Callable[[Any], Sequence[Path]],
+    seconds: float,
+    memory: Callable[[], Memory],
+) -> None:
+    """each(experiment, units, bar, *arguments): here, or a unit at a time wherever run.engine lets units be worked on.
+
+    Args:
+        each: A function of a module. It writes the files of each unit, and tells the bar what it does.
+        reads, writes: The files of a unit in the run's folder. Where all that it writes are there it is kept.
+        seconds, memory: What a unit takes on one core, roughly; and the forecast of the dry run.
+    """
+    config, todo = experiment.config, [unit for unit in units if not all(file.is_file() for file in writes(unit))]
+    demand = Demand(len(todo), seconds, experiment.largest_product < WORTH_THREADS, memory)
+    place = place_for(config.run, demand, libraries_of(config))
+    if place is None:
+        with threads_for(experiment.largest_product):
+            return each(experiment, units, bar, *arguments)
+    tqdm.write(f"{bar.stage}: {place.said}")
+    there = replace(config, run=replace(config.run, root=place.root or config.run.root))
+    work = partial(unit_of_worker, each, there, bar.stage, uuid4().hex, arguments)
+    files = Files(Path(config.run.root).expanduser(), reads, writes)
+    with closing(place.outcomes(work, units, files)) as outcomes:
+        for _, outcome in outcomes:
+            bar.add(value_of(outcome), outcome.who, outcome.took)
+
+
+def libraries_of(config: Config) -> tuple[str, ...]:
+    """The modules that a worker needs, and which bring all others."""
+    return "common.pipeline", f"{FOLDERS[config.domain]}.domain"
+
+
+def unit_of_worker(
+    each: Callable[..., None], config: Config, stage: str, call: str, arguments: Any, unit: Any
+) -> Units:
+    """One unit, in a process that has opened the experiment for this call of `carry_out` and keeps it open."""
+    if call not in _OPEN:
+        _OPEN.clear()
+        _OPEN[call] = open_experiment(config, module_of(config.domain))
+    experiment, units = _OPEN[call], Units(stage=stage)
+    with threads_for(experiment.largest_product):
+        each(experiment, [unit], units, *arguments)
+    return units
+
+
+@contextmanager
+def opening(checking: Checking, what: str, path: Path) -> Iterator[None]:
+    """A check of one input; on an error that is no InputError there is a note of it, for the command to say."""
+    with checking(what):
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"opening {what}, {path}")
+            raise
+
+
+def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experiment | None:
+    """Open and compare base and experts, headers only, and choose no device yet.
+
+    Returns: None where a check was refused without which there is no experiment, if `checking` let it go on.
+    """
+    path, base, family = config.model.path("base"), None, BlockFamily(blocks="")
+    modules, tokens, width = [], 0, 0
+    with opening(checking, "base", path):
+        base = Checkpoint(path)
+    if base:
+        with checking("configs"):
+            domain.check_inputs(config)
+    if base or config.model.arch:
+        with opening(checking, "model", path):
+            part = anchored_part(config, domain)
+            family = domain.family(config.model, part)
+            modules = family.modules(domain.skeleton(config.model))
+            tokens, width = domain.token_shape(config.model, part)
+    if base and modules:
+        with opening(checking, "base", path):
+            base = Checkpoint(path, family.names)
+    with checking("run.blocks"):
+        check_indices(config.run.blocks or [], len(modules))
+    with checking("model.fuse_qkv"):
+        check_fused(config, modules)
+    if base:
+        with checking("base"):
+            check_blocks(unstacked(base, family.pieces), modules)
+    experts = open_all_experts(config, domain, family, base, checking)
+    if not base:
+        return None
+    base, experts, matching = compare_experts(config, family, base, experts, checking)
+    if not modules or len(experts) < len(config.tasks):
+        return None
+    shape = (config.anchors.number, config.anchors.tokens or tokens, width)
+    if config.anchors.position_embeddings:
+        with checking("base"):
+            check_positions(family, base, *shape[1:])
+    functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
+    return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
+
+
+def check_indices(indices: Iterable[int], depth: int) -> None:
+    """InputError if run.blocks names a block that the model does not have; a depth of 0 is not known."""
+    for index in indices:
+        if depth and not 0 <= index < depth:
+            raise InputError(f"run.blocks names block {index}; the model has blocks 0 to {depth - 1}")
+
+
+def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
+    """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
+    for prefix, module in modules:
+        expected = {prefix + name: p.shape for name, p in module.named_parameters()}
+        require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
+
+
+def open_all_experts(
+    config: Config, domain: Domain, family: BlockFamily, base: Checkpoint | None, checking: Checking
+) -> dict[str, Checkpoint]:
+    """The experts that are there, opened together, for all models get the same heads; none without a base."""
+    paths: dict[str, Path] = {}
+    for task in config.tasks:
+        path = config.model.path("expert", task)
+        with opening(checking, f"expert {task}", path):
+            check_is_there(path, task, domain)
+            paths[task] = path
+    if not base:
+        return {}
+    how = (family.names, family.vocabulary, config.model.arch)
+    with checking("experts"):
+        try:
+            return open_experts(base, paths, *how)
+        except InputError:
+            for task, path in paths.items():  # whose fault it is
+                with opening(checking, f"expert {task}", path):
+                    open_experts(Checkpoint(base.path, family.names), {task: path}, *how)
+            raise
+    return {}
+
+
+def check_is_there(path: Path, task: str, domain: Domain) -> None:
+    """InputError if there is no expert at a path: it names the path, and the test sets that may have been meant."""
+    try:
+        open_adapter(path) if is_adapter(path) else Checkpoint(path)
+    except InputError as error:
+        meant = get_close_matches(task, domain.TASKS, cutoff=0.7)
+        if path.exists() or task in domain.TASKS or not meant:
+            raise
+        raise InputError(f"{error}; is the task {task!r} misspelt? close to it: {', '.join(meant)}") from error
+
+
+def compare_experts(
+    config: Config, family: BlockFamily, base: Checkpoint, experts: Mapping[str, Checkpoint], checking: Checking
+) -> tuple[Checkpoint, Mapping[str, Checkpoint], Matching]:
+    """Refuse an expert that is not of the base's architecture, names and shapes.
+
+    Returns: base and experts with the same rows for the same tokens, and how these were matched.
+    """
+    leave_to_heads(family.before_head, base, experts.values())
+    lent = {task: tuple(family.lent(expert.shapes)) for task, expert in experts.items()}
+    base = unstacked(base, family.pieces)
+    experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
+    for task, names in lent.items():
+        for name in names:
+            experts[task].borrow(name, base)
+            warn(f"the expert of {task}, {experts[task].path}, has no {name}; it is taken to be the base's")
+    matching = Matching(0)
+    with checking("model.vocabulary"):
+        base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)
+        check_tokenizers(config, matching)
+    for task, expert in experts.items():
+        with opening(checking, f"expert {task}", expert.path):
+            require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
+    return base, experts, matching

@@ -1,0 +1,130 @@
+"""Figures of a run's scores: by task, and against what they took."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.evaluation.rows import Row, display, rank, row_name, values_by_name
+from common.report.charts import Chart, Panel, Spec, layers, named, quantity, tips
+from common.report.reading import RunRecord
+
+
+def accuracy(run: RunRecord) -> Chart | None:
+    """A panel a start: every score from the start to what was adapted from it, between floor and ceiling."""
+    if not run.rows:
+        return None
+    scale, tasks = 100 if run.percent else 1, [*run.tasks, "Avg"]
+    at = {n: [scale * v for v in values] for n, values in values_by_name(run.rows, run.tasks).items()}
+    adapted = {row_name(row): row for row in sorted(run.rows, key=rank) if row["method"] == "fda"}
+    starts = {row["start"] for row in adapted.values()} | {row["method"] for row in run.rows}
+    starts -= {"fda", "individual", *(["pretrained"] if adapted and not made_of(adapted, "pretrained") else [])}
+    order = sorted(starts, key=lambda start: rank({"method": start}))
+    kinds = list(dict.fromkeys(kind_of(row) for row in adapted.values()))
+    metrics = {row["metric"] for row in run.rows}
+    label = f"{metrics.pop() if len(metrics) == 1 else 'score'}{' (%)' if run.percent else ''}"
+    panels = []
+    for start in order:
+        ends = {"pretrained": at.get("Pretrained"), "individual": at.get("Individual"), "start": at.get(display(start))}
+        data = [
+            {"task": task, "what": what, "x": values[i]}
+            for what, values in ends.items()
+            for i, task in enumerate(tasks)
+            if values and values[i] == values[i]
+        ]
+        data += [
+            {"task": task, "what": "fda", "kind": kind_of(row), "x": at[name][i]}
+            | ({"from": ends["start"][i]} if ends["start"] else {})
+            for name, row in made_of(adapted, start).items()
+            for i, task in enumerate(tasks)
+            if at[name][i] == at[name][i]
+        ]
+        alt = f"{label} by task from {display(start)}; the numbers are in the table of results."
+        panels.append(Panel(display(start), alt, accuracy_panel(data, tasks, kinds, label)))
+    caption = (
+        "Ticks: the pretrained model (grey) and each task's own expert (black), floor and ceiling. Ring: the start; "
+        "dots: what was adapted from it."
+    )
+    return Chart(caption, panels, kinds)
+
+
+def made_of(adapted: Mapping[str, Row], start: str) -> dict[str, Row]:
+    return {name: row for name, row in adapted.items() if row["start"] == start}
+
+
+def kind_of(row: Row) -> str:
+    """What tells the adapted models of one start apart."""
+    return f"FDA, {display(row['init'])} {row.get('label') or ''}".rstrip()
+
+
+def accuracy_panel(data: Sequence[Spec], tasks: Sequence[str], kinds: Sequence[str], label: str) -> Spec:
+    y = named("task", sort=list(tasks), axis={"labelLimit": 110})
+    x = quantity("x", label, zero=False)
+    shift = {"yOffset": named("kind", sort=list(kinds))} if len(kinds) > 1 else {}
+    colour = {"color": named("kind", scale={"domain": list(kinds)}, legend=None)}
+    tip = tips(("task", "task"), ("what", "model"), ("kind", "anchors"), ("x", label, ".4~f"))
+
+    def of(what: str, mark: Spec, **encoding: Any) -> Spec:
+        return {"transform": [{"filter": {"field": "what", "equal": what}}], "mark": mark, "encoding": encoding}
+
+    return layers(
+        data,
+        of("fda", {"type": "rule", "strokeWidth": 2}, y=y, x=x, x2={"field": "from"}, **shift, **colour),
+        of("pretrained", {"type": "tick", "thickness": 2, "style": "floor"}, y=y, x=x, tooltip=tip),
+        of("individual", {"type": "tick", "thickness": 2, "style": "ceiling"}, y=y, x=x, tooltip=tip),
+        of("fda", {"type": "point", "filled": True, "size": 45}, y=y, x=x, tooltip=tip, **shift, **colour),
+        of("start", {"type": "point", "style": "ring", "size": 45}, y=y, x=x, tooltip=tip),
+        height=22 * len(tasks) + 10 * len(tasks) * max(0, len(kinds) - 1),
+    )
+
+
+def seconds(runs: Sequence[RunRecord]) -> Chart | None:
+    """Mean score against what it took to make each model, its start included."""
+    data = []
+    for run in runs:
+        averages = {name: values[-1] for name, values in values_by_name(run.rows, run.tasks).items()}
+        spent: dict[str, list[float]] = {}
+        for name, cost in {(row_name(r), r.get("seed")): r for r in run.rows if "seconds" in r}.items():
+            spent.setdefault(name[0], []).append(cost["seconds"])
+        for row in {row_name(r): r for r in sorted(run.rows, key=rank) if "seconds" in r}.values():
+            name, start = row_name(row), display(row["start"]) if row["method"] == "fda" else ""
+            if averages[name] == averages[name]:
+                took = sum(sum(spent[n]) / len(spent[n]) for n in (name, start) if n in spent)
+                kind = kind_of(row) if start else "merge"
+                point = {
+                    "name": name,
+                    "label": start or name,
+                    "run": run.name,
+                    "kind": kind,
+                    "seconds": max(took, 0.01),
+                }
+                data.append(point | {"avg": averages[name] * (100 if run.percent else 1)})
+    if not data:
+        return None
+    unit = " (%)" if runs[0].percent else ""
+    kinds, names = list(dict.fromkeys(d["kind"] for d in data)), [run.name for run in runs]
+    by_run = len(runs) > 1
+    x = quantity("seconds", "seconds", type="log", nice=True) | {"axis": {"tickCount": 4}}
+    y = quantity("avg", f"Avg{unit}", zero=False)
+    colour = named("run" if by_run else "kind", scale={"domain": names if by_run else kinds}, legend=None)
+    tip = tips(("name", "model"), ("run", "run"), ("seconds", "seconds", ".1f"), ("avg", "Avg", ".2f"))
+    shape = {"shape": named("kind", "", legend={"orient": "bottom", "columns": 2})} if by_run else {}
+    spec = layers(
+        data,
+        {
+            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.9},
+            "encoding": {"x": x, "y": y, "color": colour, "tooltip": tip, **shape},
+        },
+        *([] if by_run else [start_above(x, y)]),
+        height=320,
+    )
+    hardware = ", ".join(dict.fromkeys(row["hardware"] for run in runs for row in run.rows if "hardware" in row))
+    caption = (
+        "What it took to make a model from the experts: of a merge, merging and writing; of FDA, its start, the "
+        f"construction of the anchors and the adaptation. Names are those of the starts. Measured on {hardware}."
+    )
+    alt = "Mean score against seconds of each model; the numbers are in the table of results."
+    return Chart(caption, [Panel("", alt, spec)], names if by_run else kinds)
+
+
+def start_above(x: Spec, y: Spec) -> Spec:
+    mark = {"type": "text", "dy": -9, "fontSize": 10, "limit": 130}
+    return {"mark": mark, "encoding": {"x": x, "y": y, "text": {"field": "label"}}}

@@ -1,0 +1,54 @@
+"""Choosing the device, and making its arithmetic repeatable."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from common.core.errors import InputError
+
+WORTH_THREADS = (
+    2**27
+)  # multiplications: the matrix products of a block that has no larger one gain nothing from threads
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def prepare(device: str) -> torch.device:
+    """Choose the device and make arithmetic repeatable: full float32, deterministic kernels, no inference fast path."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Every kernel here writes what it allocates. The name is made when torch is imported, so checkers do not know it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
+    keep_freed_memory()
+    return torch.device(device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors of up to 32 MiB leave behind: given back, every step gets it anew, page by page."""
+    with suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def threads_for(multiplications: int) -> Iterator[None]:
+    """Work on one thread meanwhile if the largest matrix product of the work has so few multiplications.
+
+    Threads that share a small product wait for each other longer than they work, most of all beside another busy
+    process. A product of enough multiplications has all threads that torch was given.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if multiplications >= WORTH_THREADS else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

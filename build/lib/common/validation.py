@@ -1,0 +1,199 @@
+"""Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run
+from common.core.blocks import BlockFamily, BlockModule
+from common.core.errors import InputError
+from common.core.fused import APART, fused_tensors
+from common.domain import FOLDERS, Domain, anchored_part, scored_tests
+from common.io.checkpoints import Checkpoint
+from common.io.matched import Matching
+from common.merging.registry import every_row, method_choices
+from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
+
+POSITIVE = {
+    "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
+    "eval": ("batch_size",),
+}
+
+
+def check_choices(config: Config, domain: Domain) -> None:
+    """Refuse every choice that the domain, the registry of methods or another choice rules out."""
+    check_domain(config, domain.NAME)
+    check_tasks(config)
+    check_tests(config, domain)
+    check_language_options(config, domain)
+    check_part(config, domain)
+    check_starts(config, domain)
+    check_settings(config)
+    check_engine(config.run)
+
+
+def check_domain(config: Config, name: str) -> None:
+    """A recipe is of one domain, and so must the config be."""
+    if config.domain != name:
+        recipes = f"the commands for it are in {FOLDERS[config.domain]}/"
+        raise InputError(f"this is the command of {name}, the config is of domain {config.domain}; {recipes}")
+
+
+def check_tasks(config: Config) -> None:
+    """There is a task, and none twice."""
+    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+        raise InputError("tasks must name at least one task, and none twice")
+    for task in config.model.experts:
+        if task not in config.tasks:
+            raise InputError(f"model.experts names the task {task!r}; tasks are {', '.join(config.tasks)}")
+
+
+def check_tests(config: Config, domain: Domain) -> None:
+    """Test sets that are scored exist, belong to one task each, and have the split that is asked for."""
+    for test in scored_tests(config, domain):
+        if test not in domain.TASKS:
+            raise InputError(f"eval.tests: unknown test set {test!r}; choose from {', '.join(domain.TASKS)}")
+        if config.eval.split != "test" and domain.TASKS[test].train_split is None:
+            raise InputError(f"eval.split is {config.eval.split}, but {test} has no training set to cut from")
+    named = [test for task in config.tasks for test in config.eval.tests.get(task, [task])]
+    if len(named) > len(config.tests):
+        raise InputError(f"eval.tests names one test set for two tasks: {', '.join(named)}")
+    for task in config.eval.tests:
+        if task not in config.tasks:
+            raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
+
+
+def check_language_options(config: Config, domain: Domain) -> None:
+    """Options of language models go with one."""
+    if domain.NAME == "nlg":
+        return
+    for option in ("vocabulary", "dtype", "tokenizers"):
+        if getattr(config.model, option) != getattr(Model(), option):
+            raise InputError(f"model.{option} is for language models, not for {config.domain}")
+    if config.eval.dtype:
+        raise InputError(f"eval.dtype is for language models, not for {config.domain}")
+
+
+def check_part(config: Config, domain: Domain) -> None:
+    """What is to be anchored of a layer is something that the domain can anchor."""
+    if anchored_part(config, domain) not in domain.PARTS:
+        can = " or ".join(domain.PARTS)
+        raise InputError(f"anchors.part is {config.anchors.part}; what is anchored in {domain.NAME} is the {can}")
+
+
+def check_starts(config: Config, domain: Domain) -> None:
+    """Every start that the config names exists, and its hyperparameters and data do."""
+    start = config.start
+    if start.checkpoint and start.method == PRETRAINED:
+        raise InputError("start.checkpoint needs start.method to name it: the method that it was merged by, say")
+    for key in sorted(start.hyper):
+        if JOINED in key:
+            raise InputError(f"start.hyper.{key}: hyperparameters are given by part, under each of {key.split(JOINED)}")
+        if key in every_row() and key != start.method:
+            check_hyper_of(key, start.hyper[key], len(config.tasks))
+    named = {start.method, *config.compare.starts, *config.adapt.by_start} - {PRETRAINED}
+    for method in sorted(named | {key for key in start.hyper if key not in every_row()}):
+        if method == start.method and start.checkpoint:
+            continue
+        if JOINED not in method and method not in every_row():
+            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
+        if chain_of(method).row.data:
+            check_data(config, domain, chain_of(method).method)
+        check_hyper(method, hyper_of(method, start.hyper), len(config.tasks))
+
+
+def check_data(config: Config, domain: Domain, method: str) -> None:
+    """A merge method that uses inputs of the tasks can have some of each."""
+    if domain.calibration_task is None:
+        raise InputError(f"{method} needs data of the tasks; {domain.NAME} has none for it")
+    for task in config.tasks:
+        if task not in scored_tests(config, domain).values():
+            raise InputError(
+                f"{method} needs data of every task, and there is no test set for {task}; eval.tests can name one"
+            )
+
+
+def check_settings(config: Config) -> None:
+    """Numbers are in range, and settings go together."""
+    if config.anchors.together != "no" and config.anchors.chunk:
+        raise InputError("anchors.together has all anchors of all tasks in memory; anchors.chunk cannot be set with it")
+    check_snapshots(config.anchors)
+    for section, names in POSITIVE.items():
+        require_positive(section, getattr(config, section), names)
+    check_adapt("adapt", config.adapt)
+    for start in config.adapt.by_start:
+        check_adapt(f"adapt.by_start.{start}", config.adapt.for_start(start))
+
+
+def check_snapshots(anchors: Anchors) -> None:
+    """Snapshots are of steps that there are, each once, and of anchors that are made here."""
+    steps = anchors.snapshots
+    if len(set(steps)) < len(steps) or any(not 0 <= step <= anchors.steps for step in steps):
+        raise InputError(
+            f"anchors.snapshots must name steps from 0 to anchors.steps, {anchors.steps}, none twice: {steps}"
+        )
+    if steps and anchors.source:
+        raise InputError("anchors.snapshots are kept while anchors are made, and those of anchors.source are made")
+
+
+def check_adapt(where: str, adapt: Adapt) -> None:
+    """The settings of an adaptation are in range; `where` is their address in the config."""
+    require_positive(where, adapt, ("lr", "batch_size", *([] if adapt.warm_start != "none" else ["epochs"])))
+    if adapt.epochs < 0:
+        raise InputError(f"{where}.epochs is {adapt.epochs}; it must be zero or more")
+    if adapt.speedup < 1:
+        raise InputError(f"{where}.speedup divides the epochs; it must be at least 1")
+    if not 0 <= adapt.blend <= 1:
+        raise InputError(f"{where}.blend is {adapt.blend}; it goes from 0, the start, to 1, the adapted model")
+
+
+def require_positive(where: str, section: Any, names: Iterable[str]) -> None:
+    """InputError if one of these fields of a section is set, but not above zero."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{where}.{name} is {value}; it must be above zero")
+
+
+def check_engine(run: Run) -> None:
+    """What does the work is there, and is told nothing that is for another."""
+    if run.workers is not None and run.workers < 1:
+        raise InputError(f"run.workers is {run.workers}; it must be at least 1")
+    if run.engine != "ray":
+        for option in ("gpus_per_unit", "address"):
+            if getattr(run, option) != getattr(Run(), option):
+                raise InputError(f"run.{option} is for run.engine ray, not for {run.engine}")
+    elif not find_spec("ray"):
+        raise InputError("run.engine is ray, and Ray is not installed; pip install -e '.[cluster]' adds it")
+    share = run.gpus_per_unit
+    if share is not None and (share < 0 or (share > 1 and share % 1)):
+        raise InputError(f"run.gpus_per_unit is {share:g}; it must be a part of one GPU or a whole number of them")
+
+
+def check_tokenizers(config: Config, matching: Matching) -> None:
+    """InputError if an expert's tokenizer is to be used with the merged model, but numbers a token in another way."""
+    for task, (token, own, merged) in matching.moved.items():
+        if config.run.score or task in config.model.tokenizers:
+            raise InputError(
+                f"the tokenizer of {task} in {config.model.path('expert', task)} has {token!r} as number {own}, the "
+                f"merged model has it as {merged}: set run.score false and leave {task} out of model.tokenizers"
+            )
+
+
+def check_positions(family: BlockFamily, base: Checkpoint, tokens: int, width: int) -> None:
+    """InputError if position embeddings cannot be added to anchors of T tokens and width D."""
+    shape = base.shapes.get(family.positions)
+    if shape is None:
+        raise InputError("anchors.position_embeddings is on, but the models have none")
+    if shape[0] < tokens or shape[1] != width:
+        raise InputError(f"anchors.position_embeddings: {family.positions} is {shape}, anchors are {(tokens, width)}")
+
+
+def check_fused(config: Config, modules: Iterable[BlockModule]) -> None:
+    """InputError if model.fuse_qkv is on and a block has no q, k and v that are apart."""
+    for prefix, module in modules if config.model.fuse_qkv else ():
+        if not fused_tensors(dict(module.named_parameters())):
+            raise InputError(
+                f"model.fuse_qkv: {prefix[:-1]} has no q, k and v in tensors of their own "
+                f"({', '.join('/'.join(names) for names in APART)}) that could be fused; leave it off"
+            )
