@@ -18,8 +18,10 @@ from common.config import PRETRAINED
 from common.core.task_vectors import LazyTensor, Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, check_provenance, read_header, read_tensor, write_tensors, write_text
+from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
+from common.io.headers import rows_of
+from common.io.tensors import WHOLE, in_rows, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.layout import (
@@ -40,6 +42,7 @@ from common.run.run_log import record_stage
 Part = tuple[int, Sequence[str]]
 """A part of a merge: its number, and the names of its tensors."""
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
+ROWS = 2**20  # weights of the rows of a tensor that are merged at a time, where a method lets them be
 
 
 def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
@@ -73,8 +76,8 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
         known = (provenance, survey_of(experiment, method))
         parts = list(enumerate(groups))
         carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
-        part_of = {name: layout.part_file(number) for number, group in parts for name in group}
-        made = made_by(experiment, lambda name: read_tensor(part_of[name], name))
+        stored = {row.stored: row for number, _ in parts for row in rows_of(layout.part_file(number))}
+        made = made_by(experiment, lambda name, rows: read_tensor(stored[name], rows))
         finish(experiment, domain, made, layout.start, provenance)
         shutil.rmtree(layout.part_file(0).parent)
 
@@ -133,21 +136,40 @@ def merged_with_data(
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
     theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
     examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
-    tensors = made_by(experiment, lambda name: theta[name].cpu())
+    tensors = made_by(experiment, lambda name, rows: theta[name][rows].cpu())
     return tensors, {"split": row.data.split, "examples": examples}
 
 
 def merged_tensors(experiment: Experiment, method: str) -> dict[str, LazyTensor]:
     """Every tensor of the merged model under a merge method, each made when it is written."""
     surveyed = survey_of(experiment, method)
-    return made_by(experiment, lambda name: merged_tensor(experiment, method, name, surveyed))
+    return made_by(
+        experiment,
+        lambda name, rows: merged_tensor(experiment, method, name, surveyed, rows),
+        lambda name: parts_of(experiment, method, name),
+    )
 
 
-def made_by(experiment: Experiment, make: Callable[[str], Tensor]) -> dict[str, LazyTensor]:
-    """Every tensor that is merged, made by its name."""
+def made_by(
+    experiment: Experiment,
+    make: Callable[[str, slice], Tensor],
+    parts: Callable[[str], Sequence[slice]] = lambda name: [WHOLE],
+) -> dict[str, LazyTensor]:
+    """Every tensor that is merged, made by its name and the rows of each of its parts."""
     base = experiment.base
     names = base.names(experiment.family.scope)
-    return {name: LazyTensor(tuple(base.shapes[name]), (partial(make, name),)) for name in names}
+    return {n: LazyTensor(tuple(base.shapes[n]), tuple(partial(make, n, rows) for rows in parts(n))) for n in names}
+
+
+def parts_of(experiment: Experiment, method: str, name: str) -> Sequence[slice]:
+    """The rows of a tensor that are merged together: all, or some where no weight hangs on others and they are stored
+    as they are merged, so that what is in memory stays in the caches of the processor.
+    """
+    chain = chain_of(method)
+    by_weight = chain.row.by_weight and chain.parts == (method,)
+    if not by_weight or not all(each.has_rows(name) for each in (experiment.base, *experiment.experts.values())):
+        return [WHOLE]
+    return in_rows(tuple(experiment.base.shapes[name]), ROWS)
 
 
 def survey_of(experiment: Experiment, method: str) -> Any:
@@ -161,27 +183,29 @@ def is_merged(experiment: Experiment, method: str, name: str) -> bool:
     return chain_of(method).row.scope == "all" or name.startswith(experiment.family.prefixes)
 
 
-def merged_tensor(experiment: Experiment, method: str, name: str, surveyed: Any) -> Tensor:
-    """One tensor of the merged model, on the CPU."""
-    theta, deltas = of_tensor(experiment, name)
+def merged_tensor(experiment: Experiment, method: str, name: str, surveyed: Any, rows: slice = WHOLE) -> Tensor:
+    """One tensor of the merged model, or some rows of it, on the CPU."""
+    theta, deltas = of_tensor(experiment, name, rows)
     if is_merged(experiment, method, name):
         theta = add(theta, merge(method, theta, deltas, experiment.hyper(method), surveyed))
     return theta[name].cpu()
 
 
-def of_tensor(experiment: Experiment, name: str) -> tuple[Params, list[Params]]:
-    """θ₀ and the τᵢ of one tensor. Each expert's is read when its task vector is asked for."""
-    theta = experiment.read(experiment.base, [name])
-    readers = [partial(read_one, experiment, expert) for expert in experiment.experts.values()]
+def of_tensor(experiment: Experiment, name: str, rows: slice = WHOLE) -> tuple[Params, list[Params]]:
+    """θ₀ and the τᵢ of one tensor, or of some of its rows. Each expert's is read when its task vector is asked for."""
+    theta = {name: read_one(experiment, experiment.base, rows, name)}
+    readers = [partial(read_one, experiment, expert, rows) for expert in experiment.experts.values()]
     deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
-    if theta[name].numel() <= KEPT:
+    if theta[name].numel() <= KEPT and rows == WHOLE:
         deltas = [dict(delta) for delta in deltas]
     return theta, deltas
 
 
-def read_one(experiment: Experiment, checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor, on the device."""
-    return experiment.read(checkpoint, [name])[name]
+def read_one(experiment: Experiment, checkpoint: Checkpoint, rows: slice, name: str) -> Tensor:
+    """One tensor, or some of its rows, on the device."""
+    if rows == WHOLE:
+        return experiment.read(checkpoint, [name])[name]
+    return checkpoint.read_rows(name, rows).to(experiment.device)
 
 
 def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> bool:

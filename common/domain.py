@@ -1,5 +1,7 @@
 """What a domain module (Vision/domain.py, ...) offers to everything in common/."""
 
+import gc
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -79,8 +81,20 @@ def anchored_part(config: Config, domain: Domain) -> str:
 
 
 def module_of(name: str) -> Domain:
-    """The module of a domain, a key of FOLDERS; imported when it is asked for, as its libraries take seconds."""
-    return cast(Domain, import_module(f"{FOLDERS[name]}.domain"))
+    """The module of a domain, a key of FOLDERS; imported when it is asked for, as its libraries take seconds.
+
+    Python looks for garbage as objects become more; in what libraries make when they are imported there is none, so it
+    is not looked through meanwhile, nor later. That spares a tenth of the time.
+    """
+    module = f"{FOLDERS[name]}.domain"
+    if module in sys.modules or not gc.isenabled():
+        return cast(Domain, import_module(module))
+    gc.disable()
+    try:
+        return cast(Domain, import_module(module))
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def scored_tests(config: Config, domain: Domain) -> dict[str, str]:

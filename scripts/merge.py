@@ -1,7 +1,9 @@
 """Merge by start.method alone (average, ta, tsv, wudi, ...), write a stock checkpoint, score it.
 
 python scripts/merge.py --config FILE --start.method ta
-python scripts/merge.py --mergekit recipe.yaml --run.name NAME [--domain nlg]   a recipe of mergekit; nothing is scored
+python scripts/merge.py --mergekit recipe.yaml --run.name NAME [--domain nlg]   a recipe of mergekit
+
+A recipe's result is not scored, and has a page with --run.report auto alone.
 """
 
 import argparse
@@ -9,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common.command import run
+from common.command import leave, run
 from common.config import Config, Run
 from common.core.errors import InputError
 from common.pipeline import merge_alone
@@ -25,9 +27,11 @@ def from_recipe(argv: list[str]) -> Config:
     options.add_argument("--domain", choices=["vision", "nlu", "nlg"], default="nlg")
     options.add_argument("--run.name", dest="name", required=True)
     options.add_argument("--run.root", dest="root", default="runs")
+    options.add_argument("--run.report", dest="report", choices=["auto", "full", "no"], default="no")
     options.add_argument("--dry-run", action="store_true")
     said = options.parse_args(argv)
-    config = config_of(said.mergekit, said.domain, Run(name=said.name, root=said.root, score=False))
+    where = Run(name=said.name, root=said.root, report=said.report, score=False)
+    config = config_of(said.mergekit, said.domain, where)
     return config if not said.dry_run else Config(**{**vars(config), "dry_run": True})
 
 
@@ -40,3 +44,4 @@ if __name__ == "__main__":
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
     run(merge_alone, None, __doc__, partial(describe, checks=MERGE), config=read)
+    leave(0)

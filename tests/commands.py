@@ -53,10 +53,11 @@ def call(place: Place, *arguments: str, parsed: bool = True) -> tuple[object, st
     said, former = io.StringIO(), resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     given = patch("common.command.parse", lambda *_: place.config) if parsed else contextlib.nullcontext()
+    left = patch("common.command.leave", sys.exit)  # of the process there is more to come
     argv = patch.object(sys, "argv", [place.script, *arguments])
     resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT, former[1]))
     try:
-        with given, argv, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with given, left, argv, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             runpy.run_path(str(ROOT / place.script), run_name="__main__")
     except SystemExit as end:
         return end.code, said.getvalue()

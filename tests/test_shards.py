@@ -191,7 +191,7 @@ def test_a_copy_that_does_not_read_back_is_refused_and_not_kept(tmp_path, monkey
 def test_a_large_tensor_is_read_in_pieces(tmp_path, monkeypatch, dtype):
     tensors = {"matrix": torch.randn(7, 5).to(dtype), "long": torch.arange(99).to(dtype), "none": torch.tensor(3.0)}
     write_tensors(tmp_path / "model.safetensors", tensors)
-    monkeypatch.setattr("common.io.checkpoints.PIECE", 12)
+    monkeypatch.setattr("common.io.tensors.PIECE", 12)
     for name, tensor in Checkpoint(tmp_path).read_under("").items():
         assert torch.equal(tensor, tensors[name].float()) and tensor.dtype == torch.float32
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,10 +24,10 @@ from common.io.json_files import parse_object
 from common.io.model_files import WEIGHT_FILES, find_model, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
+from common.io.tensors import WHOLE, read_tensor
 from common.io.tokenizer_files import TOKENIZER_FILES
 
 SURROUNDINGS = ("config.json", "open_clip_config.json", "generation_config.json", *TOKENIZER_FILES)
-PIECE = 8 * 2**20  # weights
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
 
@@ -106,18 +105,26 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32. InputError names a tensor that is missing or holds NaN or Inf."""
-        tensors = {}
-        for name in names:
-            if name not in self.rows:
-                raise InputError(f"{self.path} lacks the tensor {name}")
-            file = self.rows[name].file
-            if self.rows[name].dtype.startswith("C"):
-                raise InputError(f"{file}: the tensor {name} holds complex numbers, which are no weights of any family")
-            tensor = read_tensor(file, self.rows[name].stored)
-            tensors[name] = with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
-            if not is_finite(tensors[name]):
-                raise InputError(f"{file}: the tensor {name} holds NaN or Inf")
-        return tensors
+        return {name: self.read_rows(name) for name in names}
+
+    def read_rows(self, name: str, rows: slice = WHOLE) -> Tensor:
+        """A tensor in float32; or some rows of one of which `has_rows` says that they can be had. InputError as above."""
+        if name not in self.rows:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        row = self.rows[name]
+        if row.dtype.startswith("C"):
+            raise InputError(f"{row.file}: the tensor {name} holds complex numbers, which are no weights of any family")
+        tensor = read_tensor(row, rows)
+        if rows == WHOLE and tensor.ndim == 2:
+            tensor = with_rows(tensor, self.shapes[name][0])
+        if not is_finite(tensor):
+            raise InputError(f"{row.file}: the tensor {name} holds NaN or Inf")
+        return tensor
+
+    def has_rows(self, name: str) -> bool:
+        """Whether rows of a tensor are read by themselves: it is stored as it is given, which those of adapters, stacks
+        and matched vocabularies, kinds of their own, are not."""
+        return type(self) is Checkpoint and name in self.rows and self.shapes[name] == self.rows[name].shape
 
     def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
         """The named tensors, each read when it is asked for. InputError names one that is missing."""
@@ -150,19 +157,6 @@ class Checkpoint:
         """Identifies the model by every byte of its weights and of what stock libraries read beside them."""
         files = sorted({row.file for row in self.rows.values()}) + surroundings(self.folder)
         return identity([[file.name, file_hash(file)] for file in files])
-
-
-def read_tensor(file: Path, stored: str) -> Tensor:
-    """A tensor of a file in float32. Of a large one a piece at a time is mapped: what is mapped is memory in use."""
-    with opened(file) as handle:
-        shape = handle.get_slice(stored).get_shape()
-        if math.prod(shape) <= PIECE:
-            return handle.get_tensor(stored).to(torch.float32, copy=True)
-    tensor, rows = torch.empty(shape), max(1, PIECE * shape[0] // math.prod(shape))
-    for begin in range(0, shape[0], rows):
-        with opened(file) as handle:
-            tensor[begin : begin + rows] = handle.get_slice(stored)[begin : begin + rows]
-    return tensor
 
 
 def with_rows(matrix: Tensor, rows: int) -> Tensor:

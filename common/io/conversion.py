@@ -12,7 +12,7 @@ from common.io.containers import Contents, model_in
 from common.io.headers import mistaken_for, opened
 from common.io.pickles import Pickled, lazy_tensors
 from common.io.quantised import require_weights
-from common.io.shards import DTYPES
+from common.io.tensors import DTYPES
 
 TARGETS = {  # the names that stock libraries look for
     "pytorch_model.bin": "model.safetensors",

@@ -23,15 +23,12 @@ from common.io.checkpoints import HEADER_KEY, replacing, write_text
 from common.io.headers import rows_of
 from common.io.model_files import INDEX_FILE
 from common.io.pickles import Pickled, lazy_tensors
+from common.io.tensors import DTYPES, bytes_of
 
 SHARD_BYTES = 2 * 2**30
 CHUNK_BYTES = 4 * 2**20
 STAGED = ".model-*.staged"
 PUBLISHED = "model-*-of-*.safetensors"
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,11 +147,6 @@ def stored_when_made(tensor: LazyTensor, dtype: torch.dtype) -> Stored:
             del made  # before the next is made
 
     return Stored(DTYPES[dtype], tensor.shape, math.prod(tensor.shape) * dtype.itemsize, pieces)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, where they are."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def copy_stored(file: Path, tensors: Mapping[str, Stored], header: Mapping[str, Any] | None = None) -> None:

@@ -12,7 +12,8 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, is_finite
 from common.io.checkpoints import Checkpoint
 from common.io.headers import Row, opened
-from common.io.shards import Stored, bytes_of, stored_when_made
+from common.io.shards import Stored, stored_when_made
+from common.io.tensors import bytes_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}

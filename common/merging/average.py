@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.merging.tensorwise import each_tensor, total, weighted
+from common.merging.tensorwise import each_tensor, scaled_total, weighted
 
 
 def average(
@@ -25,4 +25,4 @@ def average(
         raise InputError(f"average: metrics has a number above 0 for each of the {len(deltas)} tasks, not {metrics}")
     powers = [(metric / max(metrics)) ** power for metric in metrics]
     scales = [each / sum(powers) for each in powers]
-    return each_tensor(lambda taus: total(w * tau for w, tau in zip(scales, taus, strict=True)), base, deltas)
+    return each_tensor(lambda taus: scaled_total(scales, taus), base, deltas)

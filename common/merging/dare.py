@@ -12,10 +12,11 @@ and in every order of work.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.seeding import random_mask, seeded
+from common.core.seeding import PIECE, random_masks, seeded
 from common.core.task_vectors import LazyParams, Params, upcast
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.ties import ties
@@ -53,8 +54,10 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 
     def kept(tau: Tensor, name: str, task: int) -> Tensor:
-        mask = random_mask(tau.shape, 1 - drop, seeded(seed, "dare", name, task))
-        return mask.to(tau).mul_(tau).div_(1 - drop)
+        result, masks = torch.empty_like(tau), random_masks(tau.numel(), 1 - drop, seeded(seed, "dare", name, task))
+        for each, all_of_it, mask in zip(result.view(-1).split(PIECE), tau.flatten().split(PIECE), masks, strict=False):
+            each.copy_(mask).mul_(all_of_it).div_(1 - drop)
+        return result
 
     def lazily(delta: Params, task: int) -> LazyParams:
         return LazyParams(delta, lambda name: kept(upcast(delta[name]), name, task))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.merging.tensorwise import Parts, Taus, rounded_down
@@ -31,9 +32,18 @@ def magnitude_thresholds(parts: Parts, density: float, matrices: bool = False) -
 def trim(tau: Tensor, density: float, threshold: float | None = None) -> Tensor:
     """τ with zeros but for the fraction `density` of its weights that is largest in magnitude, at least one weight; or
     for those whose magnitude reaches a `threshold`."""
-    if threshold is None:
-        threshold = largest(tau.abs(), max(1, share(tau, density)))
-    return tau.where(tau.abs() >= threshold, 0)  # a product with the mask would make a number of each of its bits
+    threshold = least_kept(tau, density) if threshold is None else threshold
+    if threshold == 0:
+        return tau.clone()
+    least = torch.tensor(threshold, dtype=tau.dtype)
+    below = torch.nextafter(least, torch.zeros_like(least)).item()
+    return torch.nn.functional.hardshrink(tau, below)  # keeps what is above it, in one pass
+
+
+def least_kept(tau: Tensor, density: float) -> float:
+    """The magnitude that the fraction `density` of the weights of τ reaches, at least one of them; 0 where it is all."""
+    count = max(1, share(tau, density))
+    return largest(tau.abs(), count) if count < tau.numel() else 0.0
 
 
 def largest(x: Tensor, count: int) -> float:

@@ -58,11 +58,14 @@ class Method(Row):
     data: the inputs of the tasks that it uses; None if the weights are all it needs.
     survey: "file:function" of its first pass over the model, (parts, **hyper) -> what the method takes as its third
         argument; "" if it needs none.
+    by_weight: whether each weight of δ hangs on that weight of the τᵢ alone, bit for bit, so that the rows of a tensor
+        can be merged by themselves.
     """
 
     scope: Literal["all", "blocks"] = "all"
     data: Data | None = None
     survey: str = ""
+    by_weight: bool = False
 
     @property
     def surveyor(self) -> Callable[..., Any]:
@@ -94,12 +97,12 @@ METHODS: dict[str, Method] = {
         "expert_merging:expert_merging", "Expert Merging", "coefficients that answer as experts", data=Data("train", 1)
     ),
     "prodistill": Method("prodistill:prodistill", "ProDistill", "distils experts by block", data=Data("train", 16)),
-    "average": Method("average:average", "Average", "mean of the task vectors"),
+    "average": Method("average:average", "Average", "mean of the task vectors", by_weight=True),
     "slerp": Method("slerp:slerp", "SLERP", "between two models, along an arc"),
     "layer_swap": Method(
         "layer_swap:layer_swap", "Layer swap", "outer layers of another expert", survey="layer_swap:depth"
     ),
-    "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors"),
+    "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors", by_weight=True),
     "rws": Method("rws:rws", "RWS", "one expert, patched by the others"),
     "ties": Method("ties:ties", "TIES", "trim, elect signs, average what agrees", survey="ties:thresholds"),
     "dare_ta": Method("dare:dare_ta", "DARE (TA)", "drop at random, rescale, then TA"),

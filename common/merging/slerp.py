@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
-from common.merging.tensorwise import Taus
+from common.merging.tensorwise import Taus, by_pieces
 
 
 def slerp(
@@ -38,16 +38,24 @@ def slerp(
     def merged(theta: Tensor, taus: Sequence[Tensor]) -> Tensor:
         if of_task_vectors:
             theta = torch.zeros_like(theta)
-        left, right = arc_weights(theta + taus[0], theta + taus[1], t, linear_above)
-        return (left * taus[0]).add_(right * taus[1]).add_((left + right - 1) * theta)
+        one, other = taus
+        left, right = arc_weights(theta, one, other, t, linear_above)
+        result = left * one
+        for each, of_other, of_theta in by_pieces(result, other, theta):
+            each.add_(right * of_other).add_((left + right - 1) * of_theta)
+        return result
 
     return {name: merged(upcast(base[name]), Taus(deltas, name)) for name in base}
 
 
-def arc_weights(a: Tensor, b: Tensor, t: float, linear_above: float) -> tuple[float, float]:
-    """The factors of a and b in slerp(a, b; t)."""
-    norms = float(torch.linalg.vector_norm(a)) * float(torch.linalg.vector_norm(b))
-    cosine = float((a * b).sum()) / norms if norms > 0 else 1.0
+def arc_weights(theta: Tensor, one: Tensor, other: Tensor, t: float, linear_above: float) -> tuple[float, float]:
+    """The factors of a = θ + τ₁ and b = θ + τ₂ in slerp(a, b; t). One of the two is in memory at a time."""
+    norms = float(torch.linalg.vector_norm(theta + other))
+    product = theta + one
+    norms = float(torch.linalg.vector_norm(product)) * norms
+    for each, of_theta, of_other in by_pieces(product, theta, other):
+        each *= of_theta + of_other
+    cosine = float(product.sum()) / norms if norms > 0 else 1.0
     if abs(cosine) > linear_above:
         return 1 - t, t
     omega = acos(cosine)

@@ -7,8 +7,8 @@ Default: λ = 0.3 for every task, the FDA paper's coefficient for all ViTs and R
 from collections.abc import Sequence
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, upcast
-from common.merging.tensorwise import total
+from common.core.task_vectors import Params
+from common.merging.tensorwise import each_tensor, scaled_total
 
 
 def task_arithmetic(base: Params, deltas: Sequence[Params], *, scale: float | Sequence[float] = 0.3) -> Params:
@@ -16,5 +16,4 @@ def task_arithmetic(base: Params, deltas: Sequence[Params], *, scale: float | Se
     scales = [scale] * len(deltas) if isinstance(scale, int | float) else scale
     if len(scales) != len(deltas):
         raise InputError(f"ta: scale lists {len(scales)} numbers, one for each of the {len(deltas)} tasks is needed")
-    pairs = list(zip(scales, deltas, strict=True))
-    return {name: total(lam * upcast(delta[name]) for lam, delta in pairs) for name in base}
+    return each_tensor(lambda taus: scaled_total(scales, taus), base, deltas)

@@ -15,7 +15,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
 FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
-PIECE = 2**20  # numbers that are multiplied at once
+PIECE = 2**20  # numbers that are worked on at once
 
 
 class Taus(Sequence[Tensor]):
@@ -85,6 +85,29 @@ def total(taus: Iterable[Tensor]) -> Tensor:
         result += tau
         del tau
     return result
+
+
+def scaled_total(scales: Sequence[float], taus: Iterable[Tensor]) -> Tensor:
+    """Σᵢ λᵢ τᵢ in one new tensor, of as many λᵢ as τᵢ, at least one: each product is let go of before the next."""
+    result = None
+    for scale, tau in zip(scales, taus, strict=True):
+        if result is None:
+            result = scale * tau
+        else:
+            result += scale * tau
+        del tau
+    assert result is not None
+    return result
+
+
+def by_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, so many of their rows at a time that a step's results stay in the processor's caches."""
+    shape = tensors[0].shape
+    if shape.numel() <= PIECE:
+        yield tensors
+        return
+    rows = max(1, PIECE * shape[0] // shape.numel())
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -12,15 +12,15 @@ Deviation: where the trimmed task vectors cancel exactly, γ is 0 and so is δ; 
 weights have.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.core.task_vectors import Params
-from common.merging.magnitude import Granularity, magnitude_thresholds, trim
-from common.merging.tensorwise import Parts, each_tensor, require_fraction, total
+from common.merging.magnitude import Granularity, least_kept, magnitude_thresholds, trim
+from common.merging.tensorwise import Parts, by_pieces, each_tensor, require_fraction
 
 Thresholds = Mapping[int, float] | None
 
@@ -45,15 +45,27 @@ def ties(
 
 
 def agreed_mean(taus: Sequence[Tensor], density: float, thresholds: Mapping[int, float]) -> Tensor:
-    """Weight by weight, the mean of the τ̂ᵢ that have the sign γ of Σᵢ τ̂ᵢ. They are trimmed twice rather than kept."""
+    """Weight by weight, the mean of the τ̂ᵢ that have the sign γ of Σᵢ τ̂ᵢ.
 
-    def trimmed() -> Iterator[Tensor]:
-        return (trim(tau, density, thresholds.get(i)) for i, tau in enumerate(taus))
-
-    sign = total(trimmed()).sign_()
-    agreed, voters = torch.zeros_like(sign), torch.zeros_like(sign, dtype=torch.int16)
-    for kept in trimmed():
-        agreed += kept.mul_(sign).clamp_(min=0)  # γ τ̂ᵢ, which is above 0 where the signs agree
-        voters += kept > 0
-        del kept
-    return agreed.div_(voters.clamp_(min=1)).mul_(sign)
+    Each τᵢ is made once: γ is known in the end, so what lies above 0 and what lies below is added up apart.
+    """
+    sums: list[Tensor] = []
+    for i, tau in enumerate(taus):
+        if not sums:
+            voters = torch.int8 if len(taus) < 128 else torch.int16
+            sums = [torch.zeros_like(tau) for _ in range(3)] + [torch.zeros_like(tau, dtype=voters) for _ in range(2)]
+        threshold = thresholds.get(i)
+        threshold = least_kept(tau, density) if threshold is None else threshold
+        for each, every, above, below, ups, downs in by_pieces(tau, *sums):
+            kept = trim(each, density, threshold)
+            every += kept
+            above += kept.clamp(min=0)
+            below -= kept.clamp(max=0)
+            ups += kept > 0
+            downs += kept < 0
+        del tau
+    for every, above, below, ups, downs in by_pieces(*sums):
+        sign = every.sign_()
+        mean = torch.where(sign > 0, above, below).div_(torch.where(sign > 0, ups, downs).clamp_(min=1))
+        every.copy_(mean.mul_(sign))
+    return sums[0]

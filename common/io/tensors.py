@@ -1,0 +1,70 @@
+"""Tensors out of safetensors files: whole, or some of their rows, in float32."""
+
+import math
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.core.errors import InputError
+from common.io.headers import Row, absent, opened
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+TYPES = {stored: dtype for dtype, stored in DTYPES.items()}
+PIECE = 8 * 2**20  # weights
+WHOLE = slice(None)
+
+
+def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
+    """A tensor of a file in float32, or some of its rows, one behind the other.
+
+    It is read and not mapped: what is mapped is memory in use, and comes a page fault at a time. Of a large tensor of
+    another type no more than a piece is in memory as it is stored.
+    """
+    if row.dtype not in TYPES:
+        with opened(row.file) as handle:
+            return handle.get_tensor(row.stored)[rows].to(torch.float32, copy=True)
+    begin, end, _ = rows.indices(row.shape[0]) if row.shape else (0, 1, 1)
+    stride = row.nbytes // row.shape[0] if row.shape and row.shape[0] else row.nbytes
+    tensor = torch.empty((max(0, end - begin), *row.shape[1:]) if row.shape else ())
+    try:
+        with open(row.file, "rb", buffering=0) as handle:
+            handle.seek(row.begin + begin * stride)
+            if row.dtype == "F32":
+                fill(tensor.view(-1), handle, row.file)
+            else:
+                for piece in tensor.view(-1).split(PIECE):
+                    piece.copy_(fill(torch.empty(len(piece), dtype=TYPES[row.dtype]), handle, row.file))
+    except FileNotFoundError as error:
+        raise InputError(absent(row.file)) from error
+    except OSError as error:
+        raise InputError(f"{row.file} cannot be read: {error.strerror}") from error
+    return tensor
+
+
+def fill(flat: Tensor, handle: FileIO, file: Path) -> Tensor:
+    """A tensor of one axis, filled with the next bytes of a file. InputError if there are too few."""
+    left = bytes_of(flat)
+    while left:
+        count = handle.readinto(left)
+        if not count:
+            raise InputError(f"{file} is truncated or no safetensors file: {len(left)} bytes of a tensor are missing")
+        left = left[count:]
+    return flat
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they are."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def in_rows(shape: tuple[int, ...], weights: int) -> list[slice]:
+    """Rows of a tensor in parts of so many weights at most, or of one row."""
+    if not shape or math.prod(shape) <= weights:
+        return [WHOLE]
+    each = max(1, weights // math.prod(shape[1:]))
+    return [slice(at, min(at + each, shape[0])) for at in range(0, shape[0], each)]
