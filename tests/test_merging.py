@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from common import assembly
 from common.config import ROOT
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, subtract
@@ -27,7 +28,7 @@ from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.cost import tensors_held
 from common.planning.dry_run import describe
-from helpers import assert_close
+from helpers import assert_close, change, files_of
 from pico_nlg import pico_architecture, pico_tokenizer, save
 from pico_task_vectors import MATRICES, SHAPES, task_vectors
 from Vision import domain
@@ -301,6 +302,27 @@ def test_task_vectors_may_be_made_when_they_are_asked_for(method):
     assert made and not any(ref() is not None for ref in made)
 
 
+@pytest.mark.parametrize("method", [method for method, row in METHODS.items() if row.by_weight])
+def test_rows_of_a_method_by_weight_are_those_of_the_whole(method):
+    """Bit by bit, though the last numbers of a tensor take another path through a kernel than those before them."""
+    whole = merge(method, *(tasks := some_tasks(method, 3)), {})
+    for rows in (slice(0, 1), slice(1, 4), slice(4, None)):
+        thetas = (tasks[0], *tasks[1])
+        base, *deltas = ({name: tensor[rows] for name, tensor in theta.items() if tensor.ndim} for theta in thetas)
+        for name, tensor in merge(method, base, deltas, {}).items():
+            assert torch.equal(tensor, whole[name][rows])
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ta", "dare_ties", "slerp", "average"])
+def test_pieces_change_no_byte(method, monkeypatch):
+    base, deltas = some_tasks(method, 2)
+    whole = merge(method, base, deltas, {})
+    monkeypatch.setattr("common.merging.tensorwise.UNDIVIDED", 1)
+    monkeypatch.setattr("common.merging.tensorwise.CACHED", 7)
+    for name, tensor in merge(method, base, deltas, {}).items():
+        assert torch.equal(tensor, whole[name])
+
+
 @pytest.mark.parametrize("method", sorted(WITHOUT_DATA.keys() - {*TWO, "doge_ta", "iso_cts", "tsv", "dc_merge"}))
 def test_more_tasks_take_no_more_memory(method):
     """DOGE-TA holds all tasks; TSV, Iso-CTS and DC-Merge hold their leading components."""
@@ -347,6 +369,20 @@ def test_every_method_merges_a_checkpoint(method, pico_config):
     assert ("visual.conv1.weight" in moved) == (METHODS[method].scope == "all")
 
 
+@pytest.mark.parametrize("method", ["ta", "average", "ta+svc"])
+def test_merged_by_rows_a_checkpoint_has_the_same_bytes(method, pico_config, monkeypatch):
+    made, counts = [], []
+    for rows in (2**40, 50):
+        calls, merged = [], assembly.merged_tensor
+        monkeypatch.setattr(assembly, "ROWS", rows)
+        monkeypatch.setattr(assembly, "merged_tensor", lambda *given: calls.append(given) or merged(*given))
+        config = change(change(pico_config, "start", method=method, hyper={}), "run", name=str(rows), score=False)
+        made.append(files_of(merge_alone(config, domain), "*.safetensors"))
+        counts.append(len(calls))
+        monkeypatch.undo()
+    assert made[0] == made[1] and (counts[1] > 2 * counts[0]) == (method != "ta+svc")
+
+
 @pytest.mark.parametrize("method", ["ties", "pcb", "doge_ta", "opcm", "pact+ties"])
 def test_what_counts_over_the_whole_model_does_so_in_a_checkpoint(method, pico_config):
     """Read tensor by tensor in several passes, a checkpoint is merged as the whole of it in memory is."""
@@ -365,10 +401,10 @@ def test_what_counts_over_the_whole_model_does_so_in_a_checkpoint(method, pico_c
 
 
 MEASURED = """
-import runpy, sys
+import atexit, runpy, sys
 sys.argv = sys.argv[1:]
+atexit.register(lambda: print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024))
 runpy.run_path(sys.argv[0], run_name="__main__")
-print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
 """
 LIBRARIES = 0.9 * 2**30
 STREAMED_TASKS = ["GSM8K", "MATH", "HumanEval", "MBPP"]
@@ -415,7 +451,8 @@ def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
     took = time.monotonic() - began
     print(f"\n{method:14} {peak / 1e6:6.0f} MB at most, {foreseen / 1e6:6.0f} MB foreseen, {took:5.0f} s")
     assert peak < max(2.5e9, foreseen)
-    assert abs(peak - foreseen) < 0.2 * (foreseen - LIBRARIES) + 0.1e9
+    if not METHODS[method].by_weight:  # of which some rows are in memory at a time
+        assert abs(peak - foreseen) < 0.2 * (foreseen - LIBRARIES) + 0.1e9
 
 
 # --- the door --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from common.core.linalg import nearest_isometry, rank_of_share, regression_mean,
 from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
+from common.merging.magnitude import trim
 from common.merging.registry import METHODS, hyperparameters
 from common.merging.starts import merge
 from common.merging.swudi import filtered
@@ -173,6 +174,17 @@ def test_a_large_mask_is_drawn_in_pieces_without_a_seam(monkeypatch):
     whole = random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1))
     monkeypatch.setattr("common.core.seeding.PIECE", 7)
     assert torch.equal(random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1)), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_reaches_the_threshold_is_kept(dtype):
+    """As the comparison has it, to the last bit: at the threshold, just below it, for denormal numbers and for zero."""
+    tau = torch.tensor([0.0, -0.0, 1e-45, -0.1, 0.1, 0.3, -0.3, 7.0], dtype=dtype)
+    tau = torch.cat([tau, torch.nextafter(tau, torch.zeros_like(tau)), torch.nextafter(tau, 9 * torch.ones_like(tau))])
+    for threshold in map(float, tau.abs()):
+        kept = trim(tau, 0.5, threshold)
+        assert torch.equal(kept, tau.where(tau.abs() >= threshold, 0)) and kept is not tau
+    assert torch.equal(trim(tau, 1.0), tau)
 
 
 def test_dares_expectation_is_the_task_vector():

@@ -26,6 +26,7 @@ from common.io.shards import (
     stored_when_made,
     write_stored,
 )
+from common.io.tensors import in_rows
 from helpers import as_made
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(5)}  # 64 bytes each
@@ -194,6 +195,32 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("common.io.tensors.PIECE", 12)
     for name, tensor in Checkpoint(tmp_path).read_under("").items():
         assert torch.equal(tensor, tensors[name].float()) and tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_are_read_by_themselves(tmp_path, dtype):
+    tensors = {"matrix": torch.randn(7, 5).to(dtype), "long": torch.arange(9).to(dtype), "none": torch.tensor(3.0)}
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    opened = Checkpoint(tmp_path)
+    for name, shape in opened.shapes.items():
+        parts = in_rows(shape, 10)
+        assert len(parts) == {"matrix": 4, "long": 1, "none": 1}[name] and opened.has_rows(name)
+        if name != "none":
+            assert torch.equal(torch.cat([opened.read_rows(name, rows) for rows in parts]), tensors[name].float())
+            assert opened.read_rows(name, slice(2, 4)).shape == (2, *shape[1:])
+    opened.resize({"matrix": 9})
+    assert not opened.has_rows("matrix")
+
+
+def test_a_file_that_became_shorter_is_refused(tmp_path):
+    write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(9), "b": torch.ones(9)})
+    opened, file = Checkpoint(tmp_path), tmp_path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(InputError, match=f"{file} is truncated while it is read: 4 bytes of b are missing"):
+        opened.read(["b"])
+    file.unlink()
+    with pytest.raises(InputError, match=f"there is no file {file}"):
+        opened.read(["b"])
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "a/../../b.safetensors"])

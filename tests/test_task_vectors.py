@@ -73,7 +73,8 @@ def test_a_lazy_task_vector_reads_what_is_asked_for_and_keeps_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_finite_is_told_by_the_extremes(dtype):
+def test_finite_is_told_even_where_the_sum_overflows(dtype):
+    assert is_finite(torch.full((99,), torch.finfo(dtype).max, dtype=dtype))
     assert is_finite(torch.empty(0, 3, dtype=dtype)) and is_finite(torch.tensor(1.0, dtype=dtype))
     for value in (torch.nan, torch.inf, -torch.inf):
         x = torch.zeros(99, dtype=dtype)

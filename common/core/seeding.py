@@ -5,12 +5,11 @@ torch draws Bernoulli and exponential numbers by another library on CPUs of one 
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-PIECE = 2**20  # uniform numbers that are in memory at once, and elements of a piece of a mask
+PIECE = 2**20  # uniform numbers that are in memory at once
 
 
 def seeded(seed: int, *what: str | int) -> torch.Generator:
@@ -22,15 +21,9 @@ def seeded(seed: int, *what: str | int) -> torch.Generator:
 def random_mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
     """A mask of that shape, on the CPU, in which each element is True with probability `share`."""
     mask = torch.empty(shape, dtype=torch.bool)
-    for part, drawn in zip(mask.view(-1).split(PIECE), random_masks(mask.numel(), share, generator), strict=False):
-        part.copy_(drawn)
+    for part in mask.view(-1).split(PIECE):
+        part.copy_(torch.rand(len(part), generator=generator, dtype=torch.float64) < share)
     return mask
-
-
-def random_masks(count: int, share: float, generator: torch.Generator) -> Iterator[Tensor]:
-    """The same in pieces, one behind the other, each made when it is asked for."""
-    for begin in range(0, count, PIECE):
-        yield torch.rand(min(PIECE, count - begin), generator=generator, dtype=torch.float64) < share
 
 
 def random_choice(probabilities: Tensor, generator: torch.Generator) -> int:

@@ -16,10 +16,13 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class LazyParams(Mapping[str, Tensor]):
-    """Tensors that are made by name whenever they are asked for, and not kept."""
+    """Tensors that are made by name whenever they are asked for, and not kept.
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
-        self.names, self.make = dict.fromkeys(names), make
+    anew: whether each is made anew, so that who asks for it may overwrite it.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor], anew: bool = False):
+        self.names, self.make, self.anew = dict.fromkeys(names), make, anew
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -95,7 +98,12 @@ def lazy_task_vector(read: Callable[[str], Tensor], theta_0: Params) -> LazyPara
 
     What `read` returns is overwritten.
     """
-    return LazyParams(theta_0, lambda name: read(name).sub_(theta_0[name]))
+    return LazyParams(theta_0, lambda name: read(name).sub_(theta_0[name]), anew=True)
+
+
+def made_anew(params: Params) -> bool:
+    """Whether each tensor is made when it is asked for, so that who asks for it may overwrite it."""
+    return isinstance(params, LazyParams) and params.anew
 
 
 def add(theta_0: Params, delta: Params, scale: float = 1.0) -> dict[str, Tensor]:

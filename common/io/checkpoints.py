@@ -108,7 +108,7 @@ class Checkpoint:
         return {name: self.read_rows(name) for name in names}
 
     def read_rows(self, name: str, rows: slice = WHOLE) -> Tensor:
-        """A tensor in float32; or some rows of one of which `has_rows` says that they can be had. InputError as above."""
+        """A tensor in float32, or some rows of one that `has_rows`. InputError as `read`."""
         if name not in self.rows:
             raise InputError(f"{self.path} lacks the tensor {name}")
         row = self.rows[name]

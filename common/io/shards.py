@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor

@@ -2,7 +2,6 @@
 
 import math
 from io import FileIO
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,10 +34,10 @@ def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
         with open(row.file, "rb", buffering=0) as handle:
             handle.seek(row.begin + begin * stride)
             if row.dtype == "F32":
-                fill(tensor.view(-1), handle, row.file)
+                fill(tensor.view(-1), handle, row)
             else:
                 for piece in tensor.view(-1).split(PIECE):
-                    piece.copy_(fill(torch.empty(len(piece), dtype=TYPES[row.dtype]), handle, row.file))
+                    piece.copy_(fill(torch.empty(len(piece), dtype=TYPES[row.dtype]), handle, row))
     except FileNotFoundError as error:
         raise InputError(absent(row.file)) from error
     except OSError as error:
@@ -46,13 +45,13 @@ def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
     return tensor
 
 
-def fill(flat: Tensor, handle: FileIO, file: Path) -> Tensor:
+def fill(flat: Tensor, handle: FileIO, row: Row) -> Tensor:
     """A tensor of one axis, filled with the next bytes of a file. InputError if there are too few."""
     left = bytes_of(flat)
     while left:
         count = handle.readinto(left)
         if not count:
-            raise InputError(f"{file} is truncated or no safetensors file: {len(left)} bytes of a tensor are missing")
+            raise InputError(f"{row.file} is truncated while it is read: {len(left)} bytes of {row.stored} are missing")
         left = left[count:]
     return flat
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.seeding import PIECE, random_masks, seeded
-from common.core.task_vectors import LazyParams, Params, upcast
+from common.core.seeding import random_mask, seeded
+from common.core.task_vectors import LazyParams, Params, made_anew, upcast
 from common.merging.task_arithmetic import task_arithmetic
+from common.merging.tensorwise import by_pieces
 from common.merging.ties import ties
 
 
@@ -45,7 +46,7 @@ def dare_ties(
 
     `drop` is p. InputError unless it lies in [0, 1).
     """
-    return ties(base, dropped(deltas, drop, seed), None, density=density, scale=scale, granularity="tensor")
+    return ties(base, dropped(deltas, drop, seed), {}, density=density, scale=scale, granularity="tensor")
 
 
 def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams]:
@@ -53,13 +54,14 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
     if not 0 <= drop < 1:
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 
-    def kept(tau: Tensor, name: str, task: int) -> Tensor:
-        result, masks = torch.empty_like(tau), random_masks(tau.numel(), 1 - drop, seeded(seed, "dare", name, task))
-        for each, all_of_it, mask in zip(result.view(-1).split(PIECE), tau.flatten().split(PIECE), masks, strict=False):
-            each.copy_(mask).mul_(all_of_it).div_(1 - drop)
+    def kept(tau: Tensor, name: str, task: int, anew: bool) -> Tensor:
+        result, generator = tau if anew else torch.empty_like(tau), seeded(seed, "dare", name, task)
+        for each, of_tau in by_pieces(result, tau):
+            mask = random_mask(each.shape, 1 - drop, generator).to(tau)
+            torch.mul(mask, of_tau, out=each).div_(1 - drop)
         return result
 
     def lazily(delta: Params, task: int) -> LazyParams:
-        return LazyParams(delta, lambda name: kept(upcast(delta[name]), name, task))
+        return LazyParams(delta, lambda name: kept(upcast(delta[name]), name, task, made_anew(delta)), anew=True)
 
     return [lazily(delta, i) for i, delta in enumerate(deltas)]

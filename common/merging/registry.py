@@ -58,8 +58,8 @@ class Method(Row):
     data: the inputs of the tasks that it uses; None if the weights are all it needs.
     survey: "file:function" of its first pass over the model, (parts, **hyper) -> what the method takes as its third
         argument; "" if it needs none.
-    by_weight: whether each weight of δ hangs on that weight of the τᵢ alone, bit for bit, so that the rows of a tensor
-        can be merged by themselves.
+    by_weight: whether each weight of δ hangs on that weight of the τᵢ and on the survey alone, bit for bit, so that the
+        rows of a tensor can be merged by themselves.
     """
 
     scope: Literal["all", "blocks"] = "all"
@@ -104,7 +104,9 @@ METHODS: dict[str, Method] = {
     ),
     "ta": Method("task_arithmetic:task_arithmetic", "TA", "scaled sum of the task vectors", by_weight=True),
     "rws": Method("rws:rws", "RWS", "one expert, patched by the others"),
-    "ties": Method("ties:ties", "TIES", "trim, elect signs, average what agrees", survey="ties:thresholds"),
+    "ties": Method(
+        "ties:ties", "TIES", "trim, elect signs, average what agrees", survey="ties:thresholds", by_weight=True
+    ),
     "dare_ta": Method("dare:dare_ta", "DARE (TA)", "drop at random, rescale, then TA"),
     "dare_ties": Method("dare:dare_ties", "DARE (TIES)", "drop at random, rescale, then TIES"),
     "breadcrumbs": Method("breadcrumbs:breadcrumbs", "Breadcrumbs", "sum without outliers and small changes"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.core.annotations import is_of
 from common.core.errors import InputError
-from common.core.task_vectors import LazyParams, Params, is_finite, require_same_tensors
+from common.core.task_vectors import LazyParams, Params, is_finite, made_anew, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION, CalibrationTask
 from common.merging.registry import METHODS, STEPS, Method, every_row, hyperparameters, method_choices
 from common.merging.tensorwise import Parts
@@ -169,7 +169,7 @@ def _checked(delta: Params, base: Params, whose: str) -> Params:
             raise InputError(f"{name}: the task vector of {whose} holds NaN or infinite values")
         return tau
 
-    return LazyParams(base, checked)
+    return LazyParams(base, checked, made_anew(delta))
 
 
 # ---- the door --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
 FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
-PIECE = 2**20  # numbers that are worked on at once
+PIECE = 2**20  # numbers that are multiplied at once
+CACHED = 2**18  # numbers that are worked on while they are in the processor's caches
+UNDIVIDED = 2**12  # numbers that are all worked on at once
 
 
 class Taus(Sequence[Tensor]):
@@ -101,13 +103,14 @@ def scaled_total(scales: Sequence[float], taus: Iterable[Tensor]) -> Tensor:
 
 
 def by_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, so many of their rows at a time that a step's results stay in the processor's caches."""
+    """Tensors of one shape, some of their rows at a time: an eighth, or of large ones so many that what a step makes of
+    them stays in the processor's caches."""
     shape = tensors[0].shape
-    if shape.numel() <= PIECE:
+    if shape.numel() <= UNDIVIDED:
         yield tensors
         return
-    rows = max(1, PIECE * shape[0] // shape.numel())
-    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    pieces = max(8, math.ceil(shape.numel() / CACHED))
+    yield from zip(*(tensor.split(math.ceil(shape[0] / pieces)) for tensor in tensors), strict=True)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

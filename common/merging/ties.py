@@ -6,7 +6,7 @@ the mean of those τ̂ᵢ that have the sign γ there; 0 where none has.
 Source: Yadav et al. 2023, "TIES-Merging" (arXiv 2306.01708), Algorithm 1. Defaults: density 0.2, λ 1 (the paper's where
 there is no validation data).
 `granularity`: model trims a whole task vector by one threshold, as the paper does; tensor gives each tensor its own,
-and spares two passes over the model. Then tensors that moved little keep as large a part as those that moved much.
+and spares one of two passes over the model. Then tensors that moved little keep as large a part as those that moved much.
 Deviation: the released code keeps one weight more than the fraction, the threshold's own place counted from below.
 Deviation: where the trimmed task vectors cancel exactly, γ is 0 and so is δ; the released code takes the sign that most
 weights have.
@@ -20,14 +20,22 @@ from torch import Tensor
 
 from common.core.task_vectors import Params
 from common.merging.magnitude import Granularity, least_kept, magnitude_thresholds, trim
-from common.merging.tensorwise import Parts, by_pieces, each_tensor, require_fraction
+from common.merging.tensorwise import Parts, Taus, by_pieces, require_fraction
 
-Thresholds = Mapping[int, float] | None
+Thresholds = Mapping[str, Mapping[int, float]]
+"""The magnitude by which each task vector is trimmed, by tensor; that of all tensors under the name ""."""
+WHOLE_MODEL = ""
 
 
 def thresholds(parts: Parts, *, density: float = 0.2, granularity: Granularity = "model", **_: Any) -> Thresholds:
-    """The magnitude by which each task vector is trimmed, where it is one for all tensors."""
-    return magnitude_thresholds(parts, density) if granularity == "model" else None
+    """The magnitudes by which the task vectors are trimmed."""
+    if granularity == "model":
+        return {WHOLE_MODEL: magnitude_thresholds(parts, density)}
+    return {
+        name: {i: least_kept(tau, density) for i, tau in enumerate(Taus(deltas, name))}
+        for base, deltas in parts()
+        for name in base
+    }
 
 
 def ties(
@@ -41,7 +49,11 @@ def ties(
 ) -> Params:
     """The TIES delta, for tensors of any shape. InputError unless `density` lies in (0, 1]."""
     require_fraction("ties", "density", density)
-    return each_tensor(lambda taus: agreed_mean(taus, density, trimmed or {}).mul_(scale), base, deltas)
+
+    def of_name(name: str) -> Mapping[int, float]:
+        return trimmed.get(WHOLE_MODEL if granularity == "model" else name, {})
+
+    return {name: agreed_mean(Taus(deltas, name), density, of_name(name)).mul_(scale) for name in base}
 
 
 def agreed_mean(taus: Sequence[Tensor], density: float, thresholds: Mapping[int, float]) -> Tensor:
@@ -61,8 +73,8 @@ def agreed_mean(taus: Sequence[Tensor], density: float, thresholds: Mapping[int,
             every += kept
             above += kept.clamp(min=0)
             below -= kept.clamp(max=0)
-            ups += kept > 0
-            downs += kept < 0
+            ups += (kept > 0).view(torch.int8)  # much faster than to add booleans
+            downs += (kept < 0).view(torch.int8)
         del tau
     for every, above, below, ups, downs in by_pieces(*sums):
         sign = every.sign_()
