@@ -2,7 +2,8 @@
 
 Both read and write the same disk, with as many threads as OMP_NUM_THREADS says. A run of each that is not counted comes
 first, so that all files are in the system's cache if they fit; it is also the one in which this project hashes its
-inputs, which it notes, and later merges of the same files look up. Its seconds are told apart.
+inputs, which it notes, and later merges of the same files look up. Its seconds are told apart. This project's result is
+on the disk when its command ends; mergekit's is when the system writes it.
 """
 
 import json
@@ -133,6 +134,7 @@ def compared(commands: Mapping[str, Sequence[str]], folder: Path, repeats: int) 
     for _ in range(1 + repeats):
         for who, command in commands.items():
             shutil.rmtree(folder / who, ignore_errors=True)
+            os.sync()  # what the other has left to be written, which mergekit does not wait for
             taken[who].append(measured(command, {"XDG_CACHE_HOME": str(folder / "cache")}))
     told = {who: medians(runs[1:]) | {"first_seconds": runs[0].seconds} for who, runs in taken.items()}
     if "mergekit" in told:

@@ -1,8 +1,10 @@
 """Shards: a stream comes back whole, a copy byte by byte, and an unfinished folder never looks finished."""
 
+import errno
 import hashlib
 import json
 import os
+import threading
 import weakref
 from functools import partial
 from operator import attrgetter
@@ -210,6 +212,31 @@ def test_rows_are_read_by_themselves(tmp_path, dtype):
             assert opened.read_rows(name, slice(2, 4)).shape == (2, *shape[1:])
     opened.resize({"matrix": 9})
     assert not opened.has_rows("matrix")
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 4])
+def test_a_file_is_flushed_while_it_is_written(tmp_path, monkeypatch, fails_at):
+    """In a thread of its own; an error there is that of the file, of which nothing is left."""
+    calls, fsync = [], os.fsync
+
+    def watched(descriptor):
+        calls.append(threading.current_thread() is threading.main_thread())
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(shards, "FLUSHED_BYTES", 64)
+    file, given = tmp_path / "model.safetensors", as_made(TENSORS)
+    if fails_at:
+        with pytest.raises(InputError, match=f"cannot write {file}: .*No space left"):
+            for _ in range(4):
+                write_stored(file, given)
+        assert names(tmp_path) in ([], [file.name])
+    else:
+        write_stored(file, given)
+        assert calls.count(True) == 1 and calls[-1] and 1 <= calls.count(False) <= 5
+        assert load_file(file).keys() == TENSORS.keys()
 
 
 def test_a_file_that_became_shorter_is_refused(tmp_path):

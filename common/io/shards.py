@@ -8,9 +8,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from common.io.tensors import DTYPES, bytes_of
 
 SHARD_BYTES = 2 * 2**30
 CHUNK_BYTES = 4 * 2**20
+FLUSHED_BYTES = 2**26  # that are written before they are brought to the disk
 STAGED = ".model-*.staged"
 PUBLISHED = "model-*-of-*.safetensors"
 
@@ -184,7 +187,7 @@ def write_pieces(
         rows[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     head = json.dumps(rows).encode()
     head += b" " * (-len(head) % 8)
-    with open(file, "wb") as out:
+    with open(file, "wb") as out, flushed_meanwhile(out) as flush:
         for piece in (len(head).to_bytes(8, "little"), head):
             seen(piece)
             out.write(piece)
@@ -194,6 +197,30 @@ def write_pieces(
                 left -= len(piece)
                 seen(piece)
                 out.write(piece)
+                flush(len(piece))
                 del piece  # before the next is made
             if left:
                 raise InputError(f"{name} has {tensor.nbytes - left} bytes, not {tensor.nbytes}: was a file replaced?")
+
+
+@contextmanager
+def flushed_meanwhile(out: BufferedWriter) -> Iterator[Callable[[int], None]]:
+    """flush(count) says that so many bytes were written: now and then, what was written so far is brought to the disk
+    by a thread while the next tensors are made, so that there is little to wait for in the end.
+
+    What goes wrong there is raised by a later call, or at the end.
+    """
+    last, written = None, 0
+
+    def flush(count: int) -> None:
+        nonlocal last, written
+        written += count
+        if written >= FLUSHED_BYTES and (last is None or last.done()):
+            if last:
+                last.result()
+            last, written = thread.submit(os.fsync, out.fileno()), 0
+
+    with ThreadPoolExecutor(1) as thread:
+        yield flush
+        if last:
+            last.result()

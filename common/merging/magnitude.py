@@ -41,7 +41,7 @@ def trim(tau: Tensor, density: float, threshold: float | None = None) -> Tensor:
 
 
 def least_kept(tau: Tensor, density: float) -> float:
-    """The magnitude that the fraction `density` of the weights of τ reaches, at least one; 0 where it is all of them."""
+    """The magnitude that the fraction `density` of the weights of τ reaches, at least one; 0 where it is all."""
     count = max(1, share(tau, density))
     return largest(tau.abs(), count) if count < tau.numel() else 0.0
 

@@ -6,7 +6,8 @@ the mean of those τ̂ᵢ that have the sign γ there; 0 where none has.
 Source: Yadav et al. 2023, "TIES-Merging" (arXiv 2306.01708), Algorithm 1. Defaults: density 0.2, λ 1 (the paper's where
 there is no validation data).
 `granularity`: model trims a whole task vector by one threshold, as the paper does; tensor gives each tensor its own,
-and spares one of two passes over the model. Then tensors that moved little keep as large a part as those that moved much.
+and passes over the model once to find them, not twice. Then tensors that moved little keep as large a part as those
+that moved much.
 Deviation: the released code keeps one weight more than the fraction, the threshold's own place counted from below.
 Deviation: where the trimmed task vectors cancel exactly, γ is 0 and so is δ; the released code takes the sign that most
 weights have.
