@@ -233,9 +233,10 @@ def fit_problem(experiment: Experiment, start: Checkpoint, index: int) -> tuple[
             targets.append(block(theta_t, inputs[-1]))
     trained = trainable(experiment, start, index, theta_0)
     theta_0 = theta_t = None  # a block can fill a machine
-    if config.adapt.for_start(config.start.method).warm_start == "regmean":
+    settings = config.adapt.for_start(config.start.method)
+    if settings.warm_start == "regmean":
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
-        trained = regmean_warm_start(block, trained, zip(thetas, inputs, strict=True))
+        trained = regmean_warm_start(block, trained, zip(thetas, inputs, strict=True), settings.ridge)
     return trained, torch.cat(inputs), torch.cat(targets)
 
 

@@ -1,5 +1,6 @@
 """Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
 
+import math
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -143,6 +144,10 @@ def check_adapt(where: str, adapt: Adapt) -> None:
         raise InputError(f"{where}.epochs is {adapt.epochs}; it must be zero or more")
     if adapt.speedup < 1:
         raise InputError(f"{where}.speedup divides the epochs; it must be at least 1")
+    if not 0 <= adapt.ridge < math.inf:
+        raise InputError(f"{where}.ridge is {adapt.ridge}; it must be zero or more")
+    if adapt.ridge and adapt.warm_start == "none":
+        raise InputError(f"{where}.ridge is of the closed form: set {where}.warm_start regmean, or leave it at 0")
     if not 0 <= adapt.blend <= 1:
         raise InputError(f"{where}.blend is {adapt.blend}; it goes from 0, the start, to 1, the adapted model")
 

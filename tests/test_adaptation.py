@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +173,22 @@ def test_the_warm_start_matches_every_expert_on_its_own_directions_alone():
     torch.testing.assert_close(warm.build(warm.params)["weight"], expected)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.3, 1e6])
+def test_the_ridge_holds_the_warm_start_to_the_start(ridge):
+    """Against the least squares of one tall system in float64: rows of inputs, and √(ridge · g) I for the start."""
+    theta, *thetas = ({"weight": torch.randn(4, 6, generator=seeded(i))} for i in range(3))
+    xs = [torch.randn(5, 2, 6, generator=seeded(9, i)) for i in range(2)]
+    warm = regmean_warm_start(linear, own_weights(theta), zip(thetas, xs, strict=True), ridge)
+    rows = np.vstack([x.double().flatten(0, 1).numpy() for x in xs])
+    outputs = np.vstack([(x.flatten(0, 1) @ t["weight"].T).double().numpy() for x, t in zip(xs, thetas, strict=True)])
+    held = np.sqrt(ridge * (rows**2).sum() / 6) * np.eye(6)
+    start = theta["weight"].double().numpy()
+    expected, *_ = np.linalg.lstsq(np.vstack([rows, held]), np.vstack([outputs, held @ start.T]), rcond=None)
+    found = warm.build(warm.params)["weight"].double().numpy()
+    np.testing.assert_allclose(found, expected.T, atol=2e-5, rtol=0)
+    assert (np.abs(found - start).max() < 1e-4) == (ridge == 1e6)
+
+
 def test_the_inputs_of_a_fused_projection_are_seen():
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
@@ -210,3 +227,5 @@ def test_the_closed_form_alone_is_nearer_to_the_experts_than_the_start(pico_conf
     assert losses["regmean"] < 0.5 * losses["none"]
     closed = replace(quiet, adapt=replace(quiet.adapt, warm_start="regmean", epochs=0, label="closed"))
     assert (adapt(closed, domain) / "open_clip_model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"adapt.ridge = 0.*, now it is 0.5"):
+        adapt(replace(closed, adapt=replace(closed.adapt, ridge=0.5)), domain)

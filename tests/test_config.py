@@ -116,3 +116,13 @@ def test_no_epochs_are_a_merge_of_their_own_after_a_warm_start_alone():
     check_choices(vision("--adapt.epochs", "0", "--adapt.warm_start", "regmean"), domain)
     with pytest.raises(InputError, match="adapt.epochs is 0"):
         check_choices(vision("--adapt.epochs", "0"), domain)
+
+
+def test_a_ridge_is_of_a_warm_start_and_never_below_zero():
+    warm = ("--adapt.warm_start", "regmean")
+    check_choices(vision(*warm, "--adapt.ridge", "0.1"), domain)
+    with pytest.raises(InputError, match="adapt.ridge is of the closed form: set adapt.warm_start regmean"):
+        check_choices(vision("--adapt.ridge", "0.1"), domain)
+    for wrong in ("-1", ".inf", ".nan"):
+        with pytest.raises(InputError, match="adapt.ridge is .*; it must be zero or more"):
+            check_choices(vision(*warm, f"--adapt.ridge={wrong}"), domain)

@@ -43,6 +43,8 @@ class Adapt:
         batch_size: Anchors per step.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
             that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.
+        ridge: Of the warm start: how much it is held to the start, λ of the penalty λ · g ‖W − W_start‖² with g the
+            mean square of what the anchors bring to a linear map, in each of its directions. 0: not at all.
         blend: How far to go from the start to the adapted model, in every tensor: 0 is the start, 1 the paper's.
         label: Put behind the name of the result, to keep several side by side.
         by_start: What differs for one start, as in {wudi: {epochs: 25}}. The command line comes before it.
@@ -56,6 +58,7 @@ class Adapt:
     speedup: float = 1
     batch_size: int = 128
     warm_start: Literal["none", "regmean"] = "none"
+    ridge: float = 0
     blend: float = 1
     label: str = ""
     by_start: dict[str, dict[str, Any]] = field(default_factory=dict)

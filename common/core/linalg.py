@@ -116,17 +116,18 @@ def added(sums: tuple[Tensor, Tensor] | None, tau: Tensor, gram_DD: Tensor) -> t
     return (target, gram_DD) if sums is None else (sums[0].add_(target), sums[1].add_(gram_DD))
 
 
-def solve_normal_equations(target: Tensor, gram_DD: Tensor, rtol: float | None = None) -> Tensor:
+def solve_normal_equations(target: Tensor, gram_DD: Tensor, rtol: float | None = None, ridge: float = 0.0) -> Tensor:
     """target (R, D) times the pseudo-inverse of gram_DD, both float64.
 
     rtol: eigenvalues up to this part of the largest count as zero; None stands for the rounding of float64.
+    ridge: what is added to the others, in parts of the mean eigenvalue, tr gram_DD / D.
     """
     if not gram_DD.any():
         return torch.zeros_like(target)
     values, vectors = torch.linalg.eigh(gram_DD)
     cutoff = values[-1] * (len(values) * torch.finfo(values.dtype).eps if rtol is None else rtol)
     cut = int((values <= cutoff).sum())  # they ascend
-    return target @ vectors[:, cut:] / values[cut:] @ vectors[:, cut:].mT
+    return target @ vectors[:, cut:] / (values[cut:] + ridge * values.mean()) @ vectors[:, cut:].mT
 
 
 def scale_off_diagonal(gram_DD: Tensor, alpha: float) -> Tensor:

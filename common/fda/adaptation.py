@@ -120,12 +120,17 @@ def coefficient_adam(shift: Tensor, sizes_S: Tensor, betas: Betas) -> Callable[[
     return step
 
 
-def regmean_warm_start(block: Block, start: Trainable, experts: Iterable[tuple[Params, Tensor]]) -> Trainable:
+def regmean_warm_start(
+    block: Block, start: Trainable, experts: Iterable[tuple[Params, Tensor]], ridge: float = 0.0
+) -> Trainable:
     """`start` with every linear map moved to the least-squares mean of the experts' on their anchors, in closed form.
 
     experts: θ_t and x_ATD of each task. Each linear map W of the block becomes the one whose outputs are nearest to
     those of every W_t on the inputs that the task's anchors bring to it in the expert (RegMean, Jin et al. 2023, with
-    anchors for data). Directions that no input has, and all other parameters, stay where they are.
+    anchors for data): with X_t the inputs, a row for each token, and g the mean over their D directions of all their
+    squares, tr Σ_t X_tᵀX_t / D, the minimum of Σ_t ‖X_t (W − W_t)ᵀ‖² + ridge · g ‖W − W_start‖². A direction of mean
+    square g goes 1 / (1 + ridge) of the way. Directions that no input has, and all other parameters, stay where they
+    are.
     Raises: InputError if the block has no linear map.
     """
     with torch.no_grad():
@@ -134,7 +139,8 @@ def regmean_warm_start(block: Block, start: Trainable, experts: Iterable[tuple[P
     if not sums:
         raise InputError("adapt.warm_start is regmean, but the blocks of this architecture have no linear map")
     moves = {
-        name: solve_normal_equations(*pair, FLOAT32_GRAM_RTOL).to(theta[name].dtype) for name, pair in sums.items()
+        name: solve_normal_equations(*pair, FLOAT32_GRAM_RTOL, ridge).to(theta[name].dtype)
+        for name, pair in sums.items()
     }
     return replace(start, params={name: p + moves[name] if name in moves else p for name, p in start.params.items()})
 

@@ -177,7 +177,8 @@ def read_header(file: Path) -> dict[str, Any]:
         return parse_object((handle.metadata() or {}).get(HEADER_KEY, "{}"), f"the header of {file}", "provenance")
 
 
-BEFORE = {"anchors.part": None, "adapt.blend": 1}  # how files were made that are older than a setting
+# how files were made that are older than a setting
+BEFORE = {"anchors.part": None, "anchors.weights": "equal", "adapt.blend": 1, "adapt.ridge": 0}
 
 
 def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
