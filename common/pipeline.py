@@ -124,8 +124,9 @@ def matching_problems(
     """What the anchors of one block have to match, for every task in `thetas` (θ_t): the task vector τ, at θ₀."""
     taus = [experiment.matched(experiment.task_vector(task, theta_0, theta_t)) for task, theta_t in thetas.items()]
     block, theta_0 = experiment.matched_function(index, theta_0), experiment.matched(theta_0)
+    weights = experiment.config.anchors.weights
     return [
-        MatchingProblem(block, theta_0, experiment.matched(theta_t), tau, experiment.positions(task))
+        MatchingProblem(block, theta_0, experiment.matched(theta_t), tau, experiment.positions(task), weights)
         for (task, theta_t), tau in zip(thetas.items(), taus, strict=True)
     ]
 

@@ -51,6 +51,23 @@ def test_tasks_together_find_what_each_finds_alone(units, optimizer, lr, precisi
     assert len(alone[2].losses) == len(alone[0].losses) - 1
 
 
+@pytest.mark.parametrize("weights", ["size", "norm"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_weights_are_those_of_each_task_in_a_batch(units, weights, precision, monkeypatch):
+    monkeypatch.setattr("common.fda.precision.FEW", 0)
+    plain, x_inits = units
+    problems = [replace(problem, weights=weights) for problem in plain]
+    settings = SearchSettings(5, lr=0.05, optimizer="adamw", precision=precision)
+    alone = [optimise_anchors(problem, x, settings) for problem, x in zip(problems, x_inits, strict=True)]
+    together = optimise_together(problems, x_inits, settings)
+    for found, expected in zip(together, alone, strict=True):
+        assert found.trace == pytest.approx(expected.trace, abs=1e-5 if precision == "float32" else 5e-3)
+    unweighted = optimise_anchors(plain[0], x_inits[0], settings)
+    assert abs(unweighted.trace[0] - alone[0].trace[0]) > 1e-2
+    with pytest.raises(ValueError, match="count by different weights"):
+        optimise_together([problems[0], plain[1]], x_inits[:2], settings)
+
+
 def test_each_task_of_a_batch_ends_where_it_would_end_alone(units):
     problems, x_inits = units[0][:2], units[1][:2]
     settings = SearchSettings(60, lr=0.05, optimizer="adamw")

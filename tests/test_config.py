@@ -49,6 +49,7 @@ def test_the_command_line_comes_before_what_the_yaml_says_of_a_start():
     [
         (["--anchors.init", "rows"], ["anchors.init", "weight", "gauss", "rows"]),
         (["--anchors.distance", "l3"], ["anchors.distance", "cos", "mse", "l1"]),
+        (["--anchors.weights", "big"], ["anchors.weights", "equal", "size", "norm"]),
         (["--anchors.stps", "3"], ["anchors.stps"]),
         (["--adapt.rest", "ta"], ["adapt.rest", "pretrained", "start"]),
     ],

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.core.task_vectors import subtract
 from common.fda.matching import (
     DISTANCES,
+    WEIGHTS,
     MatchingProblem,
     direction_cosine,
     matching_gradient,
@@ -120,6 +121,38 @@ def test_loss_and_gradient_do_not_depend_on_the_anchors_in_memory(pico_block, ch
     torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
     value = matching_value(problem, x, chunk=chunk)
     torch.testing.assert_close(value, expected.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("weights", ["size", "norm"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_weights_of_tensors_by_hand(pico_block, weights, chunk):
+    """Σ_p w_p (1 − cos_p) with w_p in parts of their mean, and its gradient, by torch's own cosine and autograd."""
+    block, theta_0, theta_t, x = pico_block
+    tau = subtract(theta_t, theta_0)
+    sizes = [float(t.numel() if weights == "size" else (t**2).sum() ** 0.5) for t in tau.values()]
+    theta = {n: p.clone().requires_grad_() for n, p in theta_0.items()}
+    x.requires_grad_()
+    distance = (1 - F.cosine_similarity(block(theta, x).reshape(3, -1), block(theta_t, x).reshape(3, -1))).sum()
+    gradients = torch.autograd.grad(distance, [theta[n] for n in tau], create_graph=True)
+    pairs = zip(gradients, tau.values(), sizes, strict=True)
+    terms = [s * (1 + F.cosine_similarity(g.flatten(), t.flatten(), 0, eps=0)) for g, t, s in pairs]
+    expected = torch.stack(terms) * len(sizes) / sum(sizes)
+    (by_x,) = torch.autograd.grad(expected.sum(), x)
+    problem = MatchingProblem(block, theta_0, theta_t, tau, weights=weights)
+    loss_P, found = matching_gradient(problem, x, chunk=chunk)
+    for loss in (loss_P, matching_loss(problem, x), matching_value(problem, x, chunk=chunk)):
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, by_x, atol=1e-12, rtol=0)
+
+
+def test_weights_of_equal_tensors_change_nothing():
+    torch.manual_seed(0)
+    theta_0, tau = ({"weight": torch.randn(6, 5)} for _ in range(2))
+    theta_t, x = {"weight": theta_0["weight"] + tau["weight"]}, torch.randn(3, 1, 5)
+    found = [matching_gradient(MatchingProblem(linear, theta_0, theta_t, tau, weights=w), x) for w in WEIGHTS]
+    assert len(found) == 3
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -17,7 +17,7 @@ from common.config import Model
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.evaluation.scoring import score_run
-from common.io.checkpoints import Checkpoint, write_tensors
+from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import SAME_REST
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
@@ -258,12 +258,26 @@ def test_anchors_of_another_config_are_refused_by_field_and_stay(pico_config):
     for config, field in [
         (change(pico_config, "anchors", steps=6), r"anchors\.steps = 5, now it is 6"),
         (change(pico_config, "anchors", number=5), r"anchors\.shape = \[4, 5, 16\], now it is \[5, 5, 16\]"),
+        (change(pico_config, "anchors", weights="norm"), r"anchors\.weights = equal, now it is norm"),
         (change(pico_config, "run", seed=1), r"run\.seed = 0, now it is 1"),
     ]:
         for stage in (construct, adapt):
             with pytest.raises(InputError, match=field):
                 stage(config, domain)
     assert files_of(pico_config.run.dir / "anchors") == before
+
+
+def test_tensors_count_by_their_weights_where_the_config_says_so(pico_config):
+    losses = {}
+    for weights in ("equal", "size"):
+        run = replace(pico_config.run, name=weights)
+        config = replace(change(pico_config, "anchors", weights=weights, steps=0), run=run)
+        construct(config, domain)
+        losses[weights] = read_header(config.run.dir / "anchors/weight/SVHN/block_01.safetensors")["losses"]
+    bias, matrix = "mlp.c_fc.bias", "mlp.c_fc.weight"  # 64 and 64 x 16 entries; the initial anchors are the same
+    ratio = {name: losses["size"][name] / losses["equal"][name] for name in losses["equal"]}
+    assert ratio[matrix] == pytest.approx(16 * ratio[bias])
+    assert sum(ratio.values()) == pytest.approx(len(ratio))
 
 
 def test_anchors_of_another_expert_are_refused(own_inputs):

@@ -20,6 +20,8 @@ class Anchors:
         tokens: Tokens per anchor. Unset: what the architecture sees; one for an MLP, 5 for the layers of text models.
         scale: Factor on the initial anchors. Unset: the paper's, 1 for weight and 0.01 for gauss.
         distance: Between the outputs of the base block and the expert's.
+        weights: What a tensor counts by in the matching loss: equal, as in the paper, its size, the number of its
+            entries, or the norm of its task vector. They are 1 on average, so that losses stay on one scale.
         optimizer: Of the anchors. muon reaches the same loss in a sixth of the steps, with lr 0.3 to 0.6, linear.
         lr: Its learning rate.
         schedule: Of the learning rate over the steps: constant, or linear down to zero.
@@ -43,6 +45,7 @@ class Anchors:
     tokens: int | None = None
     scale: float | None = None
     distance: Literal["cos", "mse", "l1"] = "cos"
+    weights: Literal["equal", "size", "norm"] = "equal"
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-2
     schedule: Literal["constant", "linear"] = "constant"

@@ -31,17 +31,20 @@ def batched_matching_gradient(
     """`matching_gradient` of S tasks of one block and one θ₀, whose τ name the same tensors.
 
     compiler: eager, or a backend of torch.compile.
-    Raises: ValueError if the problems differ in block or θ₀.
+    Raises: ValueError if the problems differ in block, θ₀ or weights.
     """
     block, theta_0 = problems[0].block, problems[0].theta_0
+    weights = problems[0].weights
     if any(problem.block is not block or problem.theta_0 is not theta_0 for problem in problems):
         raise ValueError("problems of several blocks or base models cannot be measured in one go")
+    if any(problem.weights != weights for problem in problems):
+        raise ValueError("problems whose tensors count by different weights cannot be measured in one go")
     theta_t, tau = (stack_params([getattr(p, which) for p in problems]) for which in ("theta_t", "tau"))
     shapes, device = (shapes_of(theta_0), shapes_of(problems[0].tau)), next(iter(theta_0.values())).device
 
     def measure(xs_ATD: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         x_SATD = torch.stack([p.block_input(x) for p, x in zip(problems, xs_ATD, strict=True)]).detach()
-        step = mapped_step(block, distance, precision, compiler, *shapes, x_SATD.shape[1:], device)
+        step = mapped_step(block, weights, distance, precision, compiler, *shapes, x_SATD.shape[1:], device)
         with in_precision(precision, device):  # tf32 is a switch of the device; bf16 is written into the step
             loss_SP, gradient_SATD = step(theta_0, theta_t, tau, x_SATD)
         return list(zip(loss_SP, gradient_SATD, strict=True))
@@ -51,13 +54,13 @@ def batched_matching_gradient(
 
 @lru_cache(maxsize=4)  # all blocks of a model have the same shapes
 def mapped_step(
-    block: Block, distance: str, precision: str, compiler: str, theta: NamedShapes, tau: NamedShapes, x: torch.Size,
-    device: torch.device,
+    block: Block, weights: str, distance: str, precision: str, compiler: str, theta: NamedShapes, tau: NamedShapes,
+    x: torch.Size, device: torch.device,
 ) -> Step:  # fmt: skip
     """The step over a leading dimension of θ_t, τ and x, for tensors of these shapes."""
 
     def step(theta_0: Params, theta_t: Params, tau: Params, x_ATD: Tensor) -> tuple[Tensor, Tensor]:
-        problem = MatchingProblem(block, theta_0, theta_t, tau)
+        problem = MatchingProblem(block, theta_0, theta_t, tau, weights=weights)
         with sdpa_kernel(SDPBackend.MATH):
             return matching_gradient(problem, x_ATD, distance=distance, forward=forward_in(precision))
 

@@ -57,7 +57,8 @@ class OptimisedAnchors:
 
     x: (A, T, D). trace: mean loss over the tensors before each step and after the last one, steps done + 1 numbers, in
     the precision of the optimisation. best_step: index into `trace`. losses: loss of each tensor at `best_step`, in
-    float32. snapshots: {step: x before it, on the CPU} of those asked for that the optimisation came to.
+    float32, its weight in it. snapshots: {step: x before it, on the CPU} of those asked for that the optimisation came
+    to.
     """
 
     x: Tensor

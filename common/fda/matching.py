@@ -23,7 +23,8 @@ class MatchingProblem:
     """What the anchors of one block and one task have to match.
 
     theta_0, theta_t: the parameters of the pretrained block and of the expert's. tau: the task vector, of the tensors
-    to match alone. offset: what is added to the anchors before the block sees them, (T, D) or one number.
+    to match alone. offset: what is added to the anchors before the block sees them, (T, D) or one number. weights: what
+    a tensor counts by in the loss, a key of `WEIGHTS`.
     """
 
     block: Block
@@ -31,6 +32,7 @@ class MatchingProblem:
     theta_t: Params
     tau: Params
     offset: Tensor | float = 0.0
+    weights: str = "equal"
 
     def block_input(self, x_ATD: Tensor) -> Tensor:
         """What the block sees of anchors x."""
@@ -62,7 +64,7 @@ def matching_loss(problem: MatchingProblem, x_ATD: Tensor, *, distance: str = "c
     """How badly the gradient that the anchors induce at θ₀ points along the task vector (paper Eq. 1).
 
     For every tensor p in τ: 1 − cos(−∂Dist(φ(θ; x), φ(θ_t; x))/∂θ_p at θ = θ₀, τ_p), so 0 is a perfect match and 2 its
-    opposite. Tensors that τ leaves out do not count. Both blocks' outputs depend on x.
+    opposite, times the weight of p. Tensors that τ leaves out do not count. Both blocks' outputs depend on x.
 
     Deviation: the paper prints the ascent direction of the distance; the descent direction is what aligns with +τ, and
     what the released code computes. The cosine is taken per tensor, as released, not over the whole vector, as printed.
@@ -70,7 +72,7 @@ def matching_loss(problem: MatchingProblem, x_ATD: Tensor, *, distance: str = "c
     Returns: (P,) in the order of τ; differentiable in x (twice-differentiable attention is the caller's care).
     """
     g = induced_gradient(problem, problem.block_input(x_ATD), distance, create_graph=True)
-    return misalignment(g, problem.tau)
+    return misalignment(g, problem)
 
 
 def matching_gradient(
@@ -92,9 +94,9 @@ def matching_gradient(
     if len(chunks) == 1:
         x = chunks[0].requires_grad_()
         g = induced(x)
-        loss_P, v = misalignment_and_slope(g, problem.tau)
+        loss_P, v = misalignment_and_slope(g, problem)
         return loss_P, torch.autograd.grad(g, x, v)[0]
-    loss_P, v = misalignment_and_slope(summed_gradient(problem, chunks, distance, forward), problem.tau)
+    loss_P, v = misalignment_and_slope(summed_gradient(problem, chunks, distance, forward), problem)
     return loss_P, torch.cat([torch.autograd.grad(induced(x), x, v)[0] for x in map(Tensor.requires_grad_, chunks)])
 
 
@@ -103,7 +105,7 @@ def matching_value(
 ) -> Tensor:
     """The matching loss (P,) alone, for less than half the price of its gradient; `chunk` anchors in memory at once."""
     chunks = problem.block_input(x_ATD.detach()).split(chunk or len(x_ATD))
-    return misalignment(summed_gradient(problem, chunks, distance), problem.tau)
+    return misalignment(summed_gradient(problem, chunks, distance), problem)
 
 
 def summed_gradient(
@@ -134,25 +136,41 @@ def induced_gradient(
     return torch.autograd.grad(DISTANCES[distance](y_0, y_t), list(matched.values()), create_graph=create_graph)
 
 
-def misalignment(gradients: Sequence[Tensor], tau: Params) -> Tensor:
-    """(P,): for every tensor 1 − cos of the descent direction and the task vector."""
-    return torch.stack([1 + direction_cosine(g, t) for g, t in zip(gradients, tau.values(), strict=True)])
+def misalignment(gradients: Sequence[Tensor], problem: MatchingProblem) -> Tensor:
+    """(P,): for every tensor 1 − cos of the descent direction and the task vector, times its weight."""
+    pairs = zip(gradients, problem.tau.values(), strict=True)
+    loss_P = torch.stack([1 + direction_cosine(g, t) for g, t in pairs])
+    return loss_P if problem.weights == "equal" else loss_P * tensor_weights(problem)
 
 
 @torch.no_grad()
-def misalignment_and_slope(gradients: Sequence[Tensor], tau: Params) -> tuple[Tensor, list[Tensor]]:
+def misalignment_and_slope(gradients: Sequence[Tensor], problem: MatchingProblem) -> tuple[Tensor, list[Tensor]]:
     """(P,) as `misalignment` gives it, and its derivative by every gradient g, which is faster than through a graph.
 
-    The derivative is the part of τ that is orthogonal to g, over ‖g‖ ‖τ‖.
+    The derivative is the part of τ that is orthogonal to g, over ‖g‖ ‖τ‖, times the tensor's weight.
     """
     cosines, slopes = [], []
-    for g, t in zip(gradients, tau.values(), strict=True):
+    for g, t in zip(gradients, problem.tau.values(), strict=True):
         squared_g, common = dot(g, g), dot(g, t)
         norms = product_of_norms(squared_g, dot(t, t))
         cosines.append(common / norms)
         along = common / squared_g.clamp_min(torch.finfo(g.dtype).tiny)
         slopes.append(torch.addcmul(t, g, -along).div_(norms))
-    return 1 + torch.stack(cosines), slopes
+    loss_P = 1 + torch.stack(cosines)
+    if problem.weights == "equal":
+        return loss_P, slopes
+    weights_P = tensor_weights(problem)
+    return loss_P * weights_P, [slope.mul_(w) for slope, w in zip(slopes, weights_P, strict=True)]
+
+
+@torch.no_grad()
+def tensor_weights(problem: MatchingProblem) -> Tensor:
+    """(P,): what each tensor of τ counts by in the loss, 1 on average, so that the loss stays on its scale.
+
+    Not of the paper, whose loss lets every tensor count the same, a bias as much as a matrix.
+    """
+    sizes_P = torch.stack([WEIGHTS[problem.weights](t) for t in problem.tau.values()])
+    return sizes_P / sizes_P.mean()
 
 
 def direction_cosine(g: Tensor, tau: Tensor) -> Tensor:
@@ -173,4 +191,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return a.flatten() @ b.flatten()
 
 
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal": lambda tau: tau.new_ones(()),
+    "size": lambda tau: tau.new_full((), tau.numel()),
+    "norm": lambda tau: dot(tau, tau).sqrt(),
+}
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cos": cosine, "mse": squared, "l1": absolute}
