@@ -16,6 +16,7 @@ from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, scored_tests
 from common.evaluation.cards import write_cards
+from common.evaluation.front import TRIED, map_search
 from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
@@ -108,13 +109,19 @@ def plan(config: Config, domain: Domain) -> Plan:
         check_choices(held_out(config), domain)
     lines = [
         f"  {'search ' + m:18} {len(g)} candidates{' of each model, and its start,' if m == FDA else ', merged and'} "
-        f"scored on {SPLIT}"
+        f"scored on {SPLIT}{of_front(config, m)}"
         for m, g in grids.items()
     ]
     for each in runs_of(config) or [config]:
         models = [f"{start} x {init}" for start in config.compare.starts for init in config.compare.inits]
         lines.append(f"  {f'seed {each.run.seed}':18} {len(models)} models in {each.run.dir}: {', '.join(models)}")
     return replace(one_run, text="\n".join([one_run.text, "", "Compare", *lines]))
+
+
+def of_front(config: Config, method: str) -> str:
+    """What a search does besides, if it is MAP's."""
+    asked = map_search(method, config.compare.search[method], len(config.tasks))
+    return f", then up to {TRIED} of their Pareto front" if asked else ""
 
 
 def side_by_side(argv: Sequence[str]) -> None:

@@ -48,12 +48,14 @@ class Compare:
         search: Hyperparameters of starts to be chosen on the validation cut, as in {ta: {scale: [0.1, 0.2, 0.3]}};
             several lists are a grid. The choice comes before start.hyper, and is written to search.json. Under fda:
             fields of adapt, chosen for each start and initialisation by itself; blend 0, the start, is always tried.
+            {ta: {scale: {map: {low: 0, high: 0.6, samples: 60}}}}: a number for each task, by MAP: so many random ones
+            between the two are scored, and the best mean is looked for on the Pareto front of their quadratic fits.
     """
 
     starts: list[str] = field(default_factory=lambda: ["pretrained", "ta", "tsv", "wudi"])
     inits: list[Literal["weight", "gauss"]] = field(default_factory=lambda: ["weight", "gauss"])
     seeds: list[int] = field(default_factory=list)
-    search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    search: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

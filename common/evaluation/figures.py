@@ -109,6 +109,36 @@ def draw_gains(axes: Axes, start: Values, adapted: Sequence[Values]) -> None:
     axes.plot(start, range(len(start)), **RING, zorder=4)
 
 
+def plot_front(found: Mapping[str, Any], path: Path | str, percent: bool = True) -> None:
+    """What `common.evaluation.front` writes of a Pareto front (PNG): a line a point over the test sets, thin where it
+    was foreseen, with dots where it was measured, black if chosen; of two test sets one against the other.
+    """
+    tests, scale = list(found["surrogates"]), 100 if percent else 1
+    foreseen = [[scale * point["foreseen"][test] for test in tests] for point in found["front"]]
+    measured = [[scale * point["scores"][test] for test in tests] for point in found["tried"]]
+    chosen = [i == found["chosen"] for i in range(len(measured))]
+    figure, (axes,) = panels((6.4 if len(tests) == 2 else 2.4 + 0.8 * len(tests), 4.0), 1, 1, 1)
+    unit = " (%)" if percent else ""
+    if len(tests) == 2:
+        axes.plot(*zip(*foreseen, strict=True), linestyle="none", marker=".", markersize=3, color=COLOURS[0])
+        for values, best in zip(measured, chosen, strict=True):
+            axes.plot(*values, **DOT, color=INK if best else COLOURS[1], zorder=3 + best)
+        axes.set_xlabel(f"{tests[0]}{unit}", color=INK)
+        axes.set_ylabel(f"{tests[1]}{unit}", color=INK)
+    else:
+        places = range(len(tests))
+        for values in foreseen:
+            axes.plot(places, values, color=COLOURS[0], linewidth=0.4, alpha=0.4)
+        for values, best in zip(measured, chosen, strict=True):
+            axes.plot(places, values, color=INK if best else COLOURS[1], marker="o", markersize=4, zorder=3 + best)
+        axes.set_xticks(places, tests, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_ylabel(f"score{unit}", color=INK)
+    marks = [Line2D([], [], color=COLOURS[0], linewidth=1, label="front, as foreseen")]
+    marks += [Line2D([], [], **DOT, color=COLOURS[1], label="tried"), Line2D([], [], **DOT, color=INK, label="chosen")]
+    legend(figure, marks)
+    save(figure, path)
+
+
 def panels(
     size: tuple[float, float], lines: int, columns: int, count: int, shared: bool = True
 ) -> tuple[Figure, list[Axes]]:

@@ -17,6 +17,7 @@ from common.config import Adapt, Config, as_dict
 from common.core.annotations import is_of, name_of
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
+from common.evaluation.front import TRIED, front_of, map_search, write_front
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
 from common.layout import inputs_of
@@ -34,7 +35,7 @@ FDA = "fda"  # of compare.search: the adaptation
 
 
 def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]]:
-    """{method: every combination of the values that compare.search lists for it}.
+    """{method: every combination of the values that compare.search lists for it, or the samples of MAP}.
 
     Raises InputError, before anything is opened, on a method or hyperparameter that does not exist, a value that does
     not fit, an empty list, and a method that compare does not merge.
@@ -47,10 +48,17 @@ def candidates(config: Config, domain: Domain) -> dict[str, list[dict[str, Any]]
             )
         if method != FDA and len(parts := chain_of(method).parts) > 1:
             raise InputError(f"compare.search chooses for one method at a time: {method} is {' and '.join(parts)}")
+        asked = map_search(method, lists, len(config.tasks))
         empty = [name for name, values in lists.items() if not values]
         if empty or not lists:
             raise InputError(f"compare.search.{'.'.join([method, *empty[:1]])} lists no value to try")
-        grids[method] = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+        if asked and method == FDA:
+            raise InputError(f"compare.search.fda.{asked.name} must be a list of values to try; map is for merges")
+        grids[method] = (
+            asked.grid(asked.draw(len(config.tasks), config.run.seed, method))
+            if asked
+            else [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+        )
         if method == FDA:
             check_fields(config, lists, grids[method])
             continue
@@ -98,11 +106,19 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     grids = candidates(config, domain)
     grids.pop(FDA, None)  # which needs the anchors
     for method, grid in grids.items():
-        bar = UnitBar(f"search {method}", len(grid), "candidates")
+        asked = map_search(method, config.compare.search[method], len(config.tasks))
+        bar = UnitBar(f"search {method}", len(grid) + (TRIED if asked else 0), "candidates")
+        measure = partial(candidate_rows, held_out(config), domain, method, bar)
         with current().stage(config.run.name, bar.stage, bar), bar:
-            tried = [hyper.get(method, {}) | chosen for chosen in grid]
-            rows = candidate_rows(held_out(config), domain, method, tried, bar)
+            rows = measure(grid)
+            found = front_of(asked, rows, config.run.seed) if asked else None
+            if asked and found:
+                grid = asked.grid(found["tried"])
+                rows = measure(grid)
+                bar.keep(TRIED - len(grid))
         best = max(range(len(grid)), key=lambda i: rows[i]["avg"])  # the first of equals
+        if asked and found:
+            write_front(config.run.dir, method, found, rows, best, domain.PERCENT)
         hyper[method] = hyper.get(method, {}) | grid[best]
         record(config, choice={method: hyper[method]})
         print(f"search {method}: {grid[best]} is best of {len(grid)} on {SPLIT}, Avg {rows[best]['avg']:.4f}")
@@ -110,16 +126,16 @@ def choose_hyperparameters(config: Config, domain: Domain) -> Config:
 
 
 def candidate_rows(
-    config: Config, domain: Domain, method: str, grid: Iterable[dict[str, Any]], bar: UnitBar
+    config: Config, domain: Domain, method: str, bar: UnitBar, grid: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What search.json says of merges with these hyperparameters; what it does not know yet is merged and scored:
-    here one after the other, or side by side where the config asks for workers.
+    """What search.json says of merges with these hyperparameters in place of start.hyper's; what it does not know yet
+    is merged and scored: here one after the other, or side by side where the config asks for workers.
     """
     rows: list[dict[str, Any]] = []
     trials: dict[int, Config] = {}
     known = {row["id"]: row for row in read_search(config)["candidates"]}
-    for hyper in grid:
-        trial = trial_of(config, method, hyper, len(rows))
+    for chosen in grid:
+        trial = trial_of(config, method, {**config.start.hyper.get(method, {}), **chosen}, len(rows))
         experiment = open_experiment(trial, domain)
         row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
         row["id"] = digest([row, scored_tests(config, domain), inputs_of(experiment)])
