@@ -48,7 +48,7 @@ RATES = ("2e-5", "7e-5", "2e-4", "5e-4", "1e-3")  # of the fine-tuning; the toy'
 TA_SCALES = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # TA's coefficient, chosen anew at each rate
 SIGMAS = (1e-4, 1e-2, 1.0, 10.0)  # of Gaussian anchors
 NUMBERS, TOKENS, STEPS, EPOCHS = (0.25, 0.5, 2), (0.25, 0.5), (0, 0.2, 0.5, 2), (0.1, 0.25, 0.5, 2)  # of the config's
-DISTANCES = ("cos", "mse", "l1")
+DISTANCES, WEIGHTS = ("cos", "mse", "l1"), ("equal", "size", "norm")
 REAL = (32, 256)  # inputs of each task
 
 
@@ -192,6 +192,7 @@ def of_ablations(config: Config, domain: Domain) -> Iterator[tuple[str, str, Con
     yield from (changed("anchors", str(n), number=n) for n in sizes(anchors.number, NUMBERS))
     yield from (changed("tokens", str(n), tokens=n) for n in sizes(tokens, TOKENS))
     yield from (changed("steps", str(n), steps=n) for n in sizes(anchors.steps, STEPS))
+    yield from (changed("weights", by, weights=by) for by in WEIGHTS if by != anchors.weights)
     for first in DISTANCES:
         point = own if first == anchors.distance else changed("distance", first, distance=first)[2]
         for second in DISTANCES:

@@ -86,6 +86,7 @@ def test_ablations_change_one_thing_at_a_time(quick, monkeypatch):
             "anchors": new.number != plain.number,
             "tokens": new.tokens != plain.tokens,
             "steps": new.steps != plain.steps,
+            "weights": new.weights != plain.weights,
             "distance": (new.distance, adapt.distance) != (plain.distance, trained.distance),
             "epochs": adapt.epochs != trained.epochs,
         }
@@ -99,12 +100,14 @@ def test_ablations_are_told_against_the_config_s_own(quick, monkeypatch):
     for name, few in {"SIGMAS": (10.0,), "NUMBERS": (), "TOKENS": (), "STEPS": (), "EPOCHS": (0.5,)}.items():
         monkeypatch.setattr(study, name, few)
     monkeypatch.setattr(study, "DISTANCES", ("cos", "mse"))
+    monkeypatch.setattr(study, "WEIGHTS", ("equal", "size"))
     study.study("ablations", change(quick, "adapt", epochs=4), domain)
     folder = quick.run.dir / "study/ablations"
     rows = json.loads((folder / "rows.json").read_text())
     assert [(row["what"], row["at"]) for row in rows] == [
         ("as configured", ""),
         ("init", "σ 10"),
+        ("weights", "size"),
         ("distance", "cos, mse"),
         ("distance", "mse, cos"),
         ("distance", "mse, mse"),
