@@ -79,7 +79,7 @@ def test_the_front_stays_within_the_bounds():
     assert (front.max(1) == 1).all() and front.min() == pytest.approx(0.5, abs=2e-3)
 
 
-def test_a_row_is_dominated_by_one_as_good_everywhere_and_better_somewhere():
+def test_a_row_is_dominated_by_one_as_good_and_somewhere_better():
     scores = np.array([[1, 0], [0, 1], [0.4, 0.4], [0.5, 0.4], [1, 0], [0, 0.9]])
     assert not_dominated(scores).tolist() == [True, True, False, True, True, False]
 
