@@ -19,7 +19,7 @@ import sys
 from functools import partial
 
 from common.analysis.registry import ANALYSES
-from common.analysis.report import analyse, check_domain_has, check_run_has
+from common.analysis.report import analyse, check_domain_has, check_run_has, material_of
 from common.command import run
 from common.config import Config
 from common.domain import Domain
@@ -32,7 +32,7 @@ def plan(name: str, config: Config, domain: Domain) -> Plan:
 
     def check(experiment: Experiment, domain: Domain) -> None:
         check_domain_has(name, config, domain)
-        check_run_has(name, experiment)
+        check_run_has(name, material_of(name, experiment, domain))
 
     return describe(config, domain, [check])
 

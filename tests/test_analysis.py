@@ -360,12 +360,13 @@ def test_projection_of_each_part(made, monkeypatch):
     monkeypatch.setattr(projection, "UPDATES", 12)
     numbers = analysed("projection", change(made, "compare", inits=["gauss"]))
     titles = [panel["title"] for panel in numbers["panels"]]
-    assert len(titles) == 12 and titles[0] == "MNIST from Pretrained: attention" and titles[-1] == "SVHN from TA: mean"
+    assert titles == [f"{task} from {start}" for start in ("Pretrained", "TA") for task in PICO_TASKS]
     for panel in numbers["panels"]:
-        ratios = [panel["reference"], *panel["curves"]["gauss"].values()]
-        assert list(panel["curves"]["gauss"]) == ["0", "2", "5"] and all(0 <= ratio <= 1 for ratio in ratios)
-    attention, mlp, mean = (numbers["panels"][i]["reference"] for i in (0, 4, 8))
-    assert mean == pytest.approx((attention + mlp) / 2, rel=1e-4) and mean > 0
+        for part in ("attention", "MLP", "mean"):
+            curve = panel["curves"][part]["gauss"]
+            assert list(curve) == ["0", "2", "5"] and all(0 <= ratio <= 1 for ratio in curve.values())
+        attention, mlp, mean = (panel["reference"][part] for part in ("attention", "MLP", "mean"))
+        assert mean == pytest.approx((attention + mlp) / 2, rel=1e-4) and 0 < mean <= 1
 
 
 def test_texts_can_be_analysed_as_well(nlu_config, monkeypatch):

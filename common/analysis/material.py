@@ -3,8 +3,8 @@
 Shapes: A anchors, T tokens, D width, R rows: tokens of all anchors or inputs, one below the other.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,20 +32,22 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Material:
-    """A run that is open. blocks: those that are looked at. inits: the initialisations of the anchors."""
+    """A run that is open, and what of it is looked at.
+
+    inits: the initialisations of the anchors. runs: {initialisation: the config of the run that has its anchors}, where
+    that is another run, as of anchors with another σ.
+    """
 
     domain: Domain
     experiment: Experiment
     blocks: Sequence[int]
+    tasks: Sequence[str]
     inits: Sequence[str]
+    runs: Mapping[str, Config] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
         return self.experiment.config
-
-    @property
-    def tasks(self) -> list[str]:
-        return self.config.tasks
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +68,7 @@ class Material:
 
     def at(self, init: str, start: str = "") -> Experiment:
         """The experiment with anchors of an initialisation, and from a start, which is that of the config if unset."""
-        config = replace(self.config, anchors=replace(self.config.anchors, init=init))
+        config = self.runs.get(init) or replace(self.config, anchors=replace(self.config.anchors, init=init))
         return replace(self.experiment, config=config.at_start(start or config.start.method))
 
     def thetas(self, task: str, index: int) -> tuple[Params, Params]:
@@ -134,7 +136,7 @@ class Material:
 
     def start(self, method: str) -> Checkpoint:
         """The model that adaptation starts from, merged now if it is not there."""
-        experiment = self.at(self.config.anchors.init, method)
+        experiment = replace(self.experiment, config=self.config.at_start(method))
         self.domain.check_export(self.config.model)
         return merge_start(experiment, self.domain)
 

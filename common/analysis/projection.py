@@ -7,8 +7,8 @@ from the same model, as adapt.py would,
     α* = argmin_{α ≥ 0} ‖τ' − Σ_j α_j Δw_j‖²,    ratio = ‖Σ_j α*_j Δw_j‖ / ‖τ'‖,
 
 a norm ratio: 1 if τ' is in the cone of the updates, 0 if it makes an angle of 90° or more with each. The reference is
-the same of the expert's own displacement θ_t − θ. Attention and MLP each by themselves; norms outside both are left
-out.
+the same of the expert's own displacement θ_t − θ. Attention and MLP each by themselves, and the mean of both; norms
+outside both are left out. The paper shows the mean, of two tasks.
 
 The paper leaves open what τ' is (one gradient, or an adaptation): an adaptation here. Ours too: the rate of the
 fine-tuning is adapt's from the pretrained model, which is that of the experts in the paper's settings, and constant;
@@ -42,7 +42,7 @@ from common.io.examples import Sample
 from common.pipeline import fit_settings_of, trainable
 
 UPDATES = 512  # the paper's
-BATCH, TASKS = 32, 2  # examples of an update; the paper shows two tasks, the first ones are shown here
+BATCH = 32  # examples of an update
 STARTS, PARTS = (PRETRAINED, "ta"), ("attention", "MLP", "mean")
 PIECE = 2**14  # weights whose updates are converted to float64 at once
 ROUNDING = 1e-10  # eigenvalues of the Gram matrix up to this part of the largest count as zero
@@ -126,19 +126,20 @@ def adapted_alone(experiment: Experiment, start: Checkpoint, index: int, task: s
 
 
 def measure(material: Material) -> Numbers:
-    """The ratio at each step that the anchors were kept at, of both parts of a block and their mean."""
+    """For each start, task and block the ratio at each step that the anchors were kept at, of both parts of the block
+    and their mean."""
     panels = []
     for start in STARTS:
         checkpoint = material.start(start)
         theta = material.read(checkpoint)
-        for task in material.tasks[:TASKS]:
+        for task in material.tasks:
             panels += panels_of(material, checkpoint, start, theta, task)
-    panels.sort(key=lambda panel: (panel["block"], PARTS.index(panel["part"])))
+    panels.sort(key=lambda panel: panel["block"])
     return {"updates": UPDATES, "batch": BATCH, "panels": panels}
 
 
 def panels_of(material: Material, checkpoint: Checkpoint, start: str, theta: Params, task: str) -> list[dict[str, Any]]:
-    """A panel for each block and part: one fine-tuning of the start θ on one task, and what of τ' lies in its cone."""
+    """A panel for each block: one fine-tuning of the start θ on one task, and what of τ' lies in their cone."""
     parts = parts_of(material, checkpoint)
     names = {key: [material.experiment.prefixes[key[0]] + name for name in within] for key, within in parts.items()}
     updates = updates_of(material, task, start, theta, list(names.values()))
@@ -156,10 +157,8 @@ def panels_of(material: Material, checkpoint: Checkpoint, start: str, theta: Par
                     curves[part].setdefault(init, {})[step] = ratio
         reference = with_mean([cones[key].ratio(flat(left, names[key])) for key in keys])
         block = f", block {index}" if len(material.blocks) > 1 else ""
-        for part in PARTS:
-            title = f"{task} from {display(start)}{block}: {part}"
-            panel = {"title": title, "block": index, "part": part}
-            panels.append(panel | {"reference": reference[part], "curves": curves[part]})
+        panel = {"title": f"{task} from {display(start)}{block}", "block": index}
+        panels.append(panel | {"reference": reference, "curves": curves})
     return panels
 
 
@@ -194,9 +193,12 @@ def updates_of(material: Material, task: str, start: str, theta: Params, parts: 
 
 
 def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:
-    """A line for each initialisation, and the expert's own displacement."""
-    axes.axhline(panel["reference"], color=INK, linestyle="--", linewidth=1.2, label="expert")
-    for (init, curve), colour in zip(panel["curves"].items(), COLOURS, strict=False):
-        steps = list(map(int, curve))
-        axes.plot(steps, curve.values(), color=colour, marker="o", markersize=3, linewidth=1.3, label=display(init))
+    """A line for each initialisation, and the expert's own displacement; both parts are thin beside their mean."""
+    axes.axhline(panel["reference"]["mean"], color=INK, linestyle="--", linewidth=1.2, label="expert")
+    for part, line in zip(PARTS, (":", "--", "-"), strict=True):
+        mean = part == "mean"
+        how = {"linestyle": line, "linewidth": 1.3 if mean else 0.7, "marker": "o" if mean else "", "markersize": 3}
+        for (init, curve), colour in zip(panel["curves"][part].items(), COLOURS, strict=False):
+            label = f"{display(init)}{'' if mean else f', {part}'}"
+            axes.plot(list(map(int, curve)), curve.values(), color=colour, label=label, **how)
     axes.set_ylim(0, 1)

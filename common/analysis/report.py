@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from itertools import product
 from textwrap import wrap
 from typing import Any
@@ -24,23 +24,31 @@ from common.run.run_log import commit, record_stage
 from common.validation import check_data
 
 
-def analyse(name: str, config: Config, domain: Domain) -> None:
+def analyse(
+    name: str, config: Config, domain: Domain, *, tasks: Sequence[str] = (), runs: Mapping[str, Config] | None = None
+) -> Numbers:
     """Measure what the analysis shows, and write runs/<name>/analysis/NAME.json and NAME.png.
 
+    Args:
+        tasks: Those that are looked at; all of the config if empty.
+        runs: {initialisation: the config of the run that has its anchors}; else the config's own run has those of
+            compare.inits.
+    Returns: the numbers of the JSON.
     Raises: InputError before the work begins if the domain or the run lacks what it needs.
     """
     check_domain_has(name, config, domain)
-    experiment = open_experiment(config, domain)
-    check_run_has(name, experiment)
+    material = material_of(name, open_experiment(config, domain), domain, tasks, runs)
+    check_run_has(name, material)
     measure, _ = functions(name)
-    with threads_for(experiment.largest_product), record_stage(config, f"analyse {name}"):
-        measured = plain(measure(material_of(name, experiment, domain)))
+    with threads_for(material.experiment.largest_product), record_stage(config, f"analyse {name}"):
+        measured = plain(measure(material))
     said = {"analysis": name, "title": ANALYSES[name].title.replace("$", "")}
     birth = said | {"config": digest(as_dict(config)), "commit": commit(), "seed": config.run.seed}
     folder = config.run.dir / "analysis"
     write_text(folder / f"{name}.json", json.dumps(birth | measured, indent=1, ensure_ascii=False) + "\n")
     save(figure_of(name, measured), folder / f"{name}.png")
     print(f"{folder}: {name}.json and {name}.png")
+    return measured
 
 
 def inits_of(name: str, config: Config) -> list[str]:
@@ -55,9 +63,17 @@ def blocks_of(name: str, experiment: Experiment) -> list[int]:
     return experiment.blocks if chosen else spread(experiment.depth, ANALYSES[name].blocks)
 
 
-def material_of(name: str, experiment: Experiment, domain: Domain) -> Material:
-    """What the analysis reads."""
-    return Material(domain, experiment, blocks_of(name, experiment), inits_of(name, experiment.config))
+def material_of(
+    name: str,
+    experiment: Experiment,
+    domain: Domain,
+    tasks: Sequence[str] = (),
+    runs: Mapping[str, Config] | None = None,
+) -> Material:
+    """What the analysis reads, see `analyse`."""
+    config = experiment.config
+    inits = list(runs or inits_of(name, config))
+    return Material(domain, experiment, blocks_of(name, experiment), list(tasks or config.tasks), inits, runs or {})
 
 
 # ---- what it needs ---------------------------------------------------------------------------------------------------
@@ -74,15 +90,14 @@ def check_domain_has(name: str, config: Config, domain: Domain) -> None:
         raise InputError(f"analyse.py {name} needs labelled examples of the tasks; {domain.NAME} has none for it")
 
 
-def check_run_has(name: str, experiment: Experiment) -> None:
+def check_run_has(name: str, material: Material) -> None:
     """InputError if anchors that an analysis looks at are not there."""
-    config = experiment.config
-    if not inits_of(name, config):
+    if not material.inits:
         raise InputError(f"analyse.py {name} looks at the anchors of compare.inits, which names none")
     if ANALYSES[name].anchors == "models":
         return
-    for init, task, index in product(inits_of(name, config), config.tasks, blocks_of(name, experiment)):
-        of_init = replace(config, anchors=replace(config.anchors, init=init))
+    for init, task, index in product(material.inits, material.tasks, material.blocks):
+        of_init = material.at(init).config
         file = RunLayout(of_init).anchor_file(task, index)
         if not file.is_file():
             raise no_anchors(file, of_init)

@@ -36,9 +36,12 @@ KEY = ("method", "start", "init", "label", "task", "split", "seed")
 
 
 def display(word: str) -> str:
-    """What tables call a model, method or initialisation; of a chain of merge steps the names of its parts."""
+    """What tables call a model, method or initialisation; of a chain of merge steps the names of its parts; Gaussian
+    anchors of a σ, as "σ 0.01", by it."""
     parts = word.split(JOINED)
-    return " + ".join(LABELS[part] for part in parts) if set(parts) <= LABELS.keys() else word.upper()
+    if set(parts) <= LABELS.keys():
+        return " + ".join(LABELS[part] for part in parts)
+    return word if word.startswith("σ ") else word.upper()
 
 
 def row_name(row: Row) -> str:
