@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from common.io.checkpoints import Checkpoint
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.report.curves import thinned
+from common.report.latex import latex_of
+from common.report.lines import Cell, Line
 from common.report.page import write_page
 from common.report.reading import read_run
-from common.report.results import Cell, Line, latex_of, order_of
+from common.report.results import order_of, results_of
 from common.report.vectors import cosines, measure, relative
 from helpers import change, command
 from pico_run import run_reported
@@ -86,21 +89,87 @@ def test_a_cell_is_sorted_by_its_number(text, order):
 
 
 def test_latex_is_the_papers_table():
-    def line(name, group, *texts):
-        return Line("r", name, "model", group, [Cell(text, "") for text in texts])
+    """Three groups, each start with its FDA rows below; from rows to text, written here by hand."""
+    values = {
+        ("pretrained", None): (0.5, 0.25),
+        ("individual", None): (0.9, 1.0),
+        ("regmean", None): (0.6, 0.5),
+        ("fisher", None): (0.4, 0.5),
+        ("ta", None): (0.5, 0.5),
+        ("tsv", None): (0.75, 0.5),
+        ("fda", "pretrained"): (0.7, 0.5),
+        ("fda", "regmean"): (0.65, 0.5),
+        ("fda", "ta"): (0.45, 0.5),
+    }
+    rows = [
+        {"method": method, "start": start, "init": start and init, "label": "", "task": task, "split": "test"}
+        | {"metric": "accuracy", "n": 4, "value": value, "config": "c", "commit": "d", "seconds": 1.0, "peak_gib": 1.0}
+        | {"cpu_seconds": 1.0, "hardware": "CPU"}
+        for (method, start), both in values.items()
+        for init in (("gauss", "weight") if start == "ta" else ("weight",))
+        for task, value in zip(("DTD_1", "R&C"), both, strict=True)
+    ]
+    published = {"title": "t", "source": "s", "unit": "percent", "tasks": ["DTD_1", "R&C"]}
+    published |= {"rows": {"TSV": [74.0, 51.0, 62.5]}}
+    run = SimpleNamespace(name="r", rows=rows, tasks=["DTD_1", "R&C"], percent=True, published=published)
+    assert (
+        results_of(run).latex
+        == r"""% \usepackage{booktabs}
+\begin{tabular}{lcccc}
+\toprule
+Method & DTD\_1 & R\&C & Avg & $\Delta$ \\
+\midrule
+Pretrained & 50.00 & 25.00 & 37.50 &  \\
+Individual & 90.00 & 100.00 & 95.00 &  \\
+\midrule
+Fisher & 40.00 & 50.00 & 45.00 &  \\
+\addlinespace
+RegMean & 60.00 & 50.00 & 55.00 &  \\
+FDA (RegMean, Weight) & 65.00 & 50.00 & 57.50 & +2.50 \\
+\midrule
+FDA (Pretrained, Weight) & 70.00 & 50.00 & 60.00 & +22.50 \\
+\addlinespace
+TA & 50.00 & 50.00 & 50.00 &  \\
+FDA (TA, Gauss) & 45.00 & 50.00 & 47.50 & $-$2.50 \\
+FDA (TA, Weight) & 45.00 & 50.00 & 47.50 & $-$2.50 \\
+\addlinespace
+TSV & 75.00 & 50.00 & 62.50 &  \\
+TSV (paper) & 74.00 & 51.00 & 62.50 &  \\
+\bottomrule
+\end{tabular}
+"""
+    )
+
+
+def test_latex_of_several_runs_has_their_names_and_no_costs():
+    def line(run, name, group, *texts):
+        return Line(run, name, "model", group, [Cell(text, "") for text in texts])
 
     lines = [
-        line("Pretrained", "end", "60.00", "", "", "–"),
-        line("RegMean", "data", "61.00", "", "", "2 s"),
-        line("TA_1", "merge", "55.00", "", "", "1 s"),
-        line("FDA (TA_1, Weight)", "fda", "54.00 ± 0.10", "-1.00", "-2 to 1", "9 s"),
+        line("a", "Pretrained", "end", "60.00", "", "", "–"),
+        line("a", "FDA (Pretrained, Weight)", "fda", "54.00 ± 0.10", "-1.00", "-2 to 1", "9 s"),
+        line("b_1", "Pretrained", "end", "60.00", "", "", "–"),
+        line("b_1", "Average", "merge", "–", "", "", "1 s"),
+        line("b_1", "TIES", "merge", "1.00", "", "", "1 s"),
     ]
-    assert latex_of(["DTD & co", "Δ", "95 % of Δ", "Time"], lines) == (
-        "% \\usepackage{booktabs}\n\\begin{tabular}{lcc}\n\\toprule\n"
-        "Method & DTD \\& co & $\\Delta$ \\\\\n\\midrule\nPretrained & 60.00 &  \\\\\n\\midrule\n"
-        "RegMean & 61.00 &  \\\\\n"
-        "\\midrule\nTA\\_1 & 55.00 &  \\\\\nFDA (TA\\_1, Weight) & 54.00 $\\pm$ 0.10 & $-$1.00 \\\\\n"
-        "\\bottomrule\n\\end{tabular}\n"
+    assert (
+        latex_of(["DTD", "Δ", "95 % of Δ", "Time"], lines, run=True)
+        == r"""% \usepackage{booktabs}
+\begin{tabular}{llcc}
+\toprule
+Run & Method & DTD & $\Delta$ \\
+\midrule
+a & Pretrained & 60.00 &  \\
+\midrule
+a & FDA (Pretrained, Weight) & 54.00 $\pm$ 0.10 & $-$1.00 \\
+\midrule
+b\_1 & Pretrained & 60.00 &  \\
+\midrule
+b\_1 & Average & -- &  \\
+b\_1 & TIES & 1.00 &  \\
+\bottomrule
+\end{tabular}
+"""
     )
 
 

@@ -6,43 +6,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 from common.evaluation.rows import Row, display, is_shown, rank, row_name, values_by_seed
 from common.evaluation.significance import Difference, Scores, difference, findings, in_words, scores_of
-from common.evaluation.tables import MISSING, footnotes, is_fixed, table_lines
+from common.evaluation.tables import footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
+from common.report.latex import latex_of
+from common.report.lines import INTERVAL, Cell, Line
 from common.report.reading import RunRecord
 
 UNITS = {"s": 1, "min": 60, "h": 3600, "GiB": 1}
-INTERVAL = "95 % of Δ"
-TEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    | {MISSING: "--", "±": r"$\pm$", "Δ": r"$\Delta$", "α": r"$\alpha$", "λ": r"$\lambda$", "τ": r"$\tau$"}
-)
-
-
-class Cell(NamedTuple):
-    """A cell, what it is sorted by, and whether it says better, worse or not told apart."""
-
-    text: str
-    order: float | str
-    verdict: str = ""
-
-
-class Line(NamedTuple):
-    """A line of the table. kind: model, or paper (values that it prints). group: end (pretrained, individual), data or
-    merge (a merge that uses data or none), fda."""
-
-    run: str
-    name: str
-    kind: str
-    group: str
-    cells: list[Cell]
 
 
 class Results(NamedTuple):
@@ -82,10 +58,10 @@ def results_of(run: RunRecord, tasks: Sequence[str] | None = None) -> Results | 
             cells.insert(at - 1, Cell("", order_of("")) if paper else interval(judged.get(name), run.percent))
         named = (f"{last} (paper)", "paper") if paper else (name, "model")
         lines.append(Line(run.name, *named, group_of(by_name[last]), cells))
-    found = findings(rows, tasks, percent=run.percent, scores=scores)
+    found, lines = findings(rows, tasks, percent=run.percent, scores=scores), beside_starts(lines, by_name)
     return Results(
         head=(columns := [*head[1:at], *([INTERVAL] if judged else []), *head[max(1, at) :]]),
-        lines=beside_starts(lines, by_name),
+        lines=lines,
         findings=found,
         notes=footnotes(rows, run.published, bool(found)).strip().split("\n\n"),
         csv=csv_of(run, rows, tasks, judged),
@@ -127,15 +103,24 @@ def together(runs: Sequence[RunRecord]) -> Results | None:
     )
 
 
+ENDS = ("pretrained", "individual")
+
+
 def between(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
-    """A line for each model that the first run has and another has too."""
+    """A line for each model in the table that the first run has and another has too; those that score alike in one."""
     first, *others = [(run, scores_of([row for row in run.rows if row["task"] in tasks], tasks)) for run in runs]
     said = []
     for run, scores in others:
-        for name, ours in scores.items():
-            gain = difference(ours, first[1][name]) if name in first[1] else None
-            if gain and any(row_name(row) == name and row["method"] != "pretrained" for row in run.rows):
+        merged = {row_name(row) for row in run.rows if is_shown(row) and row["method"] not in ENDS}
+        alike = []
+        for name in (name for name in scores if name in merged and name in first[1]):
+            gain = difference(scores[name], first[1][name])
+            if gain and gain.low == gain.high == 0:
+                alike.append(name)
+            elif gain:
                 said.append(f"{name}, {run.name} against {first[0].name}: {in_words(gain, run.percent)}")
+        if alike:
+            said.append(f"the same scores in {run.name} and {first[0].name}: {', '.join(alike)}")
     return said
 
 
@@ -224,28 +209,3 @@ def spread(values: Sequence[float], fixed: bool) -> float | None:
 
 def plain(value: float | None, unit: int) -> str:
     return "" if value is None or value != value else f"{unit * value:.8g}"
-
-
-def latex_of(head: Sequence[str], lines: Sequence[Line], run: bool = False) -> str:
-    """The table as the paper sets it, for the package booktabs: pretrained and individual, merges that use data, and
-    those without data with FDA below them; `run` puts the run's name in front. Costs and intervals are left out.
-    """
-    shown = [i for i, name in enumerate(head) if name not in ("Time", "Memory", INTERVAL)]
-    first = ["Run", "Method"] if run else ["Method"]
-    body = [row_of([*first, *(head[i] for i in shown)])]
-    runs = list(dict.fromkeys(line.run for line in lines))
-
-    def place(line: Line) -> tuple[int, int]:
-        return runs.index(line.run), {"end": 0, "data": 1}.get(line.group, 2)
-
-    for _, group in groupby(sorted(lines, key=place), key=place):
-        names = [(line, [line.run, line.name] if run else [line.name]) for line in group]
-        body += [r"\midrule", *(row_of([*name, *(line.cells[i].text for i in shown)]) for line, name in names)]
-    columns = "l" * len(first) + "c" * len(shown)
-    begin = [r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def row_of(texts: Iterable[str]) -> str:
-    """A row of a LaTeX table."""
-    return " & ".join(re.sub(r"(?<![\w.])-(?=\d)", "$-$", text.translate(TEX)) for text in texts) + r" \\"
