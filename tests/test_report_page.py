@@ -11,7 +11,7 @@ from common.evaluation.rows import read_results, values_by_name
 from common.report.page import State, write_page
 from common.report.reading import read_run
 from pico_run import write_pico_run
-from pico_vision import pico_config
+from pico_vision import PICO_TASKS, pico_config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = find_spec("playwright")
@@ -145,11 +145,47 @@ def test_several_runs_are_on_one_page(opened, run, tmp_path):
     assert page.eval_on_selector_all(
         "#together .sortable tbody tr td:first-child", "all => all.map(td => td.textContent)"
     ) == [name for name in ("pico", "other") for _ in range(7)]
-    assert (
-        "FDA (TA, Weight), other against pico: +0.00 (+0.00 to +0.00), not told apart"
-        in page.locator("#together .findings").text_content()
-    )
+    said = page.locator("#together .findings").text_content()
+    assert said.startswith("the same scores in other and pico: TA, FDA (") and "rest" not in said
     assert page.locator("section").count() == 1 + 2 * len(SECTIONS)
+    assert page.locator("nav p").all_text_contents() == ["pico", "other"]
+    assert page.locator("nav li").count() == 1 + 2 * len(SECTIONS)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_runs_of_long_names_are_read_on_a_phone(opened, run, tmp_path, scheme):
+    other = tmp_path / "a_run_whose_name_is_longer_than_a_phone_is_wide"
+    shutil.copytree(run, other)
+    page = opened(write_page(tmp_path / "both.html", [read_run(run), read_run(other)]), 390, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    wide = "all => all.map(e => e.getBoundingClientRect().width)"
+    assert max(page.eval_on_selector_all("#together td.run", wide)) < 120, "room is left for the numbers"
+    aligned = "all => [...new Set(all.map(e => getComputedStyle(e).textAlign))]"
+    assert page.eval_on_selector_all("#together td.run, #together thead th:nth-child(-n+2)", aligned) == ["left"]
+    soft = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--soft').trim()")
+    symbols = page.locator("#together .chart .role-legend-symbol path")
+    assert symbols.count() >= 2
+    assert {symbols.nth(i).get_attribute("fill") for i in range(symbols.count())} == {soft}
+
+
+def test_every_task_has_its_name_beside_the_angles(opened, run):
+    page = opened(run / "report.html", 390)
+    labels = page.locator("#run0-vectors .chart").last.locator(".role-axis-label text").all_text_contents()
+    assert sorted(labels) == sorted(2 * PICO_TASKS)
+    hidden = "all => all.filter(t => getComputedStyle(t).opacity === '0' || t.getAttribute('opacity') === '0').length"
+    assert page.eval_on_selector_all("#run0-vectors .chart .role-axis-label text", hidden) == 0
+
+
+def test_names_in_a_figure_do_not_lie_upon_each_other(opened, run):
+    page = opened(run / "report.html")
+    boxes = page.eval_on_selector_all(
+        "#run0-seconds .chart .mark-text text",
+        """all => all.filter(t => t.textContent).map(t => t.getBoundingClientRect())
+        .map(r => [r.left, r.right, r.top, r.bottom])""",
+    )
+    assert boxes
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        assert all(r < left or right < le or b < top or bottom < t for le, r, t, b in boxes[:i])
 
 
 def test_names_cannot_break_the_page(opened, run, tmp_path):

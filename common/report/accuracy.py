@@ -1,11 +1,14 @@
 """Figures of a run's scores: by task, and against what they took."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.evaluation.rows import Row, display, rank, row_name, values_by_name
 from common.report.charts import Chart, Panel, Spec, layers, named, quantity, tips
 from common.report.reading import RunRecord
+
+WIDE, HIGH = 0.2, 0.06  # of a name in a figure, as shares of it on a phone
 
 
 def accuracy(run: RunRecord) -> Chart | None:
@@ -40,7 +43,7 @@ def accuracy(run: RunRecord) -> Chart | None:
         alt = f"{label} by task from {display(start)}; the numbers are in the table of results."
         panels.append(Panel(display(start), alt, accuracy_panel(data, tasks, kinds, label)))
     caption = (
-        "Ticks: the pretrained model (grey) and each task's own expert (black), floor and ceiling. Ring: the start; "
+        "Ticks: the pretrained model (faint) and each task's own expert (strong), floor and ceiling. Ring: the start; "
         "dots: what was adapted from it."
     )
     return Chart(caption, panels, kinds)
@@ -99,6 +102,9 @@ def seconds(runs: Sequence[RunRecord]) -> Chart | None:
                 data.append(point | {"avg": averages[name] * (100 if run.percent else 1)})
     if not data:
         return None
+    data = [
+        point | {"shown": point["label"] if free else ""} for point, free in zip(data, have_room(data), strict=True)
+    ]
     unit = " (%)" if runs[0].percent else ""
     kinds, names = list(dict.fromkeys(d["kind"] for d in data)), [run.name for run in runs]
     by_run = len(runs) > 1
@@ -125,6 +131,21 @@ def seconds(runs: Sequence[RunRecord]) -> Chart | None:
     return Chart(caption, [Panel("", alt, spec)], names if by_run else kinds)
 
 
+def have_room(data: Sequence[Spec]) -> list[bool]:
+    """Which points have room for a name above: no other that has one lies nearer than a name is WIDE and HIGH, in
+    shares of the axes. That of seconds shows whole decades."""
+    at = [(math.log10(point["seconds"]), point["avg"]) for point in data]
+    (left, *_, right), (low, *_, high) = (sorted([*axis, *axis]) for axis in zip(*at, strict=True))
+    decades, heights = max(math.ceil(right) - math.floor(left), 1), max(high - low, 1e-9)
+    kept: list[tuple[float, float]] = []
+    free = []
+    for x, y in ((x / decades, y / heights) for x, y in at):
+        free.append(all(abs(x - other) > WIDE or abs(y - above) > HIGH for other, above in kept))
+        if free[-1]:
+            kept.append((x, y))
+    return free
+
+
 def start_above(x: Spec, y: Spec) -> Spec:
     mark = {"type": "text", "dy": -9, "fontSize": 10, "limit": 130}
-    return {"mark": mark, "encoding": {"x": x, "y": y, "text": {"field": "label"}}}
+    return {"mark": mark, "encoding": {"x": x, "y": y, "text": {"field": "shown"}}}

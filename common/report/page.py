@@ -89,6 +89,7 @@ def template() -> Any:
         return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
     environment.globals |= {"json": as_json, "as_is": lambda code: Markup(code.replace("</script", "<\\/script"))}
+    environment.globals["is_text"] = lambda cell: cell[:1] not in "+-0123456789"  # an empty cell is none
     return environment.from_string(text)
 
 
