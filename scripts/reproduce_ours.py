@@ -137,13 +137,13 @@ def time_of(name: str) -> str:
     minutes, how = yaml.safe_load(TIMES.read_text(encoding="utf-8"))[name]
     if minutes is None:
         return f"not measured: {how}"
-    return f"{in_minutes(minutes / 2)} on two cores that do nothing else, {in_minutes(minutes)} of one: {how}"
+    return f"{in_minutes(minutes)} of one core, at best half as long on two: {how}"
 
 
 def in_minutes(minutes: float) -> str:
     if minutes < 1:
         return f"{60 * minutes:.0f} seconds"
-    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    return f"{minutes:.2g} minutes" if minutes < 90 else f"{minutes / 60:.2g} hours"
 
 
 # ---- the cells that moved --------------------------------------------------------------------------------------------

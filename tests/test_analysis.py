@@ -369,6 +369,15 @@ def test_projection_of_each_part(made, monkeypatch):
         assert mean == pytest.approx((attention + mlp) / 2, rel=1e-4) and 0 < mean <= 1
 
 
+def test_projection_by_two_processes_has_the_same_bytes(made, monkeypatch):
+    monkeypatch.setattr(projection, "UPDATES", 3)
+    made = change(made, "compare", inits=["gauss"])
+    alone = analyse("projection", made, domain)
+    both = analyse("projection", change(made, "run", workers=2), domain)
+    assert alone == both and len(alone["panels"]) == 4
+    assert not (made.run.dir / "analysis/projection").exists()
+
+
 def test_texts_can_be_analysed_as_well(nlu_config, monkeypatch):
     """Of three lengths, so that a batch of several would be padded; one task is a regression."""
     monkeypatch.setattr(projection, "UPDATES", 6)

@@ -16,8 +16,13 @@ from task arithmetic the paper's reference is an epoch of another fine-tuning, h
 The updates are kept in memory, 2 KiB for each weight that is looked at: 13.5 GiB of a block of ViT-B/32.
 """
 
-from collections.abc import Mapping
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +31,32 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from common.analysis.finetuning import flat, update_vectors
-from common.analysis.material import Material, Numbers
+from common.analysis.material import Material, Numbers, plain
 from common.config import PRETRAINED
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
-from common.domain import first_tests
+from common.domain import first_tests, module_of
 from common.evaluation.figures import COLOURS, INK
 from common.evaluation.rows import display
-from common.experiment import Experiment
+from common.experiment import FIT, Experiment
 from common.fda.adaptation import fit_block
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
+from common.opening import carry_out
 from common.pipeline import fit_settings_of, trainable
+from common.run.engine import Memory
+from common.run.progress import UnitBar, Units
 
 UPDATES = 512  # the paper's
 BATCH = 32  # examples of an update
 STARTS, PARTS = (PRETRAINED, "ta"), ("attention", "MLP", "mean")
+MODELS = 6  # as many weights as models are held beside the updates: θ, its gradient, both moments, θ₀ and θ_t
 PIECE = 2**14  # weights whose updates are converted to float64 at once
 ROUNDING = 1e-10  # eigenvalues of the Gram matrix up to this part of the largest count as zero
+
+Progress = Callable[[float, float], None]
 
 
 class Cone:
@@ -127,22 +138,50 @@ def adapted_alone(experiment: Experiment, start: Checkpoint, index: int, task: s
 
 def measure(material: Material) -> Numbers:
     """For each start, task and block the ratio at each step that the anchors were kept at, of both parts of the block
-    and their mean."""
-    panels = []
+    and their mean. A start and a task are a unit of work, which goes wherever run.engine lets it be done."""
+    experiment, units = material.experiment, list(product(STARTS, material.tasks))
     for start in STARTS:
-        checkpoint = material.start(start)
-        theta = material.read(checkpoint)
-        for task in material.tasks:
-            panels += panels_of(material, checkpoint, start, theta, task)
+        material.start(start)  # merged before any unit reads it
+    folder = material.config.run.dir / "analysis" / "projection"
+
+    def file(unit: tuple[str, str]) -> Path:
+        return folder / f"{'-'.join(unit)}.json"
+
+    weights = sum(math.prod(shape) for shape in experiment.base.shapes_under(experiment.family.scope).values())
+    block = max(map(sum, experiment.matrices.values()))
+    held = 4.0 * (UPDATES * block * len(material.blocks) + MODELS * weights)
+    forecast = {
+        "seconds": UPDATES * experiment.depth * experiment.step_seconds(FIT * BATCH),
+        "memory": lambda: Memory(held, held, held),
+    }
+    shutil.rmtree(folder, ignore_errors=True)  # what an end before time left
+    bar = UnitBar("projection", len(units), "fine-tunings")
+    with bar:
+        what = (material.blocks, material.tasks, material.inits, material.runs, folder, UPDATES)
+        carry_out(panels_each, experiment, units, bar, *what, writes=lambda unit: [file(unit)], **forecast)
+    panels = [panel for unit in units for panel in json.loads(file(unit).read_text(encoding="utf-8"))]
+    shutil.rmtree(folder)
     panels.sort(key=lambda panel: panel["block"])
     return {"updates": UPDATES, "batch": BATCH, "panels": panels}
 
 
-def panels_of(material: Material, checkpoint: Checkpoint, start: str, theta: Params, task: str) -> list[dict[str, Any]]:
+def panels_each(experiment: Experiment, units: Iterable[tuple[str, str]], bar: Units, *what: Any) -> None:
+    """The panels of some starts and tasks, a file each; the starts are there."""
+    *looked_at, folder, updates = what
+    material = Material(module_of(experiment.config.domain), experiment, *looked_at)
+    for start, task in units:
+        with bar.unit(f"{task} from {display(start)}"):
+            panels = panels_of(material, material.start(start), start, task, updates, bar.advance)
+            write_text(folder / f"{start}-{task}.json", json.dumps(plain(panels)))
+
+
+def panels_of(
+    material: Material, checkpoint: Checkpoint, start: str, task: str, count: int, progress: Progress
+) -> list[dict[str, Any]]:
     """A panel for each block: one fine-tuning of the start θ on one task, and what of τ' lies in their cone."""
-    parts = parts_of(material, checkpoint)
+    theta, parts = material.read(checkpoint), parts_of(material, checkpoint)
     names = {key: [material.experiment.prefixes[key[0]] + name for name in within] for key, within in parts.items()}
-    updates = updates_of(material, task, start, theta, list(names.values()))
+    updates = updates_of(material, task, start, theta, list(names.values()), count, progress)
     cones = {key: Cone(updates_UN) for key, updates_UN in zip(parts, updates, strict=True)}
     left = subtract(material.expert(task), theta)
     panels = []
@@ -181,15 +220,23 @@ def with_mean(ratios: list[float]) -> dict[str, float]:
     return dict(zip(PARTS, [*ratios, sum(ratios) / len(ratios)], strict=True))
 
 
-def updates_of(material: Material, task: str, start: str, theta: Params, parts: list[list[str]]) -> list[Tensor]:
+def updates_of(
+    material: Material,
+    task: str,
+    start: str,
+    theta: Params,
+    parts: list[list[str]],
+    count: int,
+    progress: Progress,
+) -> list[Tensor]:
     """The update vectors of a fine-tuning of θ on the training set of a task."""
     config, domain = material.config, material.domain
     assert domain.labelled_task  # a domain without is refused
     sample = Sample("train", None, BATCH)
     labelled = domain.labelled_task(config, first_tests(config, domain)[task], sample, material.device)
     rate, label = config.adapt.for_start(PRETRAINED).lr, f"{task} from {display(start)}"
-    how = {"updates": UPDATES, "batch": min(BATCH, labelled.examples), "lr": rate}
-    return update_vectors(labelled, theta, parts, **how, seed=config.run.seed, label=label)
+    how = {"updates": count, "batch": min(BATCH, labelled.examples), "lr": rate}
+    return update_vectors(labelled, theta, parts, **how, seed=config.run.seed, label=label, progress=progress)
 
 
 def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:

@@ -30,7 +30,7 @@ class Analysis:
     panels in a row, at most. needs: what a domain must offer: inputs of the tasks, or also their labels. anchors: what
     it reads: anchors of every initialisation of compare.inits, of anchors.init alone, or models adapted on those of
     compare.inits. blocks: which it looks at if run.blocks is unset: a share of the depth each; none for all. shared:
-    the panels share their axes.
+    the panels share their axes. units: it hands its work to run.engine, which sees to threads.
     """
 
     title: str
@@ -42,6 +42,7 @@ class Analysis:
     anchors: Literal["each", "one", "models"] = "each"
     blocks: tuple[float, ...] = (1,)
     shared: bool = True
+    units: bool = False
 
 
 # The paper looks at blocks 3, 6 and 12 of 12, at 12 most of all.
@@ -86,6 +87,7 @@ ANALYSES = {
         "construction step",
         "$\\|\\sum_j \\alpha_j \\Delta w_j\\| / \\|\\tau'\\|$",
         needs="labels",
+        units=True,
     ),
 }
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import product
 from textwrap import wrap
 from typing import Any
@@ -40,7 +41,8 @@ def analyse(
     material = material_of(name, open_experiment(config, domain), domain, tasks, runs)
     check_run_has(name, material)
     measure, _ = functions(name)
-    with threads_for(material.experiment.largest_product), record_stage(config, f"analyse {name}"):
+    threads = nullcontext() if ANALYSES[name].units else threads_for(material.experiment.largest_product)
+    with threads, record_stage(config, f"analyse {name}"):
         measured = plain(measure(material))
     said = {"analysis": name, "title": ANALYSES[name].title.replace("$", "")}
     birth = said | {"config": digest(as_dict(config)), "commit": commit(), "seed": config.run.seed}
