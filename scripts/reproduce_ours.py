@@ -186,11 +186,12 @@ def is_of_machine(column: str) -> bool:
 
 
 def moved(known: Mapping[tuple, Any], found: Mapping[tuple, Any]) -> str:
-    """How many cells are committed, and each that is another now."""
+    """How many cells are committed, and each of them that is another now; others that the run has are counted alone."""
     lines = [
         f"- {' '.join(str(part) for part in key if part not in (None, ''))}: "
-        f"{known.get(key, MISSING)}, now {found.get(key, MISSING)}\n"
-        for key in sorted(known.keys() | found.keys(), key=str)
-        if known.get(key) != found.get(key)
+        f"{known[key]}, now {found.get(key, MISSING)}\n"
+        for key in sorted(known, key=str)
+        if known[key] != found.get(key)
     ]
-    return f"{len(known)} cells are committed, {len(lines)} moved\n" + "".join(lines)
+    besides = f", {more} not committed are there" if (more := len(found.keys() - known.keys())) else ""
+    return f"{len(known)} cells are committed, {len(lines)} moved{besides}\n" + "".join(lines)

@@ -207,6 +207,9 @@ def test_a_cell_that_moved_is_named(tmp_path, pico_config, monkeypatch):
     assert ours.verdict(name, []) == f"{name}\n\n2 cells are committed, 0 moved\n"
     write_results(pico_config.run.dir / "results.json", [rows[0], row("ta", "SVHN", 201)], ["MNIST", "SVHN"])
     assert ours.verdict(name, []) == f"{name}\n\n2 cells are committed, 1 moved\n- TA SVHN: 0.5, now 0.5025\n"
+    write_results(pico_config.run.dir / "results.json", [rows[0], row("tsv", "SVHN", 200)], ["MNIST", "SVHN"])
+    said = "2 cells are committed, 1 moved, 1 not committed are there\n- TA SVHN: 0.5, now –\n"
+    assert ours.verdict(name, []) == f"{name}\n\n{said}"
 
 
 def test_seconds_of_a_study_are_no_cells(tmp_path, pico_config, monkeypatch):
