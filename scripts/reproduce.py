@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-import reproduce_ours as ours
-from reproduce_ours import DEMOS, OURS
-
 import reproduce_figures as figures
+import reproduce_ours as ours
 import reproduce_tables as tables
 from common.core.errors import InputError
 from reproduce_figures import FIGURES
+from reproduce_ours import DEMOS, OURS
 from reproduce_tables import PAPER
 
 SETS = {"all": (*PAPER, *FIGURES), "demos": DEMOS, "toys": tuple(OURS)}
