@@ -48,9 +48,10 @@ class RunLayout:
         return self.anchor_folder / task / f"snapshots_{index:02d}.safetensors"
 
     def anchor_files(self, unit: Unit) -> list[Path]:
-        """The anchors of a unit for each of its tasks."""
+        """What a unit of construction writes: the anchors of each of its tasks, and what snapshots are asked for."""
         index, tasks = unit
-        return [self.anchor_file(task, index) for task in tasks]
+        snapshots = tasks if self.config.anchors.snapshots else []
+        return [self.anchor_file(t, index) for t in tasks] + [self.snapshot_file(t, index) for t in snapshots]
 
     @property
     def anchor_folder(self) -> Path:

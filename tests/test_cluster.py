@@ -56,14 +56,15 @@ def deep(tmp_path, cluster):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_machines_make_the_bytes_of_one_process(deep, shared, monkeypatch):
-    """From a merged start, which machines that do not see the run's folder are sent."""
+    """With snapshots, and from a merged start, which machines that do not see the run's folder are sent."""
     monkeypatch.setattr("common.run.cluster.sees", Path.is_file if shared else Path.is_dir)
-    alone, many = (change(config, "start", method="ta") for config in deep)
+    alone, many = (change(change(config, "start", method="ta"), "anchors", snapshots=[0, 2]) for config in deep)
     for config in (alone, many):
         construct(config, domain)
         adapt(config, domain)
     for folder in ("anchors", "merged"):
         assert files_of(alone.run.dir / folder) == files_of(many.run.dir / folder)
+    assert len(list(many.run.dir.rglob("snapshots_*"))) == 16
     assert not list(many.run.dir.glob(".*")), "the file by which machines see the folder is left"
     workers = read_notes(many.run.dir)["construct weight"]["workers"]
     blocks = [{name.split("block ")[1] for name in worker["units"]} for worker in workers.values()]
