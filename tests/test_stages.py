@@ -55,6 +55,18 @@ def test_time_left_is_what_units_of_each_kind_took(clock):
             assert stages.said == "stage 2 of 4, adapt x, 1 of 2 units, about 52.0 s left in all"
 
 
+def test_the_end_of_a_stage_within_another_is_not_that_of_the_other(clock):
+    lines = []
+    with command_stages() as stages:
+        stages.listeners.append(lines.append)
+        stages.expect(["r: search ta"])
+        bar = UnitBar("search ta", 2)
+        with stages.stage("r", "search ta", bar), bar, bar.unit("0.3"), stages.stage("r/0", "merge ta"):
+            clock[0] += 5
+    assert lines[0] == "stage 1 of 1, search ta, 0 of 2 units, merge ta done in 5.0 s"
+    assert lines[-1] == "stage 1 of 1, search ta, 1 of 2 units, done in 5.0 s"
+
+
 def test_stages_that_had_nothing_left_are_passed_over(clock):
     with command_stages() as stages:
         stages.expect(["r: construct weight", "r: merge ta", "r: adapt x", "r: score"])

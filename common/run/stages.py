@@ -61,9 +61,10 @@ class Stages:
             yield
             self.measure(now, done=units.done if units else 1)
         finally:
+            within = "" if now is self.going[0] else f"{name} "
             self.last = self.reached
             self.going.remove(now)
-        took = f"{self.last}, done in {in_words(time.monotonic() - now.began)}"
+        took = f"{self.last}, {within}done in {in_words(time.monotonic() - now.began)}"
         self.tell(f"{took}, {units.kept} kept" if units and units.kept else took)
 
     def measure(self, stage: Going, done: float) -> None:
