@@ -50,6 +50,8 @@ FIVE = "--compare.seeds=[0,1,2,3,4]"
 EVERY = "--compare.starts=[pretrained,ta,tsv,wudi,swudi_a]"
 FOUR, GOOD = "--compare.starts=[pretrained,ta,tsv,wudi]", "--compare.starts=[tsv,wudi]"
 LONG = ("--run.name=long", "--anchors.number=48", "--anchors.steps=300")
+RIDGE = ("--run.name=ridge", "--compare.starts=[swudi_a]", "--adapt.warm_start=regmean")
+RIDGES = ("0", "0.01", "0.1", "1", "10", "30", "100")
 GUARD = ("--run.name=guard", "--compare.seeds=[0,1,2]", EVERY)
 WITH_SCORES = {"compare": "", "regime": "regime"}  # whose file is results.json, and where in the run's folder
 DEMOS = tuple(f"{folder}/results/demo.json" for folder in ("Vision", "NLU", "NLG"))
@@ -74,6 +76,14 @@ OURS = {
         "vision/toy",
         (GUARD, (*GUARD, "--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")),
     ),
+    "Vision/results/ridge.json": Ours(
+        VISION,
+        "vision/toy",
+        (
+            *((*RIDGE, "--adapt.epochs=0", f"--adapt.ridge={r}", f"--adapt.label=ridge {r}") for r in RIDGES),
+            (*RIDGE, "--adapt.epochs=100", "--adapt.ridge=1", "--adapt.label=ridge 1 epochs"),
+        ),
+    ),
     "Vision/results/studies/real.json": Ours(VISION, "vision/toy", ((FOUR,),), "real"),
     "Vision/results/studies/cost.json": Ours(
         VISION,
@@ -85,7 +95,7 @@ OURS = {
     "Vision/results/studies/ablations.json": Ours(VISION, "vision/toy", by="ablations"),
     "Vision/results/studies/tasks.json": Ours(VISION, "vision/toy", ((FOUR,),), "tasks"),
     "NLU/results/minilm_regime.json": Ours(MINILM, "nlu/minilm", by="regime"),
-    "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", (("--compare.seeds=[0,1,2]",),)),
+    "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", ((FIVE,),)),
     "NLG/results/smollm_regime.json": Ours(
         SMOLLM, "nlg/smollm", (("--compare.search={ta: {scale: [0.6,0.8,1.0]}}",),), "regime"
     ),
