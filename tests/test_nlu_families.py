@@ -154,7 +154,8 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     )
     assert set(kept.losses) - set(dropped.losses) == {KEY_BIAS}
     assert sum(alone.trace) / 61 == pytest.approx(1, abs=0.1), "sixty steps on it alone lead nowhere"
-    assert kept.losses[KEY_BIAS] > 0.5 > max(dropped.trace[-1], dropped.losses["attention.self.query.bias"])
+    assert kept.losses[KEY_BIAS] > 0.25, "where noise happens to leave it, which hangs on the processor"
+    assert dropped.losses["attention.self.query.bias"] < 0.02 and dropped.trace[-1] < 0.5
     others = [loss for name, loss in kept.losses.items() if name != KEY_BIAS]
     assert sum(dropped.losses.values()) < sum(others), "the noise costs the other tensors as well"
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
-from scipy.optimize import minimize
 
 DIGITS = 3  # of a coefficient of the front, so that it is not decided by the last bit of a sum
 APART = 0.05  # of the box's diagonal, between two points of the front that are tried
@@ -65,6 +64,8 @@ def pareto_front(surrogates: Surrogates, low: float, high: float, weights_KM: nd
     """(K', N): the coefficients between low and high with the greatest Σ w_n M̃_n for some of the weights w (K, M), each
     searched for from the best of the starts; without those that others dominate, and none twice.
     """
+    from scipy.optimize import minimize  # half a second, of which no other command has need
+
     foreseen_SM, found = surrogates.at(starts_SN), []
     for w_M in weights_KM:
         slope, curvature = w_M @ surrogates.slope_MN, np.tensordot(w_M, surrogates.curvature_MNN, 1)
