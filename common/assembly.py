@@ -136,7 +136,7 @@ def merged_with_data(
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
     theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
     examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
-    tensors = made_by(experiment, lambda name, rows: theta[name][rows].cpu())
+    tensors = made_by(experiment, lambda name, rows: theta[name].cpu())
     return tensors, {"split": row.data.split, "examples": examples}
 
 

@@ -164,6 +164,7 @@ def test_plain_fp8_weights_are_widened(tmp_path, dtype):
     checkpoint = Checkpoint(tmp_path)
     read = checkpoint.read([f"{Q}.weight"])[f"{Q}.weight"]
     assert read.dtype == torch.float32 and torch.equal(read, numbers)
+    assert checkpoint.read(["logit_scale"])["logit_scale"] == 1
     assert checkpoint.rows[f"{Q}.weight"].nbytes == 240
 
 

@@ -26,7 +26,8 @@ def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
     """
     if row.dtype not in TYPES:
         with opened(row.file) as handle:
-            return handle.get_tensor(row.stored)[rows].to(torch.float32, copy=True)
+            tensor = handle.get_tensor(row.stored)
+            return (tensor if rows == WHOLE else tensor[rows]).to(torch.float32, copy=True)
     begin, end, _ = rows.indices(row.shape[0]) if row.shape else (0, 1, 1)
     stride = row.nbytes // row.shape[0] if row.shape and row.shape[0] else row.nbytes
     tensor = torch.empty((max(0, end - begin), *row.shape[1:]) if row.shape else ())
