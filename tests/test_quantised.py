@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 
 from common.core.errors import InputError
-from common.io import checkpoints
+from common.io import checkpoints, tensors
 from common.io.checkpoints import Checkpoint
 
 F8 = torch.float8_e4m3fn
@@ -156,11 +156,13 @@ def test_buffers_are_no_codes(tmp_path):
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 )
-def test_plain_fp8_weights_are_widened(tmp_path, dtype):
+@pytest.mark.parametrize("piece", [8 * 2**20, 3])
+def test_plain_fp8_weights_are_widened(tmp_path, monkeypatch, dtype, piece):
     """All numbers that the type has but NaN and Inf, by torch's own table; also beside a scale of something else."""
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     numbers = numbers[numbers.isfinite()][:240].reshape(12, 20)
     write(tmp_path, of(Q, weight=numbers.to(dtype)) | {"logit_scale": torch.tensor(1.0).to(dtype)})
+    monkeypatch.setattr(tensors, "PIECE", piece)
     checkpoint = Checkpoint(tmp_path)
     read = checkpoint.read([f"{Q}.weight"])[f"{Q}.weight"]
     assert read.dtype == torch.float32 and torch.equal(read, numbers)

@@ -143,8 +143,7 @@ class Checkpoint:
         """One of many things of a kind that are stacked in a tensor, in float32; no other is in memory."""
         if name not in self.rows:
             raise InputError(f"{self.path} lacks the tensor {name}")
-        with opened(self.rows[name].file) as handle:
-            tensor = handle.get_slice(self.rows[name].stored)[index].to(torch.float32, copy=True)
+        tensor = read_tensor(self.rows[name], slice(index, index + 1))[0]
         if not is_finite(tensor):
             raise InputError(f"{self.rows[name].file}: the tensor {name} holds NaN or Inf at {index}")
         return tensor

@@ -13,7 +13,11 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-TYPES = {stored: dtype for dtype, stored in DTYPES.items()}
+READ_ALONE = {  # and not written
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+TYPES = {stored: dtype for dtype, stored in DTYPES.items()} | READ_ALONE
 PIECE = 8 * 2**20  # weights
 WHOLE = slice(None)
 
@@ -26,8 +30,8 @@ def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
     """
     if row.dtype not in TYPES:
         with opened(row.file) as handle:
-            tensor = handle.get_tensor(row.stored)
-            return (tensor if rows == WHOLE else tensor[rows]).to(torch.float32, copy=True)
+            tensor = handle.get_tensor(row.stored) if rows == WHOLE else handle.get_slice(row.stored)[rows]
+            return tensor.to(torch.float32, copy=True)
     begin, end, _ = rows.indices(row.shape[0]) if row.shape else (0, 1, 1)
     stride = row.nbytes // row.shape[0] if row.shape and row.shape[0] else row.nbytes
     tensor = torch.empty((max(0, end - begin), *row.shape[1:]) if row.shape else ())
