@@ -131,7 +131,8 @@ def test_the_papers_models_have_the_papers_shapes(tmp_path):
 
 
 def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
-    """No input moves it: its loss stays about 1, where chance has it, and what chases it is lost for the others."""
+    """No input moves it: its loss stays about 1, where chance has it, and what chases it is lost for the others. Where it
+    ends is the rounding of one processor, so it is asked of the mean of six sets of anchors."""
     torch.manual_seed(0)
     wide = pico_architecture("roberta", hidden_size=64, num_hidden_layers=1)
     encoder = AutoModel.from_config(wide, attn_implementation="eager")
@@ -140,24 +141,25 @@ def test_the_key_bias_is_noise_when_kept_and_a_floor_gone_when_dropped():
     block = family.pure(module)
     theta_0 = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in module.named_parameters()}
     theta_t = {n: p + 0.05 * torch.randn_like(p) for n, p in theta_0.items()}
-    x = torch.randn(8, 5, 64)
+    xs = [torch.randn(8, 5, 64) for _ in range(6)]
 
     exact = {n: p.double().requires_grad_() for n, p in theta_0.items()}
-    block(exact, x.double()).square().sum().backward()
+    block(exact, xs[0].double()).square().sum().backward()
     assert exact[KEY_BIAS].grad.abs().max() < 1e-12 < 1e-3 < exact["attention.self.query.bias"].grad.abs().max()
 
     tau = subtract(theta_t, theta_0)
     cleaned = family.without_null_gradients(tau)
-    kept, dropped, alone = (
-        optimise_anchors(MatchingProblem(block, theta_0, theta_t, t), x, SearchSettings(60, lr=0.05))
+    kept, dropped, (alone, *_) = (
+        [optimise_anchors(MatchingProblem(block, theta_0, theta_t, t), x, SearchSettings(60, lr=0.05)) for x in xs]
         for t in (tau, cleaned, {KEY_BIAS: tau[KEY_BIAS]})
     )
-    assert set(kept.losses) - set(dropped.losses) == {KEY_BIAS}
     assert sum(alone.trace) / 61 == pytest.approx(1, abs=0.1), "sixty steps on it alone lead nowhere"
-    assert kept.losses[KEY_BIAS] > 0.25, "where noise happens to leave it, which hangs on the processor"
-    assert dropped.losses["attention.self.query.bias"] < 0.02 and dropped.trace[-1] < 0.5
-    others = [loss for name, loss in kept.losses.items() if name != KEY_BIAS]
-    assert sum(dropped.losses.values()) < sum(others), "the noise costs the other tensors as well"
+    assert sum(with_it.losses[KEY_BIAS] for with_it in kept) / len(xs) > 0.5
+    for with_it, without in zip(kept, dropped, strict=True):
+        assert set(with_it.losses) - set(without.losses) == {KEY_BIAS}
+        assert max(without.trace[-1], without.losses["attention.self.query.bias"]) < 0.5
+        others = [loss for name, loss in with_it.losses.items() if name != KEY_BIAS]
+        assert sum(without.losses.values()) < sum(others), "the noise costs the other tensors as well"
 
 
 def write_embedders(root, tasks):
