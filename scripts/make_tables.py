@@ -10,6 +10,7 @@ from the repository's root and names of rows:
     scores FILE | ROW ...  those rows of it alone
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
     study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
+    merges FILE            scripts/benchmark.py merge's recipes, by both; FILE is what its --out wrote
     methods                the merge methods
     architectures DOMAIN   what is anchored of each architecture that the tests merge, found in a pico model of it
 """
@@ -135,6 +136,21 @@ def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start:
     return cell(average[name], percent=True), f"({gain})" if within else gain
 
 
+def merges(file: str) -> str:
+    """A line for each recipe that scripts/benchmark.py merge timed, medians, and what they were measured with."""
+    measured = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    result, command = measured["result"], measured["command"]
+    lines: list[Sequence[str]] = [["Recipe", "Seconds", "mergekit's", "Ratio", "Peak GiB", "mergekit's ", "Ratio "]]
+    for recipe, both in result.items():
+        if recipe not in ("mergekit", "model"):
+            own, other, ratio = both["ours"], both["mergekit"], both["ours_in_parts_of_mergekit"]
+            of_time = (f"{own['seconds']:.1f}", f"{other['seconds']:.1f}", f"{ratio['seconds']:.2f}")
+            of_peak = (f"{own['peak_gib']:.1f}", f"{other['peak_gib']:.1f}", f"{ratio['peak_gib']:.2f}")
+            lines.append([f"`{recipe}`", *of_time, *of_peak])
+    said = f"Medians of {command['repeats']} by the clock, {measured['threads']} thread; {result['mergekit']}; commit "
+    return aligned(lines) + f"\n{said}{measured['commit']}.\n"
+
+
 def methods() -> str:
     """The merge methods, a line each."""
     head, *rows = [tuple(row) for row in method_table()]
@@ -189,7 +205,10 @@ PICO = {  # of tests/: what architectures are tested
     "nlu": ("pico_encoders", "ARCHITECTURES"),
     "vision": ("pico_vision_architectures", "ARCHITECTURES"),
 }
-KINDS = {"scores": scores, "gains": gains, "study": studied, "methods": methods, "architectures": architectures}
+KINDS = {
+    "scores": scores, "gains": gains, "study": studied, "merges": merges, "methods": methods,
+    "architectures": architectures,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from numpy.random import SFC64
 
 from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
 from common.core.seeding import random_choice, random_mask
@@ -162,18 +163,35 @@ def test_what_is_drawn_is_the_mersenne_twisters_on_every_machine():
     """torch's own Bernoulli and exponential numbers come from another library on CPUs of one maker."""
     seed = 1234567890123
     uniform = mersenne_uniform(seed, 3000)
-    mask = random_mask(torch.Size((60, 50)), 0.3, torch.Generator().manual_seed(seed))
-    assert np.array_equal(mask.numpy(), (uniform < 0.3).reshape(60, 50))
     p = np.random.default_rng(0).dirichlet(np.ones(20))
     generator = torch.Generator().manual_seed(seed)
     drawn = [random_choice(torch.tensor(p), generator) for _ in range(150)]
     assert drawn == [int(np.argmax(p / -np.log1p(-u))) for u in uniform.reshape(150, 20)]
 
 
+def small_fast_counting(seed, count):
+    """Words of 64 bits of SFC64, by its definition; the first twelve are not given out."""
+    a, b, c = map(int, np.random.SeedSequence(seed).generate_state(3, np.uint64))
+    for counter in range(1, 13 + count):
+        word = (a + b + counter) % 2**64
+        a, b = b ^ b >> 11, (c + (c << 3)) % 2**64
+        c = ((c << 24 | c >> 40) + word) % 2**64
+        if counter > 12:
+            yield word
+
+
+def test_a_mask_is_of_words_that_are_the_same_on_every_machine():
+    mask = random_mask(torch.Size((60, 50)), 0.3, SFC64(123))
+    assert mask.flatten().tolist() == [word < 0.3 * 2**64 for word in small_fast_counting(123, 3000)]
+    assert random_mask(torch.Size((60, 50)), 1.0, SFC64(123)).all()
+    assert not random_mask(torch.Size((60, 50)), 0.0, SFC64(123)).any()
+    assert random_mask(torch.Size(()), 1 - 2**-53, SFC64(123)).item()
+
+
 def test_a_large_mask_is_drawn_in_pieces_without_a_seam(monkeypatch):
-    whole = random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1))
+    whole = random_mask(torch.Size((40, 50)), 0.5, SFC64(1))
     monkeypatch.setattr("common.core.seeding.PIECE", 7)
-    assert torch.equal(random_mask(torch.Size((40, 50)), 0.5, torch.Generator().manual_seed(1)), whole)
+    assert torch.equal(random_mask(torch.Size((40, 50)), 0.5, SFC64(1)), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

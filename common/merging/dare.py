@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.seeding import random_mask, seeded
+from common.core.seeding import random_mask, seeded_words
 from common.core.task_vectors import LazyParams, Params, made_anew, upcast
 from common.merging.task_arithmetic import task_arithmetic
 from common.merging.tensorwise import by_pieces
@@ -55,9 +55,9 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
         raise InputError(f"dare: drop must lie in [0, 1), it is {drop}")
 
     def kept(tau: Tensor, name: str, task: int, anew: bool) -> Tensor:
-        result, generator = tau if anew else torch.empty_like(tau), seeded(seed, "dare", name, task)
+        result, words = tau if anew else torch.empty_like(tau), seeded_words(seed, "dare", name, task)
         for each, of_tau in by_pieces(result, tau):
-            mask = random_mask(each.shape, 1 - drop, generator).to(tau)
+            mask = random_mask(each.shape, 1 - drop, words).to(tau)
             torch.mul(mask, of_tau, out=each).div_(1 - drop)
         return result
 

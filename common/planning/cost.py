@@ -1,9 +1,8 @@
 """What the work needs: operations and memory, counted on one block without weights (the meta device)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,13 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from common.config import PRETRAINED, Config
 from common.core.blocks import Block, BlockFamily, BlockModule, by_kind
-from common.core.task_vectors import Params, add, as_leaf_tensors, lazy_task_vector
+from common.core.task_vectors import Params, as_leaf_tensors
 from common.domain import Domain, anchored_part
 from common.fda.adaptation import BETAS, coefficients, own_weights
 from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient
 from common.fda.precision import effective_precision, forward_in
-from common.merging.registry import hyperparameters
-from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge
 from common.run.engine import Memory
 
 GIB = 2**30
@@ -29,16 +26,6 @@ HEAP_BYTES = 32 * 2**20  # smaller buffers come from malloc's heap, which keeps 
 HOLES = 0.5  # of the heap in use lie between buffers; measured with blocks of a ViT, a RoBERTa and a Llama
 EIGH_COPIES = 2  # of the matrix, besides the results; measured on a CPU
 NO_KERNELS = (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like)
-SMALL = 48  # the smaller side of the matrices on which a merge method is tried
-
-
-def memory_with_data(config: Config, weights: int) -> dict[str, str]:
-    """A row on the merge, if its method uses data and so holds all merged tensors of the models at once."""
-    start = config.start
-    if start.method == PRETRAINED or start.checkpoint or not chain_of(start.method).row.data:
-        return {}
-    models = 2 * len(config.tasks) + 9  # θ₀, every τ and every Fisher, or Gram matrices and their like in float64
-    return {"merge, data": f"up to {models} models at once, {models * 4 * weights / GIB:.2f} GiB, and activations"}
 
 
 @dataclass(frozen=True)
@@ -229,46 +216,3 @@ def host_of_construction(module: nn.Module, width: int, anchors: int) -> int:
     """Host memory beside a GPU: a block and its mapped file, or the rows that anchors are drawn from, thrice."""
     rows = sum(p.numel() * 4 for p in module.parameters() if p.ndim == 2 and p.shape[1] == width)
     return max(2 * size_of(module), 3 * rows) + 2 * anchors
-
-
-def memory_of_merge(
-    config: Config, shapes: Mapping[str, tuple[int, ...]], blocks: tuple[str, ...], passing: int
-) -> dict[str, str]:
-    """A row on the memory of start.method while tensors of these shapes pass, if it is one that merges them singly."""
-    method = config.start.method
-    if method == PRETRAINED or config.start.checkpoint or chain_of(method).row.data:
-        return {}
-    scope = chain_of(method).row.scope
-    tried = cache(partial(tensors_held, method, hyper_of(method, config.start.hyper), len(config.tasks)))
-    device = alone = before = 0.0
-    name, held = "", 1.0
-    for each, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        models = tried(shape) if each.startswith(blocks) or scope == "all" else 1.0
-        device = max(device, models * size + before)
-        resident = (1 if size >= HEAP_BYTES else 1 + HOLES) * models * size + before
-        if resident > alone:
-            alone, name, held = resident, each, models
-        before = size  # what was merged last may be held until the next is there
-    holds = f"{method} holds {held:.1f} tensors like {name} at once"
-    return {"merge, memory": f"{in_words(device, passing, alone)}; {holds}"}
-
-
-def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...]) -> float:
-    """How many tensors of a shape a merge has in memory at once, found by merging small ones of the same proportions.
-
-    θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all.
-    """
-    small = (min(math.prod(shape), SMALL**2),)
-    if len(shape) == 2:
-        small = tuple(math.ceil(side * min(1, SMALL / min(shape))) for side in shape)
-    chain = chain_of(method)
-    for part, own in by_part(chain, hyper).items():
-        if "steps" in hyperparameters(part):
-            hyper = {**hyper, "steps": 2} if len(chain.parts) == 1 else {**hyper, part: {**own, "steps": 2}}
-    generator = torch.Generator().manual_seed(0)
-    with Ledger() as ledger:
-        base = {"": torch.randn(small, generator=generator)}
-        deltas = [lazy_task_vector(lambda _: torch.randn(small, generator=generator), base)] * tasks
-        add(base, merge(method, base, deltas, hyper))
-    return ledger.peak / base[""].nbytes

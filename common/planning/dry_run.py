@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 import yaml
 
+from common.assembly import parts_of
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
 from common.core.errors import InputError, NotFetched
@@ -21,6 +23,7 @@ from common.io.absent_models import NOT_FETCHED
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
 from common.io.hub import is_stand_in
+from common.io.tensors import WHOLE
 from common.layout import (
     RunLayout,
     anchor_settings,
@@ -40,10 +43,9 @@ from common.planning.cost import (
     cost_of_step,
     in_words,
     largest_of,
-    memory_of_merge,
-    memory_with_data,
     size_of,
 )
+from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
 from common.validation import check_choices
@@ -91,7 +93,7 @@ def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Pl
             said = said_of(relative_norms(experiment, [0])) if fetched else "not known before the weights are fetched"
             lines.append(f"  {'‖τ‖/‖θ₀‖':10} in block 0: {said}")
     settings = yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}, sort_keys=False)
-    needed = needs(config, domain)
+    needed = needs(config, domain, experiment)
     text = "\n".join([settings, "Inputs", *lines, "", "Outputs", *outputs(config), "", *needed])
     return Plan(text, list(dict.fromkeys(sentence for of_one in refusals.values() for sentence in of_one)))
 
@@ -206,6 +208,13 @@ def outputs(config: Config) -> list[str]:
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 
 
+def rows_of(experiment: Experiment | None, config: Config, name: str) -> Sequence[slice]:
+    """The rows of a tensor that are merged together, as far as the models are known."""
+    if experiment is None or name not in experiment.base.shapes:
+        return [WHOLE]
+    return parts_of(experiment, config.start.method, name)
+
+
 def in_short(alike: Sequence[BlockModule]) -> str:
     """So many blocks of one kind: the first's name, the number of its tensors, their size."""
     prefix, module = alike[0]
@@ -213,7 +222,7 @@ def in_short(alike: Sequence[BlockModule]) -> str:
     return f"{len(alike)} x {names}, {len(list(module.parameters()))} tensors, {size_of(module) / 2**20:.3g} MiB"
 
 
-def needs(config: Config, domain: Domain) -> list[str]:
+def needs(config: Config, domain: Domain, experiment: Experiment | None = None) -> list[str]:
     """Units, disk, memory and arithmetic, counted on blocks without weights (the meta device), the largest of each."""
     try:
         skeleton, (family, kinds, shape) = domain.skeleton(config.model), blocks_of(config, domain)
@@ -248,7 +257,7 @@ def needs(config: Config, domain: Domain) -> list[str]:
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
-        **memory_of_merge(config, merged, family.prefixes, passing),
+        **memory_of_merge(config, merged, family.prefixes, passing, partial(rows_of, experiment, config)),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{every / GIB:.2f} GiB a model in {dtype}",
         "libraries": "about 0.9 GiB of host memory besides",
