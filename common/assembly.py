@@ -21,7 +21,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.headers import rows_of
-from common.io.tensors import WHOLE, in_rows, read_tensor
+from common.io.tensors import WHOLE, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.layout import (
@@ -42,7 +42,6 @@ from common.run.run_log import record_stage
 Part = tuple[int, Sequence[str]]
 """A part of a merge: its number, and the names of its tensors."""
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
-ROWS = 2**20  # weights of the rows of a tensor that are merged at a time, where a method lets them be
 
 
 def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
@@ -166,10 +165,7 @@ def parts_of(experiment: Experiment, method: str, name: str) -> Sequence[slice]:
     as they are merged, so that what is in memory stays in the caches of the processor.
     """
     chain = chain_of(method)
-    by_weight = chain.row.by_weight and chain.parts == (method,)
-    if not by_weight or not all(each.has_rows(name) for each in (experiment.base, *experiment.experts.values())):
-        return [WHOLE]
-    return in_rows(tuple(experiment.base.shapes[name]), ROWS)
+    return experiment.rows_of(name) if chain.row.by_weight and chain.parts == (method,) else [WHOLE]
 
 
 def survey_of(experiment: Experiment, method: str) -> Any:
@@ -193,19 +189,12 @@ def merged_tensor(experiment: Experiment, method: str, name: str, surveyed: Any,
 
 def of_tensor(experiment: Experiment, name: str, rows: slice = WHOLE) -> tuple[Params, list[Params]]:
     """θ₀ and the τᵢ of one tensor, or of some of its rows. Each expert's is read when its task vector is asked for."""
-    theta = {name: read_one(experiment, experiment.base, rows, name)}
-    readers = [partial(read_one, experiment, expert, rows) for expert in experiment.experts.values()]
+    theta = {name: experiment.read_rows(experiment.base, name, rows)}
+    readers = [partial(experiment.read_rows, expert, rows=rows) for expert in experiment.experts.values()]
     deltas: list[Params] = [lazy_task_vector(reader, theta) for reader in readers]
     if theta[name].numel() <= KEPT and rows == WHOLE:
         deltas = [dict(delta) for delta in deltas]
     return theta, deltas
-
-
-def read_one(experiment: Experiment, checkpoint: Checkpoint, rows: slice, name: str) -> Tensor:
-    """One tensor, or some of its rows, on the device."""
-    if rows == WHOLE:
-        return experiment.read(checkpoint, [name])[name]
-    return checkpoint.read_rows(name, rows).to(experiment.device)
 
 
 def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> bool:

@@ -18,12 +18,14 @@ from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_like
 from common.io.matched import Matching
+from common.io.tensors import WHOLE, in_rows
 from common.io.unstacked import unstacked
 from common.merging.starts import hyper_of
 
 # What steps take, measured with the toys: passes of a matching step and of one of a fit, in products of a pass forward;
 # seconds besides the products; multiplications a second of one core.
 MATCHING, FIT, STEP, RATE = 14, 4, 2e-3, 4e10
+ROWS = 2**20  # weights of the rows of a tensor that are worked on at a time, where none hangs on others
 
 Unit = tuple[int, tuple[str, ...]]
 """What anchors are made for in one go: a block, and one task or all."""
@@ -91,6 +93,18 @@ class Experiment:
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> Params:
         """The named tensors, on the device."""
         return {name: p.to(self.device) for name, p in checkpoint.read(names).items()}
+
+    def rows_of(self, name: str) -> list[slice]:
+        """Rows of a tensor, a part after the other, where all models store it as it is merged; else all of it."""
+        if not all(each.has_rows(name) for each in (self.base, *self.experts.values())):
+            return [WHOLE]
+        return in_rows(tuple(self.base.shapes[name]), ROWS)
+
+    def read_rows(self, checkpoint: Checkpoint, name: str, rows: slice) -> Tensor:
+        """One tensor, or some of its rows, on the device."""
+        if rows == WHOLE:
+            return self.read(checkpoint, [name])[name]
+        return checkpoint.read_rows(name, rows).to(self.device)
 
     def read_block(self, checkpoint: Checkpoint, index: int) -> Params:
         """θ of one block, on the device, under the names it has within the block."""

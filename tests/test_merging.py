@@ -362,7 +362,7 @@ def test_the_dry_run_foresees_rows_where_they_are_merged_apart(pico_config, monk
         plan = describe(replace(pico_config, start=replace(pico_config.start, method=method)), domain).text
         return re.search(r"merge, memory.* on a CPU alone; \w+ holds (.*) at once", plan)[1]
 
-    monkeypatch.setattr("common.assembly.ROWS", 64)
+    monkeypatch.setattr("common.experiment.ROWS", 64)
     assert re.fullmatch(r"3\.0 times \d+ rows of visual\.\S+", held("average"))
     assert re.fullmatch(r"4\.0 tensors like visual\.\S+", held("ties"))
     assert re.fullmatch(r"\d+\.\d tensors like visual\.\S+", held("tsv"))

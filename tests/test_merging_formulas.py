@@ -12,7 +12,7 @@ from common.core.linalg import nearest_isometry, rank_of_share, regression_mean,
 from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
-from common.merging.magnitude import trim
+from common.merging.magnitude import largest, trim
 from common.merging.registry import METHODS, hyperparameters
 from common.merging.starts import merge
 from common.merging.swudi import filtered
@@ -192,6 +192,14 @@ def test_a_large_mask_is_drawn_in_pieces_without_a_seam(monkeypatch):
     whole = random_mask(torch.Size((40, 50)), 0.5, SFC64(1))
     monkeypatch.setattr("common.core.seeding.PIECE", 7)
     assert torch.equal(random_mask(torch.Size((40, 50)), 0.5, SFC64(1)), whole)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.9, 1.0])
+def test_the_nth_largest_of_many_equal_numbers_is_that_of_the_sorted(zeros):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3000, generator=generator).abs() * (torch.rand(3000, generator=generator) >= zeros)
+    for count in (1, 30, 299, 300, 301, 2000, 3000):
+        assert largest(x.clone(), count) == x.sort(descending=True).values[count - 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -119,4 +119,9 @@ def inner(a: Params, b: Params) -> float:
 
 def norm(params: Params) -> float:
     """The Euclidean norm of all tensors together, summed in float64."""
-    return inner(params, params) ** 0.5
+    return sum(map(squared, params.values())) ** 0.5
+
+
+def squared(x: Tensor) -> float:
+    """The sum of the squares of a tensor's numbers, in float64."""
+    return float(x.double().square().sum())

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from common.core.task_vectors import norm, subtract
+from common.core.task_vectors import squared
 from common.experiment import Experiment
 
 # Of ‖θ₀‖. On the toy CLIP with experts tuned at five rates, FDA's gain over task arithmetic is +5.6 points at 2.6 %,
@@ -18,14 +18,15 @@ REGIME = 0.05
 
 @torch.no_grad()
 def relative_norms(experiment: Experiment, blocks: Iterable[int]) -> dict[str, float]:
-    """‖τ‖/‖θ₀‖ of each task over these blocks; one block of one expert is in memory at a time."""
+    """‖τ‖/‖θ₀‖ of each task over these blocks; a tensor of one expert is in memory at a time, or some of its rows."""
     sums = {task: 0.0 for task in experiment.experts}
     size = 0.0
-    for index in blocks:
-        theta_0 = experiment.read_block(experiment.base, index)
-        size += norm(theta_0) ** 2
-        for task, expert in experiment.experts.items():
-            sums[task] += norm(subtract(experiment.read_block(expert, index), theta_0)) ** 2
+    for name in (name for index in blocks for name in experiment.base.names(experiment.prefixes[index])):
+        for rows in experiment.rows_of(name):
+            theta_0 = experiment.read_rows(experiment.base, name, rows)
+            size += squared(theta_0)
+            for task, expert in experiment.experts.items():
+                sums[task] += squared(experiment.read_rows(expert, name, rows) - theta_0)
     return {task: (tau / size) ** 0.5 for task, tau in sums.items()}
 
 

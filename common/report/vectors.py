@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.core.task_vectors import norm, subtract
+from common.core.task_vectors import squared
 from common.experiment import Experiment
 from common.io.checkpoints import digest, write_text
 from common.io.json_files import read_object
@@ -58,16 +58,18 @@ def weights_of(experiment: Experiment) -> int:
 def measured(experiment: Experiment, index: int) -> dict[str, Any]:
     """‖θ₀‖, ‖τ‖ of each task and the products of all pairs of τ in one block, summed in float64 over its tensors.
 
-    The block of the base and of every expert is in memory at once.
+    A tensor of each model is in memory at once, or some of its rows.
     """
-    theta_0 = experiment.read_block(experiment.base, index)
-    taus = [subtract(experiment.read_block(expert, index), theta_0) for expert in experiment.experts.values()]
-    gram_NN = torch.zeros(len(taus), len(taus), dtype=torch.float64)
-    for name in theta_0:
-        flat = torch.stack([tau.pop(name).flatten() for tau in taus]).double()
-        gram_NN += (flat @ flat.T).cpu()
+    experts, theta = experiment.experts.values(), 0.0
+    gram_NN = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    for name in experiment.base.names(experiment.prefixes[index]):
+        for rows in experiment.rows_of(name):
+            theta_0 = experiment.read_rows(experiment.base, name, rows)
+            theta += squared(theta_0)
+            tau_NP = torch.stack([(experiment.read_rows(e, name, rows) - theta_0).flatten() for e in experts]).double()
+            gram_NN += (tau_NP @ tau_NP.T).cpu()
     return {
-        "theta": short(norm(theta_0)),
+        "theta": short(theta**0.5),
         "tau": [short(float(x) ** 0.5) for x in gram_NN.diagonal()],
         "gram": [[short(float(x)) for x in row] for row in gram_NN],
     }
