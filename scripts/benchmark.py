@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmark_blocks import ARCHS, TOY_BLOCK, TOYS, Case, random_block, random_expert, toy, write_whole
 from benchmark_clock import Clock, matmul_ceiling, peak_memory, ratios
-from benchmark_merge import merges
+from benchmark_merge import RECIPES, merges
 from benchmark_reference import Reference, plain_fit
 from benchmark_scaling import scaling
 from common.config import PRESETS
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--compiler", default="eager", help="of those: eager, inductor or cudagraphs")
     parser.add_argument("--tasks", type=int, default=8, help="adapt: experts")
     parser.add_argument("--epochs", type=int, default=2, help="adapt: passes over the anchors")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="merge: those to be timed")
     parser.add_argument("--mergekit", type=Path, help="merge: a python that has mergekit, which is timed beside ours")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Make or open the weights, and compare."""
     if args.what == "merge":
-        return merges(args.mergekit, folder, args.repeats)
+        return merges(args.mergekit, folder, args.repeats, args.recipes)
     if args.what == "scaling":
         return scaling(args.toy, folder, device)
     if args.toy:

@@ -60,8 +60,14 @@ class Taken:
     peak_gib: float
 
 
-def merges(mergekit: Path | None, folder: Path, repeats: int, size: Mapping[str, int] = LLAMA_220M) -> dict[str, Any]:
-    """Medians of `repeats` merges of every recipe by both, and their ratios, mergekit / this project's.
+def merges(
+    mergekit: Path | None,
+    folder: Path,
+    repeats: int,
+    recipes: Sequence[str] = tuple(RECIPES),
+    size: Mapping[str, int] = LLAMA_220M,
+) -> dict[str, Any]:
+    """Medians of `repeats` merges of some recipes by both, and their ratios, this project's / mergekit's.
 
     mergekit: a python that has it; None measures this project alone.
     """
@@ -69,9 +75,9 @@ def merges(mergekit: Path | None, folder: Path, repeats: int, size: Mapping[str,
         print("mergekit is not measured: --mergekit names the python of an environment that has it", file=sys.stderr)
     make_models(folder / "models", size)
     result: dict[str, Any] = {"mergekit": version_in(mergekit) if mergekit else None, "model": dict(size)}
-    for method, recipe in RECIPES.items():
+    for method in recipes:
         file = folder / f"{method}.yaml"
-        file.write_text(yaml.safe_dump(recipe_of(recipe, folder / "models")))
+        file.write_text(yaml.safe_dump(recipe_of(RECIPES[method], folder / "models")))
         commands = {"ours": ours(file, folder)}
         if mergekit:
             commands["mergekit"] = theirs(mergekit, file, folder)

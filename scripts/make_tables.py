@@ -10,7 +10,7 @@ from the repository's root and names of rows:
     scores FILE | ROW ...  those rows of it alone
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
     study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
-    merges FILE            scripts/benchmark.py merge's recipes, by both; FILE is what its --out wrote
+    merges FILE | FILE ... scripts/benchmark.py merge's recipes, by both; a FILE is what its --out wrote
     methods                the merge methods
     architectures DOMAIN   what is anchored of each architecture that the tests merge, found in a pico model of it
 """
@@ -25,6 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmark_merge import RECIPES
 from common.config import ROOT, Model
 from common.core.errors import InputError
 from common.domain import FOLDERS
@@ -136,19 +137,21 @@ def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start:
     return cell(average[name], percent=True), f"({gain})" if within else gain
 
 
-def merges(file: str) -> str:
+def merges(*files: str) -> str:
     """A line for each recipe that scripts/benchmark.py merge timed, medians, and what they were measured with."""
-    measured = json.loads((ROOT / file).read_text(encoding="utf-8"))
-    result, command = measured["result"], measured["command"]
-    lines: list[Sequence[str]] = [["Recipe", "Seconds", "mergekit's", "Ratio", "Peak GiB", "mergekit's ", "Ratio "]]
-    for recipe, both in result.items():
-        if recipe not in ("mergekit", "model"):
+    head = ["Recipe", "Seconds", "of mergekit", "Ratio", "Peak GiB", "of mergekit", "Ratio", "Commit"]
+    lines: list[Sequence[str]] = [head]
+    said = set()
+    for file in files:
+        measured = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        result, repeats = measured["result"], measured["command"]["repeats"]
+        said.add(f"medians of {repeats} by the clock; threads: {measured['threads']}; {result['mergekit']}")
+        for recipe, both in ((name, both) for name, both in result.items() if name in RECIPES):
             own, other, ratio = both["ours"], both["mergekit"], both["ours_in_parts_of_mergekit"]
             of_time = (f"{own['seconds']:.1f}", f"{other['seconds']:.1f}", f"{ratio['seconds']:.2f}")
             of_peak = (f"{own['peak_gib']:.1f}", f"{other['peak_gib']:.1f}", f"{ratio['peak_gib']:.2f}")
-            lines.append([f"`{recipe}`", *of_time, *of_peak])
-    said = f"Medians of {command['repeats']} by the clock, {measured['threads']} thread; {result['mergekit']}; commit "
-    return aligned(lines) + f"\n{said}{measured['commit']}.\n"
+            lines.append([f"`{recipe}`", *of_time, *of_peak, measured["commit"]])
+    return aligned(lines) + f"\nSeconds and GiB: {'; '.join(sorted(said))}.\n"
 
 
 def methods() -> str:
