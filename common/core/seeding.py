@@ -2,7 +2,7 @@
 
 torch draws Bernoulli and exponential numbers by another library on CPUs of one maker than on all others, so that its
 `bernoulli_` and `multinomial` differ between machines. Its uniform numbers do not, nor do the words of numpy's SFC64,
-of which masks are made in a fifth of the time; everything here is made of these two.
+of which masks are made in a fraction of the time; everything here is made of these two.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import torch
 from numpy.random import SFC64, BitGenerator
 from torch import Tensor
 
-PIECE = 2**20  # words that are in memory at once
-WORD = 2.0**64
+PIECE = 2**17  # elements of a mask that are drawn at once, two of each word of 64 bits
+HALF = 2.0**32
 
 
 def seeded(seed: int, *what: str | int) -> torch.Generator:
@@ -33,11 +33,15 @@ def key_of(seed: int, *what: str | int) -> int:
 
 
 def random_mask(shape: torch.Size, share: float, words: BitGenerator) -> Tensor:
-    """A mask of that shape, on the CPU, in which each element is True with probability `share`, at most 1."""
-    mask = torch.ones(shape, dtype=torch.bool)
-    if share < 1:
+    """A mask of that shape, on the CPU, in which each element is True with probability `share`, to 32 bits of it.
+
+    An element is told by half a word, the lower one first; of an odd number the last half is not used.
+    """
+    mask, below = torch.ones(shape, dtype=torch.bool), round(share * HALF)
+    if below < HALF:
         for part in mask.view(-1).split(PIECE):
-            np.less(words.random_raw(len(part)), np.uint64(share * WORD), out=part.numpy())
+            halves = words.random_raw((len(part) + 1) // 2).astype("<u8", copy=False).view("<u4")
+            np.less(halves[: len(part)], np.uint32(below), out=part.numpy())
     return mask
 
 

@@ -56,9 +56,8 @@ def dropped(deltas: Sequence[Params], drop: float, seed: int) -> list[LazyParams
 
     def kept(tau: Tensor, name: str, task: int, anew: bool) -> Tensor:
         result, words = tau if anew else torch.empty_like(tau), seeded_words(seed, "dare", name, task)
-        for each, of_tau in by_pieces(result, tau):
-            mask = random_mask(each.shape, 1 - drop, words).to(tau)
-            torch.mul(mask, of_tau, out=each).div_(1 - drop)
+        for each, of_tau, mask in by_pieces(result, tau, random_mask(tau.shape, 1 - drop, words)):
+            torch.mul(mask.to(tau), of_tau, out=each).div_(1 - drop)
         return result
 
     def lazily(delta: Params, task: int) -> LazyParams:
