@@ -409,8 +409,25 @@ def test_missing_anchors_are_named(pico_config):
 
 def test_a_dry_run_says_what_the_analysis_lacks(pico_config):
     command_file = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/analyse.py")))
-    refusals = command_file.plan("tsne", change(pico_config, "compare", inits=["gauss"]), domain).refusals
+    refusals = command_file.plan(["tsne"], change(pico_config, "compare", inits=["gauss"]), domain).refusals
     assert len(refusals) == 1 and "there are no anchors at" in refusals[0] and "gauss/MNIST" in refusals[0]
+
+
+def test_all_are_those_that_the_domain_has_and_nothing_begins_if_one_lacks_something(made, monkeypatch):
+    begun = []
+    ran = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/analyse.py")))
+    monkeypatch.setitem(ran.analyse_each.__globals__, "analyse", lambda name, *_: begun.append(name))
+    ran.analyse_each(["all"], made, domain)
+    assert begun == list(ANALYSES)
+    with pytest.raises(InputError, match="no anchors at"):
+        ran.analyse_each(["bias", "spectrum"], change(made, "run", root=str(made.run.dir / "none")), domain)
+    assert begun == list(ANALYSES)
+
+
+def test_of_all_those_are_left_out_that_the_domain_has_not(nlg_config, capsys):
+    ran = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/analyse.py")))
+    assert ran.possible(["all"], nlg_config, nlg) == [name for name, row in ANALYSES.items() if not row.needs]
+    assert "left out: analyse.py tsne needs data of the tasks; nlg has none for it" in capsys.readouterr().out
 
 
 def test_the_command_lists_what_there_is():
