@@ -24,8 +24,9 @@ from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparamet
 from common.layout import RunLayout
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
+from common.opening import open_experiment
 from common.pipeline import adapt, adapt_blocks, construct, merge_alone
-from common.planning.dry_run import Plan, check_export, describe
+from common.planning.dry_run import Plan, check_adapted, check_anchors_made, check_export, check_start, describe
 from common.report.page import write_page
 from common.report.reading import REPORT, read_run
 from common.run.stages import current, named
@@ -37,9 +38,11 @@ def compare(config: Config, domain: Domain) -> None:
     check_choices(config, domain)
     current().expect(stages_of(config))  # refuses here what it would after the search
     config = choose_hyperparameters(config, domain)
-    if not config.compare.seeds:
-        return grid(config, domain)
     runs = runs_of(config)
+    for each in runs or [config]:
+        check_what_is_there(each, domain)
+    if not runs:
+        return grid(config, domain)
     for each in runs:
         grid(each, domain, [row for other in runs for row in results_of(other)])
     rows = [row | {"seed": each.run.seed} for each in runs for row in results_of(each)]
@@ -62,6 +65,21 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
             adapt(choose_adaptation(of_init.at_start(start), domain, adapt_blocks), domain)
     score_run(config, domain, others)
     write_cards(config, domain)
+
+
+def check_what_is_there(config: Config, domain: Domain) -> None:
+    """InputError if the run's folder holds anchors, merges or models that were made otherwise, before work goes into
+    what lacks. What compare.search chooses for the adaptation is not known yet."""
+    for init in config.compare.inits or [config.anchors.init]:
+        of_init = replace(config, anchors=replace(config.anchors, init=init))
+        experiment = open_experiment(of_init, domain)
+        if config.compare.inits and not config.anchors.source:
+            check_anchors_made(experiment, domain)
+        for start in config.compare.starts:
+            of_start = replace(experiment, config=of_init.at_start(start))
+            check_start(of_start, domain)
+            if config.compare.inits and FDA not in config.compare.search:
+                check_adapted(of_start, domain)
 
 
 def runs_of(config: Config) -> list[Config]:

@@ -413,7 +413,7 @@ def test_a_dry_run_says_what_the_analysis_lacks(pico_config):
     assert len(refusals) == 1 and "there are no anchors at" in refusals[0] and "gauss/MNIST" in refusals[0]
 
 
-def test_all_are_those_that_the_domain_has_and_nothing_begins_if_one_lacks_something(made, monkeypatch):
+def test_all_analyses_are_made_or_none_begins(made, monkeypatch):
     begun = []
     ran = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/analyse.py")))
     monkeypatch.setitem(ran.analyse_each.__globals__, "analyse", lambda name, *_: begun.append(name))

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 
+from common.core.errors import InputError
 from common.evaluation.rows import row_name
 from compare import compare
 from helpers import change, files_of
@@ -45,6 +46,22 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
     before = files_of(folder)
     compare(seeds, counting(scored))
     assert files_of(folder) == before and max(scored.values()) == 2
+
+
+def test_what_was_made_otherwise_is_refused_before_any_work(seeds):
+    """In the last of the runs, as in the first."""
+    seeds = change(change(seeds, "compare", starts=["ta"]), "run", score=False)
+    of_last = change(seeds, "compare", seeds=[1])
+    compare(of_last, counting(Counter()))
+    before = files_of(seeds.run.dir)
+    for section, values in (
+        ("adapt", {"epochs": 3}),
+        ("anchors", {"steps": 3}),
+        ("start", {"hyper": {"ta": {"scale": 0.7}}}),
+    ):
+        with pytest.raises(InputError, match=r"seed_1/.* was made with .*; choose another run.name"):
+            compare(change(seeds, section, **values), counting(Counter()))
+        assert files_of(seeds.run.dir) == before
 
 
 def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeypatch):
