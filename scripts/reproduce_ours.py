@@ -53,6 +53,12 @@ LONG = ("--run.name=long", "--anchors.number=48", "--anchors.steps=300")
 RIDGE = ("--run.name=ridge", "--compare.starts=[swudi_a]", "--adapt.warm_start=regmean")
 RIDGES = ("0", "0.01", "0.1", "1", "10", "30", "100")
 GUARD = ("--run.name=guard", "--compare.seeds=[0,1,2]", EVERY)
+MANY = (
+    "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,varm,consensus_ta,tsv,dc_merge,"
+    "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,optmerge,actmat,tact,ace,doge_ta,opcm,widen,"
+    "pact+wudi,pact+swudi_a,ta+svc,tsv+svc,fisher,regmean,regmean_pp,adamerging,prodistill,fw_merging,"
+    "expert_merging]"
+)
 WITH_SCORES = {"compare": "", "regime": "regime"}  # whose file is results.json, and where in the run's folder
 DEMOS = tuple(f"{folder}/results/demo.json" for folder in ("Vision", "NLU", "NLG"))
 OURS = {
@@ -90,6 +96,9 @@ OURS = {
         "vision/toy",
         (("--run.name=cost", "--compare.starts=[pretrained,ta,tsv,wudi,swudi_a,regmean_pp,prodistill]"),),
         "cost",
+    ),
+    "Vision/results/studies/methods.json": Ours(
+        VISION, "vision/toy", (("--run.name=methods", "--run.workers=1", "--compare.seeds=[0]", MANY),), "methods"
     ),
     "Vision/results/studies/rates.json": Ours((*VISION, *RATED), "vision/toy", ((FOUR,),), "rates"),
     "Vision/results/studies/ablations.json": Ours(VISION, "vision/toy", by="ablations"),

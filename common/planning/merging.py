@@ -50,7 +50,7 @@ def memory_of_merge(
         return {}
     scope = chain_of(method).row.scope
     tried = cache(partial(tensors_held, method, hyper_of(method, config.start.hyper), len(config.tasks)))
-    device = alone = before = 0.0
+    device = alone = 0.0
     holds = ""
     for each, shape in shapes.items():
         size = 4 * math.prod(shape)
@@ -58,15 +58,19 @@ def memory_of_merge(
         at_once = 4 * weights
         surveying, merging = tried(shape) if each.startswith(blocks) or scope == "all" else Held(0.0, 1.0)
         needed = max(surveying * size, merging * at_once)
-        device = max(device, needed + before)
-        resident = (1 if at_once >= HEAP_BYTES else 1 + HOLES) * needed + before
+        device = max(device, needed)
+        resident = max(on_a_cpu(surveying, size), on_a_cpu(merging, at_once))
         if resident > alone:
             alone = resident
             holds = f"{needed / size:.1f} tensors like {each}"
             if surveying * size < merging * at_once < merging * size:
                 holds = f"{merging:.1f} times {rows} rows of {each}"
-        before = at_once  # what was merged last may be held until the next is there
     return {"merge, memory": f"{in_words(device, passing, alone)}; {method} holds {holds} at once"}
+
+
+def on_a_cpu(tensors: float, size: int) -> float:
+    """Bytes that a process occupies for some tensors of so many bytes: small ones leave holes in its heap."""
+    return (1 if size >= HEAP_BYTES else 1 + HOLES) * tensors * size
 
 
 def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
