@@ -82,6 +82,11 @@ OURS = {
         "vision/toy",
         (GUARD, (*GUARD, "--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")),
     ),
+    "Vision/results/weights.json": Ours(
+        VISION,
+        "vision/toy",
+        (("--run.name=weights-size", "--anchors.weights=size", "--compare.seeds=[0,1,2]", FOUR),),
+    ),
     "Vision/results/ridge.json": Ours(
         VISION,
         "vision/toy",

@@ -8,6 +8,7 @@ A row of a number that is varied (tasks, rates, scale, real): {"at": the number,
 """
 
 from functools import partial
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def draw_gains(rows: Rows, path: Path, percent: bool) -> None:
 
 def draw_methods(rows: Rows, path: Path, percent: bool) -> None:
     """Scores against processor seconds, a ring for each start and a dot for FDA from it, joined by a line whose colour
-    says whether FDA is better (PNG). Named are the starts that no cheaper one equals, and the best FDA."""
+    says whether FDA is better (PNG). Named are the starts that no cheaper one equals, as far as there is room, and the
+    best FDA."""
     figure, scale = Figure(figsize=(8, 5), dpi=120, layout="constrained"), 100 if percent else 1
     axes = figure.subplots()
     alone = [row for row in rows if not row["start"]]
@@ -121,7 +123,8 @@ def draw_methods(rows: Rows, path: Path, percent: bool) -> None:
         axes.plot(row["cpu_seconds"], scale * row["avg"], "o", color=INK, markerfacecolor="white", zorder=4)
     named = [row for row in alone if not any(beats(other, row) for other in alone)]
     named += sorted((row for row in rows if row["start"]), key=lambda row: row["avg"])[-1:]
-    for row in named:
+    span = axes.get_ylim()[1] - axes.get_ylim()[0]
+    for row in apart(named, span / scale):
         at = (row["cpu_seconds"], scale * row["avg"])
         axes.annotate(row["name"], at, xytext=(0, 6), textcoords="offset points", ha="center", va="bottom", fontsize=8)
     axes.set_xscale("log")
@@ -134,6 +137,18 @@ def draw_methods(rows: Rows, path: Path, percent: bool) -> None:
     marks += [Line2D([], [], label=f"FDA from it: {verdict}", **DOT, color=c) for verdict, c in VERDICTS.items()]
     legend(figure, marks)
     save(figure, path)
+
+
+def apart(named: Rows, span: float) -> Rows:
+    """Of some rows those whose names do not lie upon each other in a figure of so large a span, the best first."""
+    kept: Rows = []
+    for row in sorted(named, key=lambda row: -row["avg"]):
+        if all(
+            abs(row["avg"] - other["avg"]) > span / 25 or abs(log(row["cpu_seconds"] / other["cpu_seconds"])) > log(4)
+            for other in kept
+        ):
+            kept.append(row)
+    return kept
 
 
 def beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
