@@ -110,6 +110,19 @@ OURS = {
     "Vision/results/studies/tasks.json": Ours(VISION, "vision/toy", ((FOUR,),), "tasks"),
     "NLU/results/minilm_regime.json": Ours(MINILM, "nlu/minilm", by="regime"),
     "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", ((FIVE,),)),
+    "NLU/results/studies/methods.json": Ours(
+        MINILM,
+        "nlu/minilm",
+        (
+            (
+                "--run.name=minilm-methods",
+                "--run.workers=1",
+                "--compare.seeds=[0]",
+                "--compare.starts=[pretrained,swudi_a,wudi,tsv,iso_cts]",
+            ),
+        ),
+        "methods",
+    ),
     "NLG/results/smollm_regime.json": Ours(
         SMOLLM, "nlg/smollm", (("--compare.search={ta: {scale: [0.6,0.8,1.0]}}",),), "regime"
     ),

@@ -390,7 +390,7 @@ def test_merged_by_rows_a_checkpoint_has_the_same_bytes(method, pico_config, mon
     monkeypatch.setattr(assembly, "merged_tensor", lambda *given: calls.append(given) or merged(*given))
     counts = []
     for rows in (2**40, 50):
-        monkeypatch.setattr(assembly, "ROWS", rows)
+        monkeypatch.setattr("common.experiment.ROWS", rows)
         config = change(change(pico_config, "start", method=method, hyper={}), "run", name=str(rows), score=False)
         made.append(files_of(merge_alone(config, domain), "*.safetensors"))
         counts.append(len(calls) - sum(counts))
