@@ -36,9 +36,10 @@ ALL = "all"
 def analyse_each(names: Sequence[str], config: Config, domain: Domain) -> None:
     """Make the figures, after what each needs was found to be there."""
     chosen = possible(names, config, domain)
-    experiment = open_experiment(config, domain)
-    for name in chosen:
-        check(name, experiment, domain)
+    if len(chosen) > 1:  # analyse looks after one by itself
+        experiment = open_experiment(config, domain)
+        for name in chosen:
+            check(name, experiment, domain)
     for name in chosen:
         analyse(name, config, domain)
 
