@@ -76,6 +76,7 @@ def merges(
     make_models(folder / "models", size)
     result: dict[str, Any] = {"mergekit": version_in(mergekit) if mergekit else None, "model": dict(size)}
     for method in recipes:
+        print(f"{method}: {repeats} times by each", file=sys.stderr, flush=True)
         file = folder / f"{method}.yaml"
         file.write_text(yaml.safe_dump(recipe_of(RECIPES[method], folder / "models")))
         commands = {"ours": ours(file, folder)}

@@ -1,5 +1,6 @@
 """Labelled examples through `datasets`: from a local folder in any layout it reads, or from the hub."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ def read_folder(folder: Path, split: str) -> "datasets.Dataset | datasets.Datase
     """A folder as save_to_disk wrote it, with files named after the split, or as load_dataset understands it."""
     import datasets
 
+    datasets.disable_progress_bars()  # a folder is read in moments, and their bars would break into ours
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(folder))
     files = [f.name for f in sorted(folder.glob(f"{split}[-.]*"))]  # `datasets` takes validation_matched for validation
@@ -113,4 +115,5 @@ def read_hub(hub: str, hub_config: str | None, split: str) -> "datasets.Dataset"
 
     if not hub:
         raise FileNotFoundError("there is no such folder")
+    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
     return datasets.load_dataset(hub, hub_config, split=split)

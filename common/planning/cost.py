@@ -88,8 +88,13 @@ class Ledger(TorchDispatchMode):
 
     @property
     def resident(self) -> float:
-        """What a process on a CPU occupies for these tensors: pages of freed small ones stay with it."""
-        return self.large + (1 + HOLES) * self.small
+        """What a process on a CPU occupies for these tensors."""
+        return on_a_cpu(self.large, self.small)
+
+
+def on_a_cpu(large: float, small: float) -> float:
+    """Bytes that a process occupies for tensors that malloc maps and those on its heap, in which they leave holes."""
+    return large + (1 + HOLES) * small
 
 
 def in_words(gpu: float, host: float, alone: float) -> str:

@@ -11,7 +11,7 @@ from common.config import PRETRAINED, Config
 from common.core.task_vectors import Params, add, lazy_task_vector
 from common.merging.registry import hyperparameters
 from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge, survey
-from common.planning.cost import GIB, HEAP_BYTES, HOLES, Ledger, in_words
+from common.planning.cost import GIB, HEAP_BYTES, Ledger, in_words, on_a_cpu
 
 SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
@@ -59,7 +59,7 @@ def memory_of_merge(
         surveying, merging = tried(shape) if each.startswith(blocks) or scope == "all" else Held(0.0, 1.0)
         needed = max(surveying * size, merging * at_once)
         device = max(device, needed)
-        resident = max(on_a_cpu(surveying, size), on_a_cpu(merging, at_once))
+        resident = max(held_on_a_cpu(surveying, size), held_on_a_cpu(merging, at_once))
         if resident > alone:
             alone = resident
             holds = f"{needed / size:.1f} tensors like {each}"
@@ -68,9 +68,10 @@ def memory_of_merge(
     return {"merge, memory": f"{in_words(device, passing, alone)}; {method} holds {holds} at once"}
 
 
-def on_a_cpu(tensors: float, size: int) -> float:
-    """Bytes that a process occupies for some tensors of so many bytes: small ones leave holes in its heap."""
-    return (1 if size >= HEAP_BYTES else 1 + HOLES) * tensors * size
+def held_on_a_cpu(tensors: float, size: int) -> float:
+    """Bytes that a process occupies for some tensors of so many bytes."""
+    held = tensors * size
+    return on_a_cpu(held, 0) if size >= HEAP_BYTES else on_a_cpu(0, held)
 
 
 def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
