@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from common.assembly import merge_each, merge_groups, survey_of
 from common.config import ROOT
@@ -69,6 +71,15 @@ def test_a_lost_worker_costs_its_unit_and_no_other(pool, tmp_path):
 def test_a_unit_that_always_loses_its_worker_is_refused_by_name(pool, tmp_path):
     with pytest.raises(InputError, match=r"3 processes were lost at the unit 2, the last with status -9 .*run.workers"):
         list(pool.outcomes(partial(noted, str(tmp_path), "always"), [2], NO_FILES))
+
+
+def locked_by_threads(unit: int) -> bool:
+    return isinstance(tqdm.get_lock(), type(threading.RLock()))
+
+
+def test_bars_of_workers_take_no_semaphores_that_a_killed_one_leaves(pool):
+    outcomes = pool.outcomes(locked_by_threads, [0, 1], NO_FILES)
+    assert [value_of(outcome) for _, outcome in outcomes] == [True, True]
 
 
 def test_an_error_of_a_worker_is_that_of_one_process(pool, tmp_path):

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.run.engine import Files, Outcome, Work, outcome_of
@@ -117,6 +118,7 @@ def serve(pipe: Connection, number: int, settings: tuple[int, int, int, str]) ->
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.chdir(folder)
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which stop() would leave behind
     if gpus:
         torch.cuda.set_device(number % gpus)
     with contextlib.suppress(EOFError, OSError):
