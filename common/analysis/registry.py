@@ -60,7 +60,7 @@ ANALYSES = {
         anchors="models",
     ),
     "interference": Analysis(
-        "$I_{ij}$: how far the anchors of task i move the outputs of task j",
+        "How far the anchors of one task move the outputs of another",
         "task j, whose outputs move",
         "task i, whose anchors ask",
         (3.6, 3.6),

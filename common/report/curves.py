@@ -135,7 +135,7 @@ def stages(run: RunRecord) -> Chart | None:
     if not data:
         return None
     encoding = {
-        "y": named("stage", sort=list(run.notes), axis={"labelLimit": 150}),
+        "y": named("stage", sort=list(run.notes), axis={"labelLimit": 200}),
         "x": quantity("seconds", "seconds"),
         "tooltip": tips(("stage", "stage"), ("seconds", "seconds", ".1f")),
     }
