@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +103,9 @@ def metric(test: str) -> str:
     return "pass@1" if RULES[TASKS[test].rule].runs_code else "accuracy"
 
 
-def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
+def score(
+    config: Config, test: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> Iterator[tuple[str, Scored]]:
     """Part of right completions in [0, 1] and number of examples for several models, one in memory at a time.
 
     The completions are kept in completions/<test>/ of the run.
@@ -119,7 +121,7 @@ def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: to
             )
     tokenizer = open_tokenizer(config.model, config.tests[test])
     examples = list(examples_of(options.data, test, options.limit, options.split == "validation_cut"))
-    scores, base = {}, config.model.path("base")
+    base = config.model.path("base")
     for name, path in checkpoints.items():
         if options.backend == "transformers":
             dtype = scored_type(options.dtype, device)
@@ -142,8 +144,7 @@ def score(config: Config, test: str, checkpoints: Mapping[str, Path], device: to
         ]
         file = config.run.dir / "completions" / test / f"{path.parent.name}-{path.name}.jsonl"
         write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-        scores[name] = scored([right for _, right in judged])
-    return scores
+        yield name, scored([right for _, right in judged])
 
 
 def judge(

@@ -1,6 +1,6 @@
 """The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,9 @@ def metric(task: str) -> str:
 
 
 @torch.no_grad()
-def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
+def score(
+    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> Iterator[tuple[str, Scored]]:
     """A test set's metric and number of examples for several encoders, each under the head of the task's expert."""
     owner = config.tests[task]
     outputs = outputs_of(config.model, owner)
@@ -86,7 +88,6 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
     vocabulary = classifier.get_input_embeddings().num_embeddings
     batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
     labels = torch.cat([labels for _, labels in batches])
-    scores = {}
     for name, path in checkpoints.items():
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
@@ -95,8 +96,7 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")
         predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
-        scores[name] = scored_by(metric(task), labels.numpy(), predictions.numpy())
-    return scores
+        yield name, scored_by(metric(task), labels.numpy(), predictions.numpy())
 
 
 def open_classifier(model: Model, task: str) -> PreTrainedModel:

@@ -4,7 +4,7 @@ How a model is opened and written is known by that library: open_clip_models.py,
 and hf_classifiers.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -112,7 +112,9 @@ def labelled_images(config: Config, task: str) -> "datasets.Dataset":
 
 
 @torch.no_grad()
-def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device) -> dict[str, Scored]:
+def score(
+    config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
+) -> Iterator[tuple[str, Scored]]:
     """Top-1 accuracy in [0, 1] and number of test images, for several models in one pass over the images."""
     library_of = library(config.model)
     pixels = library_of.preprocessing(config, task)
@@ -131,7 +133,7 @@ def score(config: Config, task: str, checkpoints: Mapping[str, Path], device: to
         images, labels = {name: x.to(device) for name, x in images.items()}, labels.to(device)
         for name, model in models.items():
             right[name].append((model(**images).argmax(-1) == labels).cpu())
-    return {name: scored(torch.cat(hits).numpy()) for name, hits in right.items()}
+    yield from ((name, scored(torch.cat(hits).numpy())) for name, hits in right.items())
 
 
 def filled(empty: nn.Module, prefix: str, model: Model, path: Path, device: torch.device) -> nn.Module:

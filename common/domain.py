@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -72,7 +72,9 @@ class Domain(Protocol):
     def export(self, model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None: ...
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
-    ) -> dict[str, Scored]: ...
+    ) -> Iterator[tuple[str, Scored]]:
+        """Several models on a test set, each with its name as soon as it is scored, in their order."""
+        ...
 
 
 def anchored_part(config: Config, domain: Domain) -> str:

@@ -30,4 +30,5 @@ def by_split(config, task, checkpoints, device):
     delta = sum(Checkpoint(config.model.path("expert", t)).read([name])[name] - base for t in config.tasks)
     peak = {"validation_cut": 0.2, "test": 0.5}[config.eval.split]
     moved = {n: Checkpoint(path).read([name])[name] - base for n, path in checkpoints.items()}
-    return {n: Scored(1 - abs((m.norm() / delta.norm()).item() - peak), 7, "") for n, m in moved.items()}
+    for n, m in moved.items():
+        yield n, Scored(1 - abs((m.norm() / delta.norm()).item() - peak), 7, "")

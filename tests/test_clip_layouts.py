@@ -48,9 +48,9 @@ def test_ta_of_the_other_layout_is_ta_by_hand(base, experts, alone, tmp_path, pi
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
     write_tensors(tmp_path / "head_MNIST.safetensors", {"weight": torch.randn(10, 8)})
     config = change(config, "model", head="head_{task}.safetensors")
-    score = domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU)["x"]
+    score = dict(domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU))["x"]
     same = change(config, "model", expert=base + "/{task}")
-    assert domain.score(same, "MNIST", {"x": same.model.path("expert", "MNIST")}, CPU)["x"] == score
+    assert dict(domain.score(same, "MNIST", {"x": same.model.path("expert", "MNIST")}, CPU))["x"] == score
 
 
 @pytest.mark.parametrize(("base", "experts"), [("open_clip", "hf"), ("hf", "open_clip")])

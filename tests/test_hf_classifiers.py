@@ -129,7 +129,7 @@ def test_the_score_is_that_of_the_stock_classifier_on_its_own_images(vit):
         processor = AutoImageProcessor.from_pretrained(expert)
         assert processor.image_mean == AutoImageProcessor.from_pretrained(merged / "heads" / task).image_mean
         pixels = processor([r["image"].convert("RGB") for r in records], return_tensors="pt").pixel_values
-        scores = domain.score(config, task, {"expert": expert, "merged": merged}, CPU)
+        scores = dict(domain.score(config, task, {"expert": expert, "merged": merged}, CPU))
         for name, folder in (("expert", expert), ("merged", merged / "heads" / task)):
             with torch.no_grad():
                 answers = opened(folder, AutoModelForImageClassification)(pixels).logits.argmax(1)
@@ -143,21 +143,21 @@ def test_outputs_called_as_the_classes_are_put_in_their_order(vit):
     by_number = hf_classifiers.classifier(config, "MNIST").module.order
     edit_config(expert["x"], id2label={str(i): str((i + 3) % 10) for i in range(10)})
     assert by_number == list(range(10)) and hf_classifiers.classifier(config, "MNIST").module.order[3] == 0
-    shifted = domain.score(config, "MNIST", expert, CPU)["x"].answers
+    shifted = dict(domain.score(config, "MNIST", expert, CPU))["x"].answers
     edit_config(expert["x"], id2label={str(i): f"LABEL_{i}" for i in range(10)})
-    assert domain.score(config, "MNIST", expert, CPU)["x"].answers != shifted
+    assert dict(domain.score(config, "MNIST", expert, CPU))["x"].answers != shifted
 
 
 def test_a_backbone_with_a_head_in_a_file_is_an_expert(vit, tmp_path):
     models, config = vit
-    before = domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU)["x"]
+    before = dict(domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU))["x"]
     head = models["MNIST"].classifier
     write_tensors(tmp_path / "head_MNIST.safetensors", {"weight": head.weight, "bias": head.bias})
     models["MNIST"].vit.save_pretrained(tmp_path / "MNIST")
     with pytest.raises(InputError, match=r"MNIST: classifier.weight: missing, .*; model.head can name a file"):
-        domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU)
+        dict(domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU))
     config = change(config, "model", head="head_{task}.safetensors", heads=("MNIST",))
-    assert domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU)["x"] == before
+    assert dict(domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, CPU))["x"] == before
     merged = merge_alone(change(config, "start", method="ta"), domain)
     written = opened(merged / "heads" / "MNIST", ViTForImageClassification)
     torch.testing.assert_close(written.classifier.weight, head.weight)
@@ -180,7 +180,7 @@ def test_an_adapter_of_either_name_is_an_expert_with_its_own_head(module, vit):
     expected = models["base"].layers[0].attention.q_proj.weight + torch.from_numpy(3 * b @ a)
     torch.testing.assert_close(merged.vit.layers[0].attention.q_proj.weight, expected)
     assert merged.classifier.bias.tolist() == list(range(10))
-    assert domain.score(one, "MNIST", {"x": folder}, CPU)["x"].n == 20
+    assert dict(domain.score(one, "MNIST", {"x": folder}, CPU))["x"].n == 20
 
 
 def test_methods_that_use_images_see_each_task_s_classifier(vit):
@@ -221,7 +221,7 @@ def test_images_that_the_backbone_cannot_see_are_refused(vit):
     file.unlink()
     (config.model.path("base") / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match="SVHN and .*base: no preprocessor_config.json, which says how"):
-        domain.score(config, "SVHN", {"x": config.model.path("expert", "SVHN")}, CPU)
+        dict(domain.score(config, "SVHN", {"x": config.model.path("expert", "SVHN")}, CPU))
 
 
 @pytest.mark.parametrize(

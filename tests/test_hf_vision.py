@@ -81,7 +81,7 @@ def test_the_score_is_the_accuracy_of_the_stock_models(pico, pico_inputs):
     with torch.no_grad():
         found = models["MNIST"](**pixels, **tokens)
     right = (found.logits_per_image.argmax(-1) == torch.tensor(records["label"])).float().mean().item()
-    score = domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, torch.device("cpu"))["x"]
+    score = dict(domain.score(config, "MNIST", {"x": config.model.path("expert", "MNIST")}, torch.device("cpu")))["x"]
     assert score[:2] == (pytest.approx(right), 20)
 
 

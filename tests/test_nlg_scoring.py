@@ -290,15 +290,15 @@ def test_the_score_is_what_the_completions_deserve(pico, monkeypatch):
     answers = {"one\n": "The answer is: 3", "two\n": "The answer is: 3"}
     monkeypatch.setattr(scoring, "complete", lambda m, t, prompts, **_: [answers[prompt] for prompt in prompts])
     paths = {"Base": config.model.path("base")}
-    assert score(config, "arithmetic", paths, torch.device("cpu")) == {"Base": scored([True, False])}
+    assert dict(score(config, "arithmetic", paths, torch.device("cpu"))) == {"Base": scored([True, False])}
     kept = (config.run.dir / "completions" / "arithmetic" / "llama-base.jsonl").read_text().splitlines()
     assert [json.loads(line)["right"] for line in kept] == [True, False]
     programs = ["pass", "def f(x):\n    return x + 1"]
     monkeypatch.setattr(scoring, "complete", lambda *_, **__: programs)
-    assert score(config, "functions", paths, torch.device("cpu")) == {"Base": scored([True, True])}
+    assert dict(score(config, "functions", paths, torch.device("cpu"))) == {"Base": scored([True, True])}
     limited = replace(config, eval=replace(config.eval, limit=1))
     monkeypatch.setattr(scoring, "complete", lambda *_, **__: programs[:1])
-    assert score(limited, "functions", paths, torch.device("cpu")) == {"Base": scored([True])}
+    assert dict(score(limited, "functions", paths, torch.device("cpu"))) == {"Base": scored([True])}
 
 
 def test_code_is_run_only_with_leave(pico, monkeypatch):
@@ -306,7 +306,7 @@ def test_code_is_run_only_with_leave(pico, monkeypatch):
     monkeypatch.setattr("NLG.programs.subprocess.Popen", lambda *_: pytest.fail("a program was run"))
     forbidden = replace(config, eval=replace(config.eval, allow_code_execution=False))
     with pytest.raises(InputError, match="functions runs what the models write; --eval.allow_code_execution true"):
-        score(forbidden, "functions", {"Base": config.model.path("base")}, torch.device("cpu"))
+        dict(score(forbidden, "functions", {"Base": config.model.path("base")}, torch.device("cpu")))
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(pico, tmp_path):
@@ -315,7 +315,7 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(pico, tmp_path):
     tokenizer.add_tokens(["one"])
     tokenizer.save_pretrained(tmp_path / "llama" / "math")
     with pytest.raises(InputError, match="base knows 41 tokens, too few for the tokenizer of the expert"):
-        score(config, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+        dict(score(config, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu")))
 
 
 def test_several_hub_configs_are_put_together(pico, monkeypatch):
@@ -371,13 +371,13 @@ def test_without_the_harness_the_error_says_how_to_get_it(pico, monkeypatch):
     installed = set()
     monkeypatch.setattr("NLG.harness.find_spec", lambda part: part in installed)
     with pytest.raises(InputError, match=r"eval.backend lm-eval-vllm needs lm_eval: pip install '\.\[nlg\]'"):
-        score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+        dict(score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu")))
     installed.add("lm_eval")
     with pytest.raises(InputError, match=r"eval.backend lm-eval-vllm needs vllm: pip install 'lm-eval\[vllm\]'"):
-        score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+        dict(score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu")))
     installed.add("vllm")
     with pytest.raises(InputError, match=r"has no task for arithmetic, only for gsm8k, humaneval, math, mbpp; transf"):
-        score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu"))
+        dict(score(harness, "arithmetic", {"Base": config.model.path("base")}, torch.device("cpu")))
 
 
 ROWS = {
@@ -414,7 +414,7 @@ def test_lm_eval_answers_and_judges_as_our_loop_does(test_set, tmp_path):
     found = {}
     for backend in ("transformers", "lm-eval-hf"):
         chosen = replace(config, eval=replace(config.eval, backend=backend))
-        value = score(chosen, test, {"Base": config.model.path("base")}, torch.device("cpu"))
+        value = dict(score(chosen, test, {"Base": config.model.path("base")}, torch.device("cpu")))
         found[backend] = value, (config.run.dir / "completions" / test / "llama-base.jsonl").read_text()
     assert found["lm-eval-hf"] == found["transformers"]
     assert found["transformers"][0]["Base"][1] == 2
@@ -438,7 +438,7 @@ def test_models_are_scored_in_the_type_that_is_asked_for(nlg_inputs, tmp_path, m
     opened = []
     monkeypatch.setattr(scoring, "complete", lambda model, *of, **how: opened.append(model.dtype) or [""])
     test = next(iter(config.tests))
-    score(config, test, {"base": config.model.path("base")}, torch.device("cpu"))
+    dict(score(config, test, {"base": config.model.path("base")}, torch.device("cpu")))
     assert opened == [torch.bfloat16]
     assert scoring.scored_type("", torch.device("cpu")) == torch.float32
     assert scoring.scored_type("", torch.device("cuda")) == "auto"

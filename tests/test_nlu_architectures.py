@@ -85,7 +85,7 @@ def test_blocks_are_the_stock_layers_and_merges_open(kind, tmp_path, nlu_inputs)
         if base.is_floating_point() and "pooler" not in name:
             expected = base + 0.3 * sum(expert[name] - base for expert in states[1:])
             torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
-    scored = domain.score(config, "MNLI", {"x": folder}, torch.device("cpu"))["x"]
+    scored = dict(domain.score(config, "MNLI", {"x": folder}, torch.device("cpu")))["x"]
     assert scored.n == 30
 
 

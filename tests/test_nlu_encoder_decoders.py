@@ -221,7 +221,7 @@ def test_answers_in_words_are_not_scored(t5):
     with pytest.raises(InputError, match="answers in words"):
         domain.check_export(change(t5, "model", heads=("CoLA",)).model)
     with pytest.raises(InputError, match="answers in words"):
-        domain.score(t5, "CoLA", {}, torch.device("cpu"))
+        dict(domain.score(t5, "CoLA", {}, torch.device("cpu")))
 
 
 def test_the_dry_run_finds_both_stacks(t5):

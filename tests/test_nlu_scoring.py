@@ -32,7 +32,7 @@ def test_the_score_is_that_of_stock_transformers(nlu_inputs, tmp_path, family, t
     config = change(pico_config(nlu_inputs, tmp_path, family), "start", method="ta")
     config = change(config, "model", heads=(task,))
     expert, merged = config.model.path("expert", task), merge_alone(change(config, "run", score=False), domain)
-    found = domain.score(config, task, {"expert": expert, "merged": merged}, CPU)
+    found = dict(domain.score(config, task, {"expert": expert, "merged": merged}, CPU))
     folders = {"expert": expert, "merged": merged / "heads" / task}
     tokenizer, row = AutoTokenizer.from_pretrained(expert), domain.TASKS[task]
     records = datasets.load_from_disk(f"{config.eval.data}/{task}")[row.split]
@@ -53,17 +53,17 @@ def test_another_test_set_is_scored_under_the_head_of_its_task(own_nlu):
     expert = {"x": own_nlu.model.path("expert", "CoLA")}
     other = change(own_nlu, "eval", tests={"CoLA": ["CoLA", "SST-2"], "MNLI": ["RTE"]})
     labels = datasets.load_from_disk(f"{own_nlu.eval.data}/CoLA")["validation"]["label"]
-    value, n, _ = domain.score(other, "SST-2", expert, CPU)["x"]
+    value, n, _ = dict(domain.score(other, "SST-2", expert, CPU))["x"]
     assert n == len(labels) == 30 and round(value * 30) == pytest.approx(value * 30), "an accuracy, not Matthews'"
     with pytest.raises(InputError, match="eval.tests: MNLI and RTE have unlike numbers of labels, 3 against 2"):
-        domain.score(other, "RTE", expert, CPU)
+        dict(domain.score(other, "RTE", expert, CPU))
 
 
 def test_batches_and_limit(nlu_config):
     """The score does not depend on the batches; a limit takes the first examples."""
     expert = {"x": nlu_config.model.path("expert", "STS-B")}
-    whole, n, _ = domain.score(nlu_config, "STS-B", expert, CPU)["x"]
-    again = domain.score(change(nlu_config, "eval", batch_size=7), "STS-B", expert, CPU)["x"]
+    whole, n, _ = dict(domain.score(nlu_config, "STS-B", expert, CPU))["x"]
+    again = dict(domain.score(change(nlu_config, "eval", batch_size=7), "STS-B", expert, CPU))["x"]
     assert again[:2] == (pytest.approx(whole, abs=1e-4), n)
     tokenizer = scoring.open_tokenizer(nlu_config.model, "STS-B", 50)
     labels = [
@@ -127,7 +127,7 @@ def labels_of(number: int) -> dict:
 def test_a_head_with_another_number_of_outputs_is_refused(own_nlu, task, outputs, message):
     edit_config(own_nlu.model.path("expert", task), **labels_of(outputs))
     with pytest.raises(InputError, match=message):
-        domain.score(own_nlu, task, {}, CPU)
+        dict(domain.score(own_nlu, task, {}, CPU))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_head_with_another_number_of_outputs_is_refused(own_nlu, task, outputs
 def test_an_expert_without_a_whole_head_is_refused(own_nlu, edit, message):
     rewrite(own_nlu.model.path("expert", "CoLA") / "model.safetensors", edit)
     with pytest.raises(InputError, match=message):
-        domain.score(own_nlu, "CoLA", {}, CPU)
+        dict(domain.score(own_nlu, "CoLA", {}, CPU))
 
 
 def test_an_encoder_whose_answers_are_not_finite_is_named(own_nlu):
@@ -152,7 +152,7 @@ def test_an_encoder_whose_answers_are_not_finite_is_named(own_nlu):
     expert = own_nlu.model.path("expert", "MNLI")
     rewrite(expert / "model.safetensors", overflow)
     with pytest.raises(InputError, match="mnli/model answers task MNLI with NaN or Inf"):
-        domain.score(own_nlu, "MNLI", {"x": expert}, CPU)
+        dict(domain.score(own_nlu, "MNLI", {"x": expert}, CPU))
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_the_bases_stands_in(own_nlu):

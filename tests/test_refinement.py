@@ -60,7 +60,7 @@ def best_at(peak, scored):
     def score(config, task, checkpoints, device):
         held_out = config.eval.split == "validation_cut"
         far = {name: abs(blend_of(config, path) - peak) if held_out else 0.5 for name, path in checkpoints.items()}
-        return {name: Scored(1 - distance, 7, "") for name, distance in far.items()}
+        return iter([(name, Scored(1 - distance, 7, "")) for name, distance in far.items()])
 
     return counting(scored, score)
 
@@ -99,7 +99,7 @@ def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config):
 
     def lottery(config, task, checkpoints, device):
         drawn = {name: int(Checkpoint(path).fingerprint()[-6:], 16) / 16**6 for name, path in checkpoints.items()}
-        return {name: Scored(value, 7, "") for name, value in drawn.items()}
+        return iter([(name, Scored(value, 7, "")) for name, value in drawn.items()])
 
     compare(config, counting(Counter(), lottery))
     found = json.loads((config.run.dir / "search.json").read_text())

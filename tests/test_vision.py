@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from common.config import Model
 from common.core.errors import InputError
 from common.core.seeding import seeded
+from common.domain import Scored
 from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import SAME_REST
@@ -61,8 +63,8 @@ def test_the_score_is_the_accuracy_of_a_plain_loop(pico_config, pico_inputs):
         records = datasets.load_dataset(str(pico_inputs / "data" / "MNIST"), split="test")
         images = clip.encode_image(torch.stack([preprocess(r["image"]) for r in records]), normalize=True)
     expected = ((images @ prompts.T).argmax(1) == torch.tensor(records["label"])).float().mean().item()
-    file = domain.score(
-        pico_config, "MNIST", {"x": Path(pico_config.model.path("expert", "MNIST"))}, torch.device("cpu")
+    file = dict(
+        domain.score(pico_config, "MNIST", {"x": Path(pico_config.model.path("expert", "MNIST"))}, torch.device("cpu"))
     )
     assert file["x"][:2] == (pytest.approx(expected), 20)
 
@@ -96,6 +98,27 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(pico_config, monk
         stage(stopped, domain)
     for folder in ("anchors", "merged"):
         assert files_of(alone.run.dir / folder) == files_of(stopped.run.dir / folder)
+
+
+def test_scores_are_kept_model_by_model(pico_config):
+    """Also those of a test set that was not finished."""
+    asked = []
+
+    def scoring(models):
+        def score(config, task, checkpoints, device):
+            for name in checkpoints:
+                if len(asked) == models:
+                    raise KeyboardInterrupt
+                asked.append((task, name))
+                yield name, Scored(0.5, 7, "")
+
+        return SimpleNamespace(**vars(domain) | {"score": score})
+
+    with pytest.raises(KeyboardInterrupt):
+        score_run(pico_config, scoring(models=1))
+    score_run(pico_config, scoring(models=100))
+    expected = [(task, name) for task in ("MNIST", "SVHN") for name in ("Pretrained", "Individual")]
+    assert sorted(asked) == sorted(expected)
 
 
 def dying_after(calls):
@@ -342,9 +365,9 @@ def test_other_local_layouts_give_the_same_score(pico_config, pico_inputs, tmp_p
             folder.mkdir(parents=True, exist_ok=True)
             record["image"].save(folder / f"{i}.png")
     path = {"x": pico_config.model.path("expert", "MNIST")}
-    expected = domain.score(pico_config, "MNIST", path, torch.device("cpu"))
+    expected = dict(domain.score(pico_config, "MNIST", path, torch.device("cpu")))
     other = change(pico_config, "eval", data=str(tmp_path / "data"))
-    found = domain.score(other, "MNIST", path, torch.device("cpu"))
+    found = dict(domain.score(other, "MNIST", path, torch.device("cpu")))
     assert found["x"][:2] == expected["x"][:2]  # the files are in another order
 
 

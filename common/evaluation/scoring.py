@@ -59,11 +59,13 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
                     pending[row_name(row)] = (row | cost, checkpoint.path)
             if pending:
                 paths = {name: path for name, (_, path) in pending.items()}
-                with bar.unit(test, len(pending)):
-                    for name, scored in domain.score(config, test, paths, experiment.device).items():
-                        result = {"metric": domain.metric(test), **scored._asdict()}
-                        birth = {"config": digest(as_dict(config)), "commit": commit()}
-                        rows = upsert(rows, pending[name][0] | result | birth)
+                birth = {"config": digest(as_dict(config)), "commit": commit()}
+                scores = domain.score(config, test, paths, experiment.device)
+                for name, (row, _) in pending.items():
+                    with bar.unit(f"{test}, {name}"):
+                        _, scored = next(scores)
+                    rows = upsert(rows, row | {"metric": domain.metric(test), **scored._asdict()} | birth)
+                    write_results(file, rows, list(tests))
             write_results(file, rows, list(tests))
     publish(config, domain, rows, traces(config.run.dir))
 

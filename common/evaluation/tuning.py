@@ -197,7 +197,7 @@ def scores_of(domain: Domain, trial: Config) -> dict[str, dict[str, Any]]:
 def scores_on_cut(config: Config, domain: Domain, name: str, path: Path) -> dict[str, dict[str, Any]]:
     """{test set: value and examples} of a model."""
     device, tests = prepare(config.run.device), scored_tests(config, domain)
-    found = {test: domain.score(config, test, {name: path}, device)[name] for test in tests}
+    found = {test: dict(domain.score(config, test, {name: path}, device))[name] for test in tests}
     return {test: {"value": of_test.value, "n": of_test.n} for test, of_test in found.items()}
 
 
