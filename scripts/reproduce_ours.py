@@ -66,6 +66,12 @@ OURS = {
     DEMOS[1]: Ours(NLU, "nlu/toy"),
     DEMOS[2]: Ours(NLG, "nlg/toy"),
     "Vision/results/regime.json": Ours(VISION, "vision/toy", by="regime"),
+    "Vision/results/map.json": Ours(
+        VISION,
+        "vision/toy",
+        (("--run.name=map", "--compare.search={ta: {scale: {map: {low: 0, high: 0.6, samples: 60}}}}"),),
+        "regime",
+    ),
     "Vision/results/toy.json": Ours(VISION, "vision/toy", (("--run.name=toy", EVERY, FIVE),)),
     "Vision/results/long.json": Ours(
         VISION,
