@@ -109,7 +109,7 @@ OURS = {
         "cost",
     ),
     "Vision/results/studies/methods.json": Ours(
-        VISION, "vision/toy", (("--run.name=methods", "--run.workers=1", "--compare.seeds=[0]", MANY),), "methods"
+        VISION, "vision/toy", (("--run.name=methods", "--run.workers=1", "--compare.seeds=[0,1,2]", MANY),), "methods"
     ),
     "Vision/results/studies/rates.json": Ours((*VISION, *RATED), "vision/toy", ((FOUR,),), "rates"),
     "Vision/results/studies/ablations.json": Ours(VISION, "vision/toy", by="ablations"),
@@ -133,6 +133,11 @@ OURS = {
         SMOLLM, "nlg/smollm", (("--compare.search={ta: {scale: [0.6,0.8,1.0]}}",),), "regime"
     ),
     "NLG/results/smollm.json": Ours(SMOLLM, "nlg/smollm", ((FIVE,),)),
+    "NLG/results/smollm_swudi.json": Ours(
+        SMOLLM,
+        "nlg/smollm",
+        (("--run.name=smollm-guard", "--compare.seeds=[0]", "--compare.starts=[pretrained,swudi_a]"),),
+    ),
     "NLG/results/smollm_mlp.json": Ours(
         SMOLLM,
         "nlg/smollm",

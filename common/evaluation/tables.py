@@ -168,8 +168,12 @@ def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = Fal
         "Metric and examples scored: " + listed(f"{r['task']} {r['metric']} {r['n']}" for r in rows) + ".",
         f"Configs {listed(r['config'] for r in rows)}; commits {listed(r['commit'] for r in rows)}.",
     ]
-    if seeds := listed(str(row["seed"]) for row in sorted(rows, key=lambda r: r.get("seed", 0)) if "seed" in row):
-        notes.append(f"Means over the seeds {seeds}. ±: sample standard deviation of Avg, and of Δ taken seed by seed.")
+    seeds = sorted({row["seed"] for row in rows if "seed" in row})
+    if len(seeds) == 1:
+        notes.append(f"Seed {seeds[0]}.")
+    elif seeds:
+        deviation = "±: sample standard deviation of Avg, and of Δ taken seed by seed."
+        notes.append(f"Means over the seeds {', '.join(map(str, seeds))}. {deviation}")
     if hardware := listed(row["hardware"] for row in rows if "hardware" in row):
         notes.append(
             "Time: of a merge, merging and writing it; of FDA, construction with that initialisation and adaptation, "
