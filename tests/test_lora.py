@@ -504,7 +504,7 @@ def test_the_harness_is_told_to_use_transformers(tmp_path, monkeypatch):
     config = nlg_inputs(tmp_path)
     config = replace(config, eval=replace(config.eval, backend="lm-eval-hf"))
     with pytest.raises(InputError, match=r"lm-eval-hf needs whole models, .*/code is an adapter; use transformers"):
-        nlg.score(config, "functions", {"individual": tmp_path / "lora" / "code"}, torch.device("cpu"))
+        next(nlg.score(config, "functions", {"individual": tmp_path / "lora" / "code"}, torch.device("cpu")))
 
 
 def test_an_adapter_of_a_clip_is_merged_and_scored(pico_config, tmp_path):
