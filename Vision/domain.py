@@ -133,7 +133,8 @@ def score(
         images, labels = {name: x.to(device) for name, x in images.items()}, labels.to(device)
         for name, model in models.items():
             right[name].append((model(**images).argmax(-1) == labels).cpu())
-    yield from ((name, scored(torch.cat(hits).numpy())) for name, hits in right.items())
+    for name, hits in right.items():
+        yield name, scored(torch.cat(hits).numpy())
 
 
 def filled(empty: nn.Module, prefix: str, model: Model, path: Path, device: torch.device) -> nn.Module:
