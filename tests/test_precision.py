@@ -93,12 +93,14 @@ def test_autocast_would_not_do():
     ("asked", "device", "flags", "expected"),
     [
         ("bf16", "cpu", {"avx2": True, "amx_bf16": False}, "float32"),
-        ("bf16", "cpu", {"avx512_bf16": True}, "bf16"),
+        ("bf16", "cpu", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16"),
+        ("bf16", "cpu", {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "float32"),
+        ("bf16", "cpu", {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "bf16"),
         ("bf16", "cuda", {}, "bf16"),
         ("tf32", "cpu", {}, "tf32"),
     ],
 )
-def test_a_cpu_does_not_emulate_bf16(asked, device, flags, expected, monkeypatch):
+def test_a_cpu_takes_bf16_where_it_is_faster(asked, device, flags, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert (
         effective_precision(asked, torch.device(device), {"weight": torch.ones(1, 1)}, torch.ones(1, 1, 1)) == expected

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from common.fda.precision import multiplies_in_bf16
+
 from . import nlu, nlu_data
 from .packed import package_folder
 
@@ -29,7 +31,8 @@ def fine_tune(source: Path, task: str, prose: list[list[str]], folder: Path) -> 
     config.update(nlu.kind_of(task))
     model = AutoModelForSequenceClassification.from_pretrained(source, config=config, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # a cache would keep the weights of the first step
+    low = multiplies_in_bf16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):  # cached: the first step's weights
         nlu.fine_tune(model, tokenizer, nlu_data.task_split(prose, task, "train"), LR, STEPS, task)
     tests = nlu_data.task_split(prose, task, "validation")
     print(f"{task:14} {nlu.score(model.eval(), tokenizer, task, tests):.4f}", flush=True)
