@@ -1,5 +1,5 @@
-"""The tables of our own pages for scripts/reproduce.py: the commands that made each, how long they take, and which
-cells of the committed file differ from what they come to now."""
+"""The tables of our own pages for scripts/reproduce.py: the commands that made each, how long they take, which cells
+of the committed file differ from what they come to now, and whether that is beyond the error."""
 
 import json
 import subprocess
@@ -16,6 +16,7 @@ from common.config import ROOT, Config
 from common.core.errors import InputError
 from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS
+from common.evaluation.significance import difference, in_words, scores_of
 from common.evaluation.tables import MISSING
 from common.io.checkpoints import write_text
 from common.run.run_log import CLOCKS
@@ -200,8 +201,11 @@ def in_minutes(minutes: float) -> str:
 def verdict(name: str, options: Sequence[str]) -> str:
     """Which cells differ from those of the committed file, which reproduced.md of the run gets too."""
     made = made_by(OURS[name].by, configs_of(name, options)[-1].run.dir)
-    cells = cells_of_scores if OURS[name].by in WITH_SCORES else cells_of_study
-    text = f"{name}\n\n{moved(cells(ROOT / name), cells(made))}"
+    if OURS[name].by in WITH_SCORES:
+        said = moved(cells_of_scores(ROOT / name), cells_of_scores(made)) + shifted(ROOT / name, made)
+    else:
+        said = moved(cells_of_study(ROOT / name), cells_of_study(made))
+    text = f"{name}\n\n{said}"
     write_text(made.with_name("reproduced.md"), text)
     return text
 
@@ -243,3 +247,15 @@ def moved(known: Mapping[tuple, Any], found: Mapping[tuple, Any]) -> str:
     ]
     besides = f", {more} not committed are there" if (more := len(found.keys() - known.keys())) else ""
     return f"{len(known)} cells are committed, {len(lines)} moved{besides}\n" + "".join(lines)
+
+
+def shifted(known: Path, found: Path) -> str:
+    """A line for each row of another Avg than the committed one: the difference, and whether it is beyond the error."""
+    (rows, tests), (now, _) = read_results(known), read_results(found)
+    committed, made = scores_of(rows, tests), scores_of(now, tests)
+    gains = {name: difference(made[name], committed[name]) for name in committed if name in made}
+    return "".join(
+        f"- Avg of {name}, now against committed: {in_words(gain, percent=False)}\n"
+        for name, gain in gains.items()
+        if gain and any(gain)
+    )
