@@ -6,8 +6,11 @@ python scripts/compare.py --runs runs/A runs/B [--out FILE]   runs that are ther
 """
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
-from common.layout import RunLayout
+from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
 from common.opening import open_experiment
@@ -43,7 +46,8 @@ def compare(config: Config, domain: Domain) -> None:
         check_what_is_there(each, domain)
     if not runs:
         return grid(config, domain)
-    for each in runs:
+    for i, each in enumerate(runs):
+        share_merges(each, domain, runs[:i])
         grid(each, domain, [row for other in runs for row in results_of(other)])
     rows = [row | {"seed": each.run.seed} for each in runs for row in results_of(each)]
     write_results(config.run.dir / RESULTS, rows, list(scored_tests(config, domain)))
@@ -65,6 +69,30 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
             adapt(choose_adaptation(of_init.at_start(start), domain, adapt_blocks), domain)
     score_run(config, domain, others)
     write_cards(config, domain)
+
+
+def share_merges(config: Config, domain: Domain, before: Sequence[Config]) -> None:
+    """Take over the starts that a run of another seed made of the same: of all methods that do not draw at random."""
+    experiment = open_experiment(config, domain)
+    for start in config.compare.starts if before else []:
+        of_start = replace(experiment, config=config.at_start(start))
+        there, here = (RunLayout(each.at_start(start)).start for each in (before[0], config))
+        if (there / PROVENANCE_FILE).is_file() and not here.exists():
+            with suppress(InputError):  # made of another seed
+                if is_finished(there, merge_provenance(of_start)):
+                    link_tree(there, here)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A folder of the same files, which are no copies where the file system can link them; it is there when whole."""
+    unfinished = target.with_name(f"{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        shutil.copytree(source, unfinished, symlinks=True, copy_function=os.link)
+    except shutil.Error:
+        shutil.rmtree(unfinished)
+        shutil.copytree(source, unfinished, symlinks=True)
+    unfinished.replace(target)
 
 
 def check_what_is_there(config: Config, domain: Domain) -> None:

@@ -1,6 +1,7 @@
 """The grid: seeds are runs of their own and means in one table, and what is equal is scored once."""
 
 import json
+import os
 from collections import Counter
 from statistics import fmean, stdev
 
@@ -8,7 +9,7 @@ import pytest
 
 from common.core.errors import InputError
 from common.evaluation.rows import row_name
-from compare import compare
+from compare import compare, link_tree
 from helpers import change, files_of
 from pico_grid import by_split, counting, rows_of
 
@@ -29,6 +30,16 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
     assert scored == {(task, name): n for task in seeds.tasks for name, n in (shared | twice).items()}
     made = json.loads((folder / "seed_1/merged/dare_ta/provenance.json").read_text())
     assert made["start"]["hyper"]["seed"] == 1
+    # What draws nothing is made once, too, and takes no more room; its cost is that of the one time.
+    notes = [json.loads((folder / f"seed_{s}/run.json").read_text()) for s in (0, 1)]
+    assert [[m for m in ("merge ta", "merge dare_ta") if m in of] for of in notes] == [
+        ["merge ta", "merge dare_ta"],
+        ["merge dare_ta"],
+    ]
+    weights = [next((folder / f"seed_{s}/merged/ta").glob("*.safetensors")) for s in (0, 1)]
+    assert weights[0].samefile(weights[1])
+    costs = {row["seed"]: row["seconds"] for row in together if row_name(row) == "TA"}
+    assert costs[0] == costs[1] == notes[0]["merge ta"]["seconds"]
     # The table: means, Δ of every seed against its own start, what it took.
     averages = {}
     for row in together:
@@ -46,6 +57,17 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
     before = files_of(folder)
     compare(seeds, counting(scored))
     assert files_of(folder) == before and max(scored.values()) == 2
+
+
+def test_files_that_cannot_be_linked_are_copied(tmp_path, monkeypatch):
+    (tmp_path / "ta/heads").mkdir(parents=True)
+    (tmp_path / "ta/weights").write_text("1")
+    (tmp_path / "ta/heads/weights").symlink_to("../weights")
+    monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("not here")))
+    link_tree(tmp_path / "ta", tmp_path / "again")
+    assert files_of(tmp_path / "ta") == files_of(tmp_path / "again") and not (tmp_path / "again.part").exists()
+    assert (tmp_path / "again/heads/weights").is_symlink()
+    assert not (tmp_path / "ta/weights").samefile(tmp_path / "again/weights")
 
 
 def test_what_was_made_otherwise_is_refused_before_any_work(seeds):
