@@ -32,6 +32,7 @@ from common.layout import (
     is_finished,
     merge_provenance,
     read_provenance,
+    with_same_rest,
 )
 from common.merging.starts import by_part, chain_of, merge, survey
 from common.opening import carry_out
@@ -216,7 +217,7 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     """Write the start's blocks within the rest of the pretrained model: what adaptation began from where adapt.rest is
     pretrained, so that its gain can be told from that of the rest.
     """
-    folder = start.path.with_name(f"{start.path.name}-{SAME_REST.replace(' ', '-')}")
+    folder = with_same_rest(start.path)
     start = unstacked(start, experiment.family.pieces)
     inputs = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
     provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}

@@ -98,6 +98,11 @@ class RunLayout:
         return [self.block_file(index)]
 
 
+def with_same_rest(start: Path) -> Path:
+    """Where a start's blocks in the pretrained model are, beside the start."""
+    return start.with_name(f"{start.name}-{SAME_REST.replace(' ', '-')}")
+
+
 # ---- what it was made from -------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
-from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance
+from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance, with_same_rest
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
 from common.opening import open_experiment
@@ -72,15 +72,18 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
 
 
 def share_merges(config: Config, domain: Domain, before: Sequence[Config]) -> None:
-    """Take over the starts that a run of another seed made of the same: of all methods that do not draw at random."""
+    """Take over the starts that a run of another seed made of the same, those of methods that do not draw at random,
+    and their blocks in the pretrained model."""
     experiment = open_experiment(config, domain)
     for start in config.compare.starts if before else []:
         of_start = replace(experiment, config=config.at_start(start))
         there, here = (RunLayout(each.at_start(start)).start for each in (before[0], config))
         if (there / PROVENANCE_FILE).is_file() and not here.exists():
             with suppress(InputError):  # made of another seed
-                if is_finished(there, merge_provenance(of_start)):
-                    link_tree(there, here)
+                is_finished(there, merge_provenance(of_start))
+                for made, wanted in ((with_same_rest(there), with_same_rest(here)), (there, here)):
+                    if (made / PROVENANCE_FILE).is_file() and not wanted.exists():
+                        link_tree(made, wanted)
 
 
 def link_tree(source: Path, target: Path) -> None:

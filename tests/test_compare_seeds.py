@@ -36,8 +36,9 @@ def test_seeds_are_whole_runs_and_their_means_one_table(seeds, capsys):
         ["merge ta", "merge dare_ta"],
         ["merge dare_ta"],
     ]
-    weights = [next((folder / f"seed_{s}/merged/ta").glob("*.safetensors")) for s in (0, 1)]
-    assert weights[0].samefile(weights[1])
+    for made in ("ta", "ta-pretrained-rest"):
+        weights = [next((folder / f"seed_{s}/merged/{made}").glob("*.safetensors")) for s in (0, 1)]
+        assert weights[0].samefile(weights[1])
     costs = {row["seed"]: row["seconds"] for row in together if row_name(row) == "TA"}
     assert costs[0] == costs[1] == notes[0]["merge ta"]["seconds"]
     # The table: means, Δ of every seed against its own start, what it took.
