@@ -7,6 +7,7 @@ runs/<name>/merged/fda-<method>-<init>/                  an adapted model; block
 .../adaptation.json                                      the losses of each block while it was adapted
 runs/<name>/merged/<method>-pretrained-rest/             a start's blocks in the pretrained model, to be scored
 .../provenance.json                                      written last: the folder is whole, and made from this
+runs/<name>/scores/<test set>.json                       rows of a test set, while others are scored beside it
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,15 @@ class RunLayout:
     def part_files(self, part: tuple[int, Sequence[str]]) -> list[Path]:
         """What a unit of a merge writes, a number and names of tensors."""
         return [self.part_file(part[0])]
+
+    @property
+    def scores(self) -> Path:
+        """The rows of test sets that are scored side by side, until they are among the results."""
+        return self.config.run.dir / "scores"
+
+    def score_file(self, test: str) -> Path:
+        """The rows of one test set."""
+        return self.scores / f"{test}.json"
 
     def files_for_block(self, index: int) -> list[Path]:
         """What a unit of adaptation reads of the run: the anchors of every task, and the start that is merged here."""

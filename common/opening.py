@@ -55,6 +55,7 @@ def carry_out(
     writes: Callable[[Any], Sequence[Path]],
     seconds: float,
     memory: Callable[[], Memory],
+    done: Callable[[Any], None] = lambda unit: None,
 ) -> None:
     """each(experiment, units, bar, *arguments): here, or a unit at a time wherever run.engine lets units be worked on.
 
@@ -62,6 +63,7 @@ def carry_out(
         each: A function of a module. It writes the files of each unit, and tells the bar what it does.
         reads, writes: The files of a unit in the run's folder. Where all that it writes are there it is kept.
         seconds, memory: What a unit takes on one core, roughly; and the forecast of the dry run.
+        done: Called with each unit that somebody else has done.
     """
     config, todo = experiment.config, [unit for unit in units if not all(file.is_file() for file in writes(unit))]
     demand = Demand(len(todo), seconds, experiment.largest_product < WORTH_THREADS, memory)
@@ -74,8 +76,9 @@ def carry_out(
     work = partial(unit_of_worker, each, there, bar.stage, uuid4().hex, arguments)
     files = Files(Path(config.run.root).expanduser(), reads, writes)
     with closing(place.outcomes(work, units, files)) as outcomes:
-        for _, outcome in outcomes:
+        for unit, outcome in outcomes:
             bar.add(value_of(outcome), outcome.who, outcome.took)
+            done(unit)
 
 
 def libraries_of(config: Config) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.command import run
 from common.config import PRETRAINED, Config
@@ -132,8 +133,9 @@ def stages_of(config: Config) -> list[str]:
     """Every stage of the search and the grid, in order; those of which all is there already are passed over."""
     merges = [start for start in config.compare.starts if start not in (PRETRAINED, given_start(config))]
     stages = [named(config.run.name, f"search {method}") for method in config.compare.search if method != FDA]
-    for each in runs_of(config) or [config]:
-        of_run, left = [], list(merges)
+    runs = runs_of(config) or [config]
+    for i, each in enumerate(runs):
+        of_run, left = [], [start for start in merges if i == 0 or draws(each, start) != draws(runs[0], start)]
         for init in each.compare.inits:
             of_init = replace(each, anchors=replace(each.anchors, init=init))
             of_run += [] if each.anchors.source else [f"construct {init}"]
@@ -144,6 +146,11 @@ def stages_of(config: Config) -> list[str]:
         of_run += [*(f"merge {start}" for start in left), "score"]
         stages += [named(each.run.name, stage) for stage in of_run]
     return stages
+
+
+def draws(config: Config, start: str) -> list[Any]:
+    """The seed of each method of a start, None of one that draws nothing: starts of the same seeds are the same."""
+    return [config.start.hyper.get(part, {}).get("seed") for part in chain_of(start).parts]
 
 
 def given_start(config: Config) -> str:

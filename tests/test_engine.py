@@ -1,5 +1,6 @@
 """Units of work in other processes: the same bytes, the same sentences, and a lost worker costs its unit alone."""
 
+import json
 import os
 import pickle
 import shutil
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from common.assembly import merge_each, merge_groups, survey_of
 from common.config import ROOT
 from common.core.errors import InputError
+from common.evaluation.scoring import score_run
 from common.evaluation.tuning import choose_hyperparameters, read_search
-from common.layout import merge_provenance
+from common.layout import RunLayout, merge_provenance
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.run.cluster import chosen, room_in, roomy
@@ -153,6 +155,50 @@ def test_candidates_of_a_search_are_those_of_one_process(pico_config, pico_input
     for of_row in ("hyper", "scores", "avg", "id"):
         assert [row[of_row] for row in found[0][1]["candidates"]] == [row[of_row] for row in found[1][1]["candidates"]]
     assert found[0][0] == found[1][0] and len(found[0][1]["candidates"]) == 3
+
+
+def test_test_sets_scored_side_by_side_come_to_the_same_results(pico_config, pool):
+    one, two = (change(pico_config, "run", name=f"scored-{n}", workers=n) for n in (1, 2))
+    for config in (one, two):
+        score_run(config, domain)
+    alone, together = (json.loads((config.run.dir / "results.json").read_text())["rows"] for config in (one, two))
+    assert [row | {"config": ""} for row in alone] == [row | {"config": ""} for row in together]
+    took = read_notes(two.run.dir)["score"]
+    assert took["units"] == len(alone) == 4 and len(took["workers"]) in (1, 2)
+    assert sorted(name for of in took["workers"].values() for name in of["units"]) == [
+        "MNIST, 2 models",
+        "SVHN, 2 models",
+    ]
+    assert not (two.run.dir / "scores").exists()
+
+
+def test_rows_that_an_interruption_left_are_not_scored_again(pico_config, monkeypatch):
+    config = change(pico_config, "run", workers=2)
+    layout = RunLayout(config)
+
+    def in_this_process(each, experiment, units, bar, *arguments, writes, done, **forecast):
+        """The first test set is whole, the second has a model when it stops."""
+        each(experiment, units[:1], bar, *arguments)
+        monkeypatch.setattr(domain, "score", stopping)
+        each(experiment, units[1:], bar, *arguments)
+
+    def stopping(config, test, paths, device):
+        yield next(scored_as_ever(config, test, paths, device))
+        raise KeyboardInterrupt
+
+    def counting(config, test, paths, device):
+        asked.extend((test, name) for name in paths)
+        yield from scored_as_ever(config, test, paths, device)
+
+    scored_as_ever, asked = domain.score, []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.evaluation.scoring.carry_out", in_this_process)
+        score_run(config, domain)
+    assert sorted(file.name for file in layout.scores.iterdir()) == ["MNIST.json", "SVHN.part"]
+    monkeypatch.setattr(domain, "score", counting)
+    score_run(config, domain)
+    assert asked == [("SVHN", "Individual")] and not layout.scores.exists()
+    assert len(json.loads((config.run.dir / "results.json").read_text())["rows"]) == 4
 
 
 def test_an_interruption_ends_the_workers_and_loses_no_unit(pico_config, pool, monkeypatch):

@@ -103,6 +103,7 @@ def test_the_grid_goes_through_the_stages_that_it_said(pico_config, no_figures, 
         f"pico/seed_0: {stage}"
         for stage in ("construct weight", "adapt fda-pretrained-weight", "merge ta", "adapt fda-ta-weight")
     ]
+    assert "pico/seed_1: merge ta" not in stages.expected  # it draws nothing, so it is that of seed 0
 
 
 def test_without_a_terminal_there_is_a_line_a_unit_and_no_bar(pico_config, capsys, tmp_path):

@@ -1,6 +1,8 @@
 """Score a run: the pretrained model, the experts, and every merged model of the run, into results.json and a table."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,28 +11,30 @@ import yaml
 
 from common.assembly import start_in_base
 from common.config import PRETRAINED, ROOT, Config, as_dict
-from common.domain import Domain, scored_tests
+from common.domain import Domain, module_of, scored_tests
 from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
-from common.opening import open_experiment
-from common.run.progress import UnitBar
+from common.opening import carry_out, open_experiment
+from common.run.engine import Memory, gpus_of
+from common.run.progress import UnitBar, Units
 from common.run.run_log import commit, record_stage, total_cost
 
 if TYPE_CHECKING:  # imports matplotlib
     from common.evaluation.figures import Traces
 
 RESULTS = "results.json"
+Pending = dict[str, tuple[Row, Path]]
+"""{row name: (what the row says before there is a score, the checkpoint)}"""
 
 
 def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
     """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
 
-    The examples of a task are read once for all models that are to be scored on it. A row of `others`, results of other
-    runs with these data, is taken over where it is of the same checkpoint.
+    A row of `others`, results of other runs with these data, is taken over where it is of the same checkpoint.
     """
     tests = scored_tests(config, domain)
     unscored = [task for task in config.tasks if task not in tests.values()]
@@ -38,36 +42,112 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         print(f"not scored, as eval.tests names no test set for it: {', '.join(unscored)}")
     if not tests:
         return
-    experiment, file = open_experiment(config, domain), config.run.dir / RESULTS
+    experiment, layout = open_experiment(config, domain), RunLayout(config)
     rows = results_of(config)
     make_same_rests(experiment, domain)
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
     bar = UnitBar("score", sum(map(len, models.values())), "scores")
+
+    def keep(new: Iterable[Row]) -> None:
+        nonlocal rows
+        for row in new:
+            rows = upsert(rows, row)
+        write_results(config.run.dir / RESULTS, rows, list(tests))
+
     with record_stage(config, bar.stage, bar), bar:
-        for test in tests:
-            pending = {}
-            for model, checkpoint in models[test]:
-                row = model | {"task": test, "split": config.eval.split, "limit": config.eval.limit}
-                row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
-                row["checkpoint"] = checkpoint.fingerprint()
-                cost = cost_of(config, model, checkpoint)
-                known = next((known for known in [*rows, *others] if row.items() <= known.items()), None)
-                if known:
-                    rows = upsert(rows, {**known, **cost})
-                    bar.keep()
-                else:
-                    pending[row_name(row)] = (row | cost, checkpoint.path)
-            if pending:
-                paths = {name: path for name, (_, path) in pending.items()}
-                birth = {"config": digest(as_dict(config)), "commit": commit()}
-                scores = domain.score(config, test, paths, experiment.device)
-                for name, (row, _) in pending.items():
-                    with bar.unit(f"{test}, {name}"):
-                        _, scored = next(scores)
-                    rows = upsert(rows, row | {"metric": domain.metric(test), **scored._asdict()} | birth)
-                    write_results(file, rows, list(tests))
-            write_results(file, rows, list(tests))
+        known, pending = looked_up(config, models, [*rows, *left_behind(layout), *others])
+        bar.keep(len(known))
+        if known:
+            keep(known)
+        shutil.rmtree(layout.scores, ignore_errors=True)
+        if is_shared(config) and len(pending) > 1:
+            score_side_by_side(experiment, pending, bar, keep)
+        else:
+            for test, wanted in pending.items():
+                for row in scored_rows(experiment, domain, test, wanted, bar):
+                    keep([row])
     publish(config, domain, rows, traces(config.run.dir))
+
+
+def looked_up(
+    config: Config, models: Mapping[str, Iterable[tuple[Row, Checkpoint]]], rows: Sequence[Row]
+) -> tuple[list[Row], dict[str, Pending]]:
+    """The rows that are known of the models of each test set, and which are still to be scored on which.
+
+    Args:
+        models: {test set: (what a row says of a model, its checkpoint)}.
+    """
+    found, pending = [], dict[str, Pending]()
+    birth = {"config": digest(as_dict(config)), "commit": commit()}
+    for test, of_test in models.items():
+        for model, checkpoint in of_test:
+            row = {**model, "task": test, "split": config.eval.split, "limit": config.eval.limit}
+            row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
+            row["checkpoint"] = checkpoint.fingerprint()
+            cost = cost_of(config, model, checkpoint)
+            known = next((known for known in rows if row.items() <= known.items()), None)
+            if known:
+                found.append({**known, **cost})
+            else:
+                pending.setdefault(test, {})[row_name(row)] = (row | cost | birth, checkpoint.path)
+    return found, pending
+
+
+def scored_rows(experiment: Experiment, domain: Domain, test: str, wanted: Pending, bar: Units) -> Iterator[Row]:
+    """The rows of models on a test set, whose examples are read once for all, each row as soon as it is known."""
+    paths = {name: path for name, (_, path) in wanted.items()}
+    scores = domain.score(experiment.config, test, paths, experiment.device)
+    for name, (row, _) in wanted.items():
+        with bar.unit(f"{test}, {name}"):
+            _, scored = next(scores)
+        yield {**row, "metric": domain.metric(test), **scored._asdict()}
+
+
+# ---- test sets side by side ------------------------------------------------------------------------------------------
+
+
+def is_shared(config: Config) -> bool:
+    """Whether test sets are scored side by side: where run.workers asks for it, or there are several GPUs. Not on other
+    machines, which need not have the data, and not by vLLM, which looks for GPUs of its own."""
+    workers = config.run.workers or gpus_of(config.run.device)
+    return config.run.engine == "local" and config.eval.backend != "lm-eval-vllm" and workers > 1
+
+
+def score_side_by_side(
+    experiment: Experiment, pending: Mapping[str, Pending], bar: UnitBar, keep: Callable[[Iterable[Row]], None]
+) -> None:
+    """Score each test set in a process of its own, as many at once as run.workers says."""
+    layout = RunLayout(experiment.config)
+    held = 8.0 * sum(map(math.prod, experiment.base.shapes.values()))  # a model in float32, and what reads it
+
+    def done(test: str) -> None:
+        keep(read_results(layout.score_file(test))[0])
+
+    forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
+    writes = {"writes": lambda test: [layout.score_file(test)], "done": done}
+    carry_out(score_each, experiment, list(pending), bar, pending, **writes, **forecast)
+    shutil.rmtree(layout.scores)
+
+
+def score_each(experiment: Experiment, tests: Iterable[str], bar: Units, pending: Mapping[str, Pending]) -> None:
+    """Score models on some test sets, and leave their rows in a file for each."""
+    domain, layout = module_of(experiment.config.domain), RunLayout(experiment.config)
+    for test in tests:
+        wanted, rows = pending[test], list[Row]()
+        with bar.unit(f"{test}, {len(wanted)} models", len(wanted)):
+            unfinished = layout.score_file(test).with_suffix(".part")
+            for row in scored_rows(experiment, domain, test, wanted, Units(stage=bar.stage)):
+                rows.append(row)
+                write_results(unfinished, rows, [test])
+            unfinished.replace(layout.score_file(test))
+
+
+def left_behind(layout: RunLayout) -> list[Row]:
+    """The rows that scoring side by side had written when it was interrupted."""
+    return [row for file in sorted(layout.scores.glob("*")) for row in read_results(file)[0]]
+
+
+# ---- what there is to score, and what came of it ---------------------------------------------------------------------
 
 
 def results_of(config: Config) -> list[Row]:
