@@ -89,13 +89,14 @@ def share_merges(config: Config, domain: Domain, before: Sequence[Config]) -> No
 
 def link_tree(source: Path, target: Path) -> None:
     """A folder of the same files, which are no copies where the file system can link them; it is there when whole."""
-    unfinished = target.with_name(f"{target.name}.part")
+    unfinished = target.parent.with_name(f"{target.name}.part")  # what lies beside the target is a model
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(source, unfinished, symlinks=True, copy_function=os.link)
     except shutil.Error:
         shutil.rmtree(unfinished)
         shutil.copytree(source, unfinished, symlinks=True)
+    target.parent.mkdir(exist_ok=True)
     unfinished.replace(target)
 
 

@@ -65,10 +65,11 @@ def test_files_that_cannot_be_linked_are_copied(tmp_path, monkeypatch):
     (tmp_path / "ta/weights").write_text("1")
     (tmp_path / "ta/heads/weights").symlink_to("../weights")
     monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("not here")))
-    link_tree(tmp_path / "ta", tmp_path / "again")
-    assert files_of(tmp_path / "ta") == files_of(tmp_path / "again") and not (tmp_path / "again.part").exists()
-    assert (tmp_path / "again/heads/weights").is_symlink()
-    assert not (tmp_path / "ta/weights").samefile(tmp_path / "again/weights")
+    link_tree(tmp_path / "ta", tmp_path / "merged/ta")
+    assert files_of(tmp_path / "ta") == files_of(tmp_path / "merged/ta")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["merged", "ta"]
+    assert (tmp_path / "merged/ta/heads/weights").is_symlink()
+    assert not (tmp_path / "ta/weights").samefile(tmp_path / "merged/ta/weights")
 
 
 def test_what_was_made_otherwise_is_refused_before_any_work(seeds):

@@ -44,7 +44,8 @@ class Compare:
         starts: Starts of the adaptation, keys as start.method takes them.
         inits: Initialisations of the anchors. Empty: the starts alone, without anchors.
         seeds: Each is a complete run of its own in seed_<s> of the run's folder, with run.seed s; merges that draw at
-            random take it too, unless start.hyper sets theirs. The tables give mean ± deviation. Empty: run.seed alone.
+            random take it too, unless start.hyper sets theirs, and others are made once. The tables give mean ±
+            deviation. Empty: run.seed alone.
         search: Hyperparameters of starts to be chosen on the validation cut, as in {ta: {scale: [0.1, 0.2, 0.3]}};
             several lists are a grid. The choice comes before start.hyper, and is written to search.json. Under fda:
             fields of adapt, chosen for each start and initialisation by itself; blend 0, the start, is always tried.
