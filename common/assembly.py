@@ -20,7 +20,7 @@ from common.domain import Domain, first_tests
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
-from common.io.headers import rows_of
+from common.io.headers import tensor_rows
 from common.io.tensors import WHOLE, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -76,7 +76,7 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
         known = (provenance, survey_of(experiment, method))
         parts = list(enumerate(groups))
         carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
-        stored = {row.stored: row for number, _ in parts for row in rows_of(layout.part_file(number))}
+        stored = {row.stored: row for number, _ in parts for row in tensor_rows(layout.part_file(number))}
         made = made_by(experiment, lambda name, rows: read_tensor(stored[name], rows))
         finish(experiment, domain, made, layout.start, provenance)
         shutil.rmtree(layout.part_file(0).parent)

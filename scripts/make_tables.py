@@ -91,7 +91,7 @@ def keep_rows(run: Path, file: Path) -> None:
 
 def scores(file: str, *names: str) -> str:
     """The table of the rows in a file and its footnotes, or of its lines those of some names."""
-    rows, tasks, percent = rows_of(file)
+    rows, tasks, percent = kept_rows(file)
     lines = table(rows, tasks, percent=percent).splitlines(keepends=True)
     if not names:
         said = "".join(f"- {finding}\n" for finding in findings(rows, tasks, percent=percent))
@@ -102,7 +102,7 @@ def scores(file: str, *names: str) -> str:
     return "".join([*lines[:2], *(of_name[name] for name in names)])
 
 
-def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
+def kept_rows(file: str) -> tuple[list[Row], list[str], bool]:
     """(rows, tasks, whether they are printed in percent) of DOMAIN/results/NAME.json."""
     rows, tasks = read_results(ROOT / file)
     return rows, tasks, import_module(f"{Path(file).parts[0]}.domain").PERCENT
@@ -110,7 +110,7 @@ def rows_of(file: str) -> tuple[list[Row], list[str], bool]:
 
 def gains(*files: str) -> str:
     """A line for each model that adaptation started from: its mean over the tasks in percent, and mean and Δ of FDA."""
-    read = {file: rows_of(file) for file in files}
+    read = {file: kept_rows(file) for file in files}
     used = {row["init"] for rows, _, _ in read.values() for row in rows}
     inits = [init for init in INITS if init in used]
     heads = [head for init in inits for head in (f"FDA ({display(init)})", "Δ")]

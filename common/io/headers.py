@@ -58,7 +58,7 @@ def opened(file: Path) -> Iterator[Any]:
         raise InputError(why) from error
 
 
-def rows_of(file: Path) -> list[Row]:
+def tensor_rows(file: Path) -> list[Row]:
     """The tensors of a safetensors file, from its header alone. InputError if the file is truncated or damaged."""
     with opened(file), open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")

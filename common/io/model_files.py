@@ -19,7 +19,7 @@ from typing import Any
 
 from common.core.errors import InputError, NotFetched
 from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
-from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, rows_of
+from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, tensor_rows
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ class ModelFiles:
     def rows(self) -> list[Row]:
         """All tensors, from the headers. InputError if one is in two shards, or not in that which the index says."""
         rows: dict[str, Row] = {}
-        for row in (row for file in self.files for row in rows_of(file)):
+        for row in (row for file in self.files for row in tensor_rows(file)):
             if row.stored in rows:
                 where = f"{rows[row.stored].file} and {row.file.name}"
                 raise InputError(f"the tensor {row.stored} is in two shards, {where}; save the model again")
@@ -118,10 +118,10 @@ def candidates_in(folder: Path) -> dict[str, list[Path]]:
 
 def alike(folder: Path, own: Path) -> dict[str, list[Path]]:
     """Files for transformers that have the very tensor names of open_clip's file, so that one should be the other."""
-    names = {row.stored for row in rows_of(own)}
+    names = {row.stored for row in tensor_rows(own)}
     try:
         found = transformers_candidates(folder)
-        return {n: files for n, files in found.items() if names == {r.stored for f in files for r in rows_of(f)}}
+        return {n: files for n, files in found.items() if names == {r.stored for f in files for r in tensor_rows(f)}}
     except InputError:  # damaged, or a link to nothing: open_clip does not look at them
         return {}
 
@@ -228,7 +228,7 @@ def difference(one: State, other: State) -> str:
     """
     if [at[1:] for at in one] == [at[1:] for at in other]:
         return ""  # one file under two names
-    first, second = ({row.stored: row for at in group for row in rows_of(Path(at[0]))} for group in (one, other))
+    first, second = ({row.stored: row for at in group for row in tensor_rows(Path(at[0]))} for group in (one, other))
     for name in sorted(first.keys() | second.keys()):
         if name not in first or name not in second:
             return name

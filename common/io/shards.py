@@ -21,7 +21,7 @@ import torch
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import HEADER_KEY, replacing, write_text
-from common.io.headers import rows_of
+from common.io.headers import tensor_rows
 from common.io.model_files import INDEX_FILE
 from common.io.pickles import Pickled, lazy_tensors
 from common.io.tensors import DTYPES, bytes_of
@@ -117,7 +117,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, from its header. InputError if the file is truncated or damaged."""
     return {
         row.stored: Stored(row.dtype, row.shape, row.nbytes, partial(read_range, file, row.begin, row.end))
-        for row in rows_of(file)
+        for row in tensor_rows(file)
     }
 
 

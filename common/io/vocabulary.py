@@ -34,7 +34,7 @@ def match_vocabularies(
 
     names: tensors with a row for every token, the embedding first. InputError if the policy cannot have it so.
     """
-    sizes = {model: rows_of(names, model) for model in (base, *experts.values())}
+    sizes = {model: row_count(names, model) for model in (base, *experts.values())}
     if not all(sizes.values()):  # another tensor than a matrix: what compares shapes says so
         return base, dict(experts), Matching(0)
     if policy == "refuse":
@@ -74,7 +74,7 @@ def match_vocabularies(
     return base, matched, matching
 
 
-def rows_of(names: Sequence[str], model: Checkpoint) -> int:
+def row_count(names: Sequence[str], model: Checkpoint) -> int:
     """The most rows that a model has in the named tensors; 0 if it has none, or they are no matrices."""
     shapes = [model.shapes[name] for name in names if name in model.shapes]
     return max((shape[0] for shape in shapes), default=0) if all(len(shape) == 2 for shape in shapes) else 0

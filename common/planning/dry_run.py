@@ -208,7 +208,7 @@ def outputs(config: Config) -> list[str]:
     return [f"  {'exists' if f.exists() else 'to be made':10} {f}" for f in folders]
 
 
-def rows_of(experiment: Experiment | None, config: Config, name: str) -> Sequence[slice]:
+def merged_rows(experiment: Experiment | None, config: Config, name: str) -> Sequence[slice]:
     """The rows of a tensor that are merged together, as far as the models are known."""
     if experiment is None or name not in experiment.base.shapes:
         return [WHOLE]
@@ -257,7 +257,7 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
         "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
-        **memory_of_merge(config, merged, family.prefixes, passing, partial(rows_of, experiment, config)),
+        **memory_of_merge(config, merged, family.prefixes, passing, partial(merged_rows, experiment, config)),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{every / GIB:.2f} GiB a model in {dtype}",
         "libraries": "about 0.9 GiB of host memory besides",

@@ -115,7 +115,7 @@ def read_run(folder: Path, config: Mapping[str, Any] | None = None) -> RunRecord
             config = dict(max(notes.values(), key=lambda note: note["time"])["config"])
         split = config["eval"]["split"]
         notes = dict(sorted(notes.items(), key=lambda item: item[1]["time"]))
-    rows, tasks = rows_of(folder, parts)
+    rows, tasks = result_rows(folder, parts)
     shown = next(iter(parts.values()))
     return RunRecord(
         name=folder.name,
@@ -133,7 +133,7 @@ def read_run(folder: Path, config: Mapping[str, Any] | None = None) -> RunRecord
     )
 
 
-def rows_of(folder: Path, parts: Mapping[str, Path]) -> tuple[list[Row], list[str]]:
+def result_rows(folder: Path, parts: Mapping[str, Path]) -> tuple[list[Row], list[str]]:
     """Rows and test sets of results.json; of a grid of seeds that goes on, those that there are so far."""
     if (folder / RESULTS).is_file():
         return read_results(folder / RESULTS)
