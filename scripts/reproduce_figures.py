@@ -12,7 +12,7 @@ from common.analysis.projection import BATCH, STARTS, UPDATES
 from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
 from common.config import PRETRAINED, ROOT, Config
-from common.domain import Domain
+from common.domain import Domain, anchored_part
 from common.evaluation.rows import display, values_by_name
 from common.evaluation.scoring import results_of
 from common.evaluation.tables import MISSING, aligned
@@ -20,9 +20,10 @@ from common.io.checkpoints import write_text
 from common.pipeline import construct
 from common.planning.dry_run import CONSTRUCT, Plan
 from common.planning.dry_run import describe as plan_of
+from common.planning.on_paper import all_of_fine_tuning, in_words
 from compare import compare
 from compare import plan as plan_of_compare
-from reproduce_tables import PAPER, config_of, described, domain_of
+from reproduce_tables import PAPER, config_of, described, domain_of, not_fetched
 
 CONFIG, DEPTH = PAPER["table5"].config, 12  # ViT-B/32
 STEPS = (0, 20, 40, 60, 80, 100, 200, 400, 600, 800, 1000, 1200)  # of the construction, as the paper shows them
@@ -104,9 +105,7 @@ def describe(name: str, options: Sequence[str]) -> list[str]:
     if needed := ANALYSES[figure.analysis].needs:
         print(f"reads of each task's {'test set inputs and labels' if needed == 'labels' else 'test set 64 inputs'}")
     if figure.analysis == "projection":
-        print(
-            f"fine-tunes {len(STARTS) * len(figure.tasks)} times, {UPDATES} updates of {BATCH} training examples each"
-        )
+        print(fine_tuning_of(len(STARTS) * len(figure.tasks), not_fetched(config), domain))
     if not runs:
         return described(config, domain, plan_of_compare)
     first = next(iter(runs.values()))
@@ -114,6 +113,16 @@ def describe(name: str, options: Sequence[str]) -> list[str]:
     units = len(first.run.blocks or ()) * len(constructed(name, first).tasks)
     print(f"  {'initialisations':18} {', '.join(map(display, runs))}: {len(runs)} times {units} units")
     return refused
+
+
+def fine_tuning_of(times: int, config: Config, domain: Domain) -> str:
+    """What is fine-tuned for a projection, and the hours of an H100 that it takes on paper."""
+    part = anchored_part(config, domain)
+    family = domain.family(config.model, part)
+    batch = (BATCH, *domain.token_shape(config.model, part))
+    work = all_of_fine_tuning(config, family, family.modules(domain.skeleton(config.model)), batch, UPDATES)
+    said = f"fine-tunes {times} times, {UPDATES} updates of {BATCH} training examples each"
+    return f"{said}: on an H100 {in_words(work * times, 0, 'float32')}; nothing of it is measured"
 
 
 def plan_of_construction(config: Config, domain: Domain) -> Plan:

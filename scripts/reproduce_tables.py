@@ -95,11 +95,15 @@ def described(config: Config, domain: Domain, planned: Callable[[Config, Domain]
         with headers_only():
             said = planned(config, domain)
     except InputError as error:
-        nowhere = replace(config.model, root="not fetched", base=Path(config.model.base).name)
-        print("\n".join(needs(replace(config, model=nowhere), domain)))
+        print("\n".join(needs(not_fetched(config), domain)))
         return [str(error)]
     print(said.text.partition("\n\n")[2])  # without the config, which stands in its file
     return said.refusals
+
+
+def not_fetched(config: Config) -> Config:
+    """The config with models that are nowhere, of which the architecture is known all the same."""
+    return replace(config, model=replace(config.model, root="not fetched", base=Path(config.model.base).name))
 
 
 def verdict(name: str, options: Sequence[str], published: bool = False) -> str:

@@ -255,6 +255,15 @@ def test_a_table_of_ours_is_made_by_its_commands(pico_config, monkeypatch):
         ours.make("Vision/results/cut.json", [])
 
 
+def test_the_hours_of_a_fine_tuning_are_those_of_its_products():
+    """Six multiplications and additions of each weight for each token, at 40 % of 67 TFLOP/s."""
+    config = tables.not_fetched(figures.config_of_figure("figure6", []))
+    said = figures.fine_tuning_of(4, config, domain)
+    expected = 4 * 512 * 6 * (32 * 50) * (12 * 12 * 768**2) / (0.4 * 67e12) / 3600
+    found = float(re.search(r"on an H100 ([\d.]+) GPU hours in float32, bounded by arithmetic", said)[1])
+    assert said.startswith("fine-tunes 4 times, 512 updates of 32 ") and found == pytest.approx(expected, rel=0.03)
+
+
 def test_a_dry_run_of_ours_says_commands_and_minutes(capsys):
     assert ours.describe("Vision/results/long.json", []) == []
     said = capsys.readouterr().out

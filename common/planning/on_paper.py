@@ -90,6 +90,17 @@ def all_of_adaptation(
     return work
 
 
+def all_of_fine_tuning(
+    config: Config, family: BlockFamily, modules: Sequence[BlockModule], batch: tuple[int, int, int], updates: int
+) -> Work:
+    """The work of so many updates of all blocks, of one expert on a batch of this shape; what is around them, and what
+    the optimiser does, is not counted."""
+    work = Work()
+    for _, module in modules:
+        work += work_of_fit(family.pure(module), module, batch, config) * updates
+    return work
+
+
 def on_paper(
     config: Config,
     family: BlockFamily,
