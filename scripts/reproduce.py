@@ -20,8 +20,8 @@ import reproduce_figures as figures
 import reproduce_ours as ours
 import reproduce_tables as tables
 from common.core.errors import InputError
+from our_tables import DEMOS, OURS
 from reproduce_figures import FIGURES
-from reproduce_ours import DEMOS, OURS
 from reproduce_tables import PAPER
 
 SETS = {"all": (*PAPER, *FIGURES), "demos": DEMOS, "toys": tuple(OURS)}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import our_tables
 import reproduce
 import reproduce_figures as figures
 import reproduce_ours as ours
@@ -183,13 +184,13 @@ def flat(text):
 
 def test_every_kept_file_can_be_made_again_by_the_commands_of_its_page():
     kept = {str(f.relative_to(ROOT)) for f in ROOT.glob("[VN]*/results/**/*.json")}
-    assert set(ours.OURS) == kept == set(reproduce.SETS["toys"]) and set(ours.DEMOS) < kept
+    assert set(our_tables.OURS) == kept == set(reproduce.SETS["toys"]) and set(our_tables.DEMOS) < kept
     assert set(yaml.safe_load(ours.TIMES.read_text())) == kept
-    for name, table in ours.OURS.items():
+    for name, table in our_tables.OURS.items():
         assert table.by in ("compare", "regime", *KINDS) and len(ours.configs_of(name, [])) == len(table.commands)
         page = flat((ROOT / name.split("/")[0] / "README.md").read_text(encoding="utf-8"))
         script = f"study.py {table.by}" if table.by in KINDS else f"{table.by}.py"
-        if name in ours.DEMOS:
+        if name in our_tables.DEMOS:
             assert "sh scripts/demo.sh" in page
             continue
         for command in table.commands:
