@@ -116,7 +116,10 @@ OURS = {
     "NLG/results/smollm_swudi.json": Ours(
         SMOLLM,
         "nlg/smollm",
-        ((*SMOLLM_GUARD, "--compare.starts=[pretrained,swudi_a]"),),
+        (
+            (*SMOLLM_GUARD, "--compare.starts=[pretrained,swudi_a]"),
+            (*SMOLLM_GUARD, "--compare.starts=[swudi_a]", "--adapt.rest=pretrained", "--adapt.label=mlp"),
+        ),
     ),
     "NLG/results/smollm_layer.json": Ours(
         SMOLLM,
