@@ -42,14 +42,16 @@ def test_answers_come_back_as_they_were_scored():
     assert scored_by("accuracy", labels, predictions) == scored(labels == predictions)
 
 
-@pytest.mark.parametrize("metric", ["Matthews", "accuracy and F1"])
+@pytest.mark.parametrize("metric", ["Matthews", "accuracy and F1", "Pearson and Spearman"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_many_draws_at_once_are_as_one_by_one(metric, classes):
     generator = np.random.default_rng(0)
     labels, predictions = (
         generator.integers(0, 2, 90),
-        generator.integers(0, classes if metric == "Matthews" else 2, 90),
+        generator.integers(0, 2 if metric == "accuracy and F1" else classes, 90),
     )
+    if metric == "Pearson and Spearman":
+        labels, predictions = 0.1 * labels, 0.1 * predictions + 0.1 * labels
     draws = np.vstack([generator.integers(90, size=(50, 90)), np.full((1, 90), 3)])  # the last: one example alone
     found = resampled(scored_by(metric, labels, predictions).answers, metric, 90, draws)
     expected = [METRICS[metric](labels[draw], predictions[draw]) for draw in draws]

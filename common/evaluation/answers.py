@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from common.core.errors import InputError
 from common.domain import Scored
-from common.evaluation.metrics import METRICS
+from common.evaluation.metrics import METRICS, REGRESSION
 
 RIGHT, PAIRS = "right:", "pairs:"
 
@@ -54,6 +54,8 @@ def resampled(answers: str, metric: str, n: int, draws: np.ndarray) -> np.ndarra
         return BINARY[metric](
             *((a & b).sum(1, dtype=float) for a in (drawn[0], ~drawn[0]) for b in (drawn[1], ~drawn[1]))
         )
+    if metric in REGRESSION:
+        return pearson_and_spearman(labels[draws], predictions[draws])
     function: Any = METRICS[metric]
     labels, predictions = (x.astype(int) if metric in BINARY else x for x in (labels, predictions))
     return np.array([function(labels[draw], predictions[draw]) for draw in draws])
@@ -70,6 +72,23 @@ def accuracy_and_f1(tp: np.ndarray, fn: np.ndarray, fp: np.ndarray, tn: np.ndarr
     positive = 2 * tp + fp + fn
     f1 = np.divide(2 * tp, positive, out=np.zeros_like(positive), where=positive > 0)
     return (np.round((tp + tn) / (tp + fn + fp + tn), 4) + np.round(f1, 4)) / 2
+
+
+def pearson_and_spearman(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """METRICS' of many draws at once, a row each; 0 where all of one are alike. Each is rounded to 4 decimals first."""
+    from scipy.stats import rankdata
+
+    of_values = correlations(labels.astype(float), predictions.astype(float))
+    of_ranks = correlations(rankdata(labels, axis=1), rankdata(predictions, axis=1))
+    return (np.round(of_values, 4) + np.round(of_ranks, 4)) / 2
+
+
+def correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's of each row of x and y; 0 where it is 0/0."""
+    differ = (np.ptp(x, 1) > 0) & (np.ptp(y, 1) > 0)  # a mean of equal numbers is rounded
+    x, y = (of - of.mean(1, keepdims=True) for of in (x, y))
+    size = np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    return np.divide((x * y).sum(1), size, out=np.zeros_like(size), where=differ)
 
 
 BINARY = {"Matthews": matthews, "accuracy and F1": accuracy_and_f1}  # a thousand calls of a library take seconds a row
