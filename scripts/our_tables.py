@@ -31,6 +31,7 @@ LONG = ("--run.name=long", "--anchors.number=48", "--anchors.steps=300")
 RIDGE = ("--run.name=ridge", "--compare.starts=[swudi_a]", "--adapt.warm_start=regmean")
 RIDGES = ("0", "0.01", "0.1", "1", "10", "30", "100")
 GUARD = ("--run.name=guard", "--compare.seeds=[0,1,2]", EVERY)
+MINILM_GUARD = ("--run.name=minilm-guard", "--compare.seeds=[0]", "--compare.starts=[tsv,wudi,swudi_a]")
 SMOLLM_GUARD = ("--run.name=smollm-guard", "--compare.seeds=[0]")
 CUT = ("--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")
 MANY = (
@@ -96,6 +97,18 @@ OURS = {
     "Vision/results/studies/tasks.json": Ours(VISION, "vision/toy", ((FOUR,),), "tasks"),
     "NLU/results/minilm_regime.json": Ours(MINILM, "nlu/minilm", by="regime"),
     "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", ((FIVE,),)),
+    "NLU/results/cut.json": Ours(MINILM, "nlu/minilm", (MINILM_GUARD, (*MINILM_GUARD, *CUT))),
+    "NLU/results/wudi.json": Ours(
+        MINILM,
+        "nlu/minilm",
+        (
+            (
+                "--run.name=minilm-wudi",
+                "--compare.starts=[wudi,wudi_exact]",
+                "--compare.search={wudi: {lr: [2.0e-5,1.0e-4,5.0e-4,1.0e-3,2.0e-3]}}",
+            ),
+        ),
+    ),
     "NLU/results/studies/methods.json": Ours(
         MINILM,
         "nlu/minilm",
