@@ -36,6 +36,7 @@ from common.layout import (
 )
 from common.merging.starts import by_part, chain_of, merge, survey
 from common.opening import carry_out
+from common.run.device import threads_for
 from common.run.engine import Memory, asks_for_workers
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
@@ -54,7 +55,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     if not is_finished(folder, provenance):
         data = chain_of(method).row.data
         if data or not asks_for_workers(experiment.config.run):
-            with record_stage(experiment.config, f"merge {method}"):
+            with record_stage(experiment.config, f"merge {method}"), threads_for(experiment.largest_product):
                 if data:
                     tensors, provenance["data"] = merged_with_data(experiment, domain, method)
                 else:

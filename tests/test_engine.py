@@ -18,6 +18,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from common import assembly
 from common.assembly import merge_each, merge_groups, survey_of
 from common.config import ROOT
 from common.core.errors import InputError
@@ -350,6 +351,24 @@ def test_workers_end_with_their_driver_however_it_ends(tmp_path, blow):
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < until, f"left behind: {alive}"
         time.sleep(0.05)
+
+
+def test_a_merge_in_one_process_has_the_threads_of_a_worker(pico_config, monkeypatch):
+    """With other threads the same decomposition is rounded otherwise."""
+
+    def noting(*of, **more):
+        seen.append(torch.get_num_threads())
+        return as_ever(*of, **more)
+
+    seen, as_ever = [], assembly.merge
+    monkeypatch.setattr(assembly, "merge", noting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        merge_alone(change(change(pico_config, "start", method="tsv"), "run", score=False), domain)
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_engine_sees_all_threads_though_a_unit_takes_one(pico_config, monkeypatch):
