@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,9 @@ def compare(config: Config, domain: Domain) -> None:
         check_what_is_there(each, domain)
     if not runs:
         return grid(config, domain)
-    for i, each in enumerate(runs):
-        share_merges(each, domain, runs[:i])
+    for each in runs:
+        if each is not runs[0]:
+            share_merges(each, domain, runs[0])
         grid(each, domain, [row for other in runs for row in results_of(other)])
     rows = [row | {"seed": each.run.seed} for each in runs for row in results_of(each)]
     write_results(config.run.dir / RESULTS, rows, list(scored_tests(config, domain)))
@@ -72,19 +72,18 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
     write_cards(config, domain)
 
 
-def share_merges(config: Config, domain: Domain, before: Sequence[Config]) -> None:
-    """Take over the starts that a run of another seed made of the same, those of methods that do not draw at random,
-    and their blocks in the pretrained model."""
+def share_merges(config: Config, domain: Domain, first: Config) -> None:
+    """Take over the starts of the first seed's run that are the same in this one, and their blocks in the pretrained
+    model."""
     experiment = open_experiment(config, domain)
-    for start in config.compare.starts if before else []:
-        of_start = replace(experiment, config=config.at_start(start))
-        there, here = (RunLayout(each.at_start(start)).start for each in (before[0], config))
-        if (there / PROVENANCE_FILE).is_file() and not here.exists():
-            with suppress(InputError):  # made of another seed
-                is_finished(there, merge_provenance(of_start))
-                for made, wanted in ((with_same_rest(there), with_same_rest(here)), (there, here)):
-                    if (made / PROVENANCE_FILE).is_file() and not wanted.exists():
-                        link_tree(made, wanted)
+    for start in merges_of(config):
+        there, here = (RunLayout(each.at_start(start)).start for each in (first, config))
+        if draws(config, start) != draws(first, start) or here.exists():
+            continue
+        if is_finished(there, merge_provenance(replace(experiment, config=config.at_start(start)))):
+            for made, wanted in ((with_same_rest(there), with_same_rest(here)), (there, here)):
+                if (made / PROVENANCE_FILE).is_file() and not wanted.exists():
+                    link_tree(made, wanted)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -132,7 +131,7 @@ def runs_of(config: Config) -> list[Config]:
 
 def stages_of(config: Config) -> list[str]:
     """Every stage of the search and the grid, in order; those of which all is there already are passed over."""
-    merges = [start for start in config.compare.starts if start not in (PRETRAINED, given_start(config))]
+    merges = merges_of(config)
     stages = [named(config.run.name, f"search {method}") for method in config.compare.search if method != FDA]
     runs = runs_of(config) or [config]
     for i, each in enumerate(runs):
@@ -147,6 +146,11 @@ def stages_of(config: Config) -> list[str]:
         of_run += [*(f"merge {start}" for start in left), "score"]
         stages += [named(each.run.name, stage) for stage in of_run]
     return stages
+
+
+def merges_of(config: Config) -> list[str]:
+    """The starts that are merged here."""
+    return [start for start in config.compare.starts if start not in (PRETRAINED, given_start(config))]
 
 
 def draws(config: Config, start: str) -> list[Any]:
