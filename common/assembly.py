@@ -74,7 +74,8 @@ def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenan
     bar = UnitBar(f"merge {method}", len(groups), "parts")
     with record_stage(experiment.config, bar.stage, bar), bar:
         forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
-        known = (provenance, survey_of(experiment, method))
+        with threads_for(experiment.largest_product):
+            known = (provenance, survey_of(experiment, method))
         parts = list(enumerate(groups))
         carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
         stored = {row.stored: row for number, _ in parts for row in tensor_rows(layout.part_file(number))}
