@@ -144,7 +144,8 @@ def score_each(experiment: Experiment, tests: Iterable[str], bar: Units, pending
 
 def left_behind(layout: RunLayout) -> list[Row]:
     """The rows that scoring side by side had written when it was interrupted."""
-    return [row for file in sorted(layout.scores.glob("*")) for row in read_results(file)[0]]
+    files = sorted([*layout.scores.glob("*.json"), *layout.scores.glob("*.part")])  # not what a kill left half written
+    return [row for file in files for row in read_results(file)[0]]
 
 
 # ---- what there is to score, and what came of it ---------------------------------------------------------------------
