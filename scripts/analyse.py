@@ -4,6 +4,7 @@ python scripts/analyse.py spectrum     --config FILE   singular values of the an
 python scripts/analyse.py subspace     --config FILE   their top subspace against that of real features
 python scripts/analyse.py bias         --config FILE   features of merged models against each expert's
 python scripts/analyse.py interference --config FILE   how far one task's anchors move another's outputs
+python scripts/analyse.py residual     --config FILE   what merges leave of the interference between tasks
 python scripts/analyse.py blend        --config FILE   between a start and FDA: the anchors' word, and held-out scores
 python scripts/analyse.py matching     --config FILE   the matching loss
 python scripts/analyse.py tsne         --config FILE   anchors and real features in the plane

@@ -22,6 +22,7 @@ from common.analysis.material import plain, spread
 from common.analysis.projection import Cone, attention_and_mlp
 from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
+from common.analysis.residual import rank_correlation, residual
 from common.analysis.spectrum import relative_spectrum
 from common.analysis.subspace import similarity, top_subspace
 from common.analysis.tsne import mixing
@@ -42,6 +43,9 @@ from pico_vision import PICO_TASKS, pico_config
 from Vision import domain
 
 pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def normal(*shape, seed=0):
@@ -117,6 +121,22 @@ def test_anchors_leave_orthogonal_inputs_alone():
     assert interference(linear, theta_0, step, theta_j, x_j) == 0
     assert interference(linear, theta_0, step, theta_j, x_i) > 0
     assert interference(linear, theta_0, step, theta_0, x_i) is None
+
+
+def test_residual_is_zero_at_the_expert_and_one_at_the_base():
+    """What lies across all rows of the task vector changes nothing; between base and expert it falls in proportion."""
+    tau = torch.cat([normal(5, 3), torch.zeros(5, 2)], 1)
+    across = torch.cat([torch.zeros(5, 3), normal(5, 2, seed=1)], 1)
+    assert residual(tau, tau) == 0 and residual(0 * tau, tau) == 1 and residual(tau, 0 * tau) is None
+    assert residual(0.25 * tau + across, tau) == pytest.approx(0.75, rel=1e-6)
+    delta, wide = normal(5, 5, seed=2), tau.double().numpy()
+    literal = np.linalg.norm((delta.double().numpy() - wide) @ wide.T) / np.linalg.norm(wide @ wide.T)
+    assert residual(delta, tau) == pytest.approx(literal, rel=1e-6)
+
+
+def test_ranks_are_compared_where_there_are_some():
+    assert rank_correlation([(0.1, 9.0), (0.2, 5.0), (3.0, 4.0)]) == pytest.approx(-1)
+    assert rank_correlation([(0.1, 9.0), (0.2, 5.0)]) is None and rank_correlation([(1, 2.0), (1, 3), (1, 4)]) is None
 
 
 def test_mixing_tells_what_lies_apart():
@@ -311,6 +331,40 @@ def test_interference_of_each_pair(made):
     assert numbers["tasks"] == PICO_TASKS
     assert [panel["title"] for panel in numbers["panels"]] == ["Weight, block 1", "Gauss, block 1"]
     assert all(value > 0 for panel in numbers["panels"] for row in panel["matrix"] for value in row)
+
+
+def test_residual_of_merges_and_of_what_was_adapted_from_them(made):
+    """TA of two tasks with 0.3 of each: its length, and r of one matrix, by their formulas."""
+    numbers = analysed("residual", made)
+    models, panels = numbers["models"], [panel["of"] for panel in numbers["panels"]]
+    adapted = [f"FDA ({start}, {init})" for start in ("Pretrained", "TA") for init in ("Weight", "Gauss")]
+    assert list(models) == ["Pretrained", "TA", *adapted] and panels == ["length"]
+    assert models["Pretrained"]["mean"] == 1 and models["Pretrained"]["length"] == 0
+    assert [name for name, model in models.items() if model["adapted"]] == adapted
+    names = [f"visual.transformer.resblocks.{i}.{layer}" for i in (0, 1) for layer in MATRICES]
+    assert numbers["matrices"] == len(names)
+    theta_0 = Checkpoint(made.model.path("base")).read(names)
+    experts = [Checkpoint(made.model.path("expert", task)).read(names) for task in PICO_TASKS]
+    a, b = ({name: (theta[name] - theta_0[name]).double() for name in names} for theta in experts)
+    lengths = [math.sqrt(sum(float(tau[n].square().sum()) for n in names)) for tau in (a, b)]
+    together = math.sqrt(sum(float((0.3 * (a[n] + b[n])).square().sum()) for n in names))
+    assert models["TA"]["length"] == pytest.approx(together / (sum(lengths) / 2), rel=1e-4)
+    each = [((0.3 * (a[n] + b[n]) - a[n]) @ a[n].mT).norm() / (a[n] @ a[n].mT).norm() for n in names]
+    assert models["TA"]["residual"][PICO_TASKS[0]] == pytest.approx(float(sum(each)) / len(each), rel=1e-4)
+
+
+def test_residual_beside_the_score(made):
+    """A model that is not there, or not scored, is left out."""
+    shutil.rmtree(made.run.dir / "merged" / "fda-ta-gauss")
+    scores = {"pretrained": 0.2, "ta": 0.6}
+    rows = [{"method": m, "task": t, "value": v, "n": 5} for m, v in scores.items() for t in PICO_TASKS]
+    made.run.dir.joinpath("results.json").write_text(json.dumps({"tasks": PICO_TASKS, "rows": rows}))
+    numbers = analysed("residual", made)
+    assert "FDA (TA, Weight)" in numbers["models"] and "FDA (TA, Gauss)" not in numbers["models"]
+    assert {n: m["avg"] for n, m in numbers["models"].items() if m["avg"]} == {"Pretrained": 0.2, "TA": 0.6}
+    assert [panel["of"] for panel in numbers["panels"]] == ["length", "avg"] and numbers["rank_correlation"] is None
+    with pytest.raises(InputError, match="looks at the merges of compare.starts, which names none"):
+        analyse("residual", change(made, "compare", starts=[]), domain)
 
 
 def test_matching_of_each_block(made):

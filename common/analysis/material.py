@@ -142,11 +142,16 @@ class Material:
 
     def adapted(self, method: str, init: str) -> Checkpoint:
         """The adapted model; InputError if there is none, or none of this start and these anchors."""
+        folder = RunLayout(self.at(init, method).config).adapted
+        if not self.is_adapted(method, init):
+            raise InputError(f"there is no adapted model at {folder}; adapt.py with the same config makes it")
+        return unstacked(Checkpoint(folder), self.experiment.family.pieces)
+
+    def is_adapted(self, method: str, init: str) -> bool:
+        """Whether there is a model adapted from a start on these anchors. InputError if one is, from something else."""
         experiment = self.at(init, method)
         folder = RunLayout(experiment.config).adapted
-        if not is_finished(folder, fit_provenance(experiment, self.start(method))):
-            raise InputError(f"there is no adapted model at {folder}; adapt.py with the same config makes it")
-        return unstacked(Checkpoint(folder), experiment.family.pieces)
+        return folder.is_dir() and is_finished(folder, fit_provenance(experiment, self.start(method)))
 
 
 def spread(depth: int, shares: Sequence[float]) -> list[int]:

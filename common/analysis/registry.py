@@ -26,11 +26,11 @@ Need = Literal["inputs", "labels"]
 class Analysis:
     """A row.
 
-    title: of the figure. x, y: labels of the axes. size: inches of a panel. columns: of
-    panels in a row, at most. needs: what a domain must offer: inputs of the tasks, or also their labels. anchors: what
-    it reads: anchors of every initialisation of compare.inits, of anchors.init alone, or models adapted on those of
-    compare.inits. blocks: which it looks at if run.blocks is unset: a share of the depth each; none for all. shared:
-    the panels share their axes. units: it hands its work to run.engine, which sees to threads.
+    title: of the figure. x, y: labels of the axes. size: inches of a panel. columns: of panels in a row, at most.
+    needs: what a domain must offer: inputs of the tasks, or also their labels. anchors: what it reads: anchors of every
+    initialisation of compare.inits, of anchors.init alone, models adapted on those of compare.inits, or merges, and
+    such models where there are some. blocks: which it looks at if run.blocks is unset: a share of the depth each; none
+    for all. shared: the panels share their axes. units: it hands its work to run.engine, which sees to threads.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Analysis:
     size: tuple[float, float] = (2.1, 1.8)
     columns: int = 4
     needs: Need | None = None
-    anchors: Literal["each", "one", "models"] = "each"
+    anchors: Literal["each", "one", "models", "merges"] = "each"
     blocks: tuple[float, ...] = (1,)
     shared: bool = True
     units: bool = False
@@ -69,6 +69,15 @@ ANALYSES = {
     ),
     "blend": Analysis(
         "Between a start and the model adapted from it", "blend t", "against the start", anchors="models", columns=5
+    ),
+    "residual": Analysis(
+        "What merges leave of the interference between tasks",
+        "",
+        "mean $\\|(M - \\tau_t)\\tau_t^T\\| / \\|\\tau_t\\tau_t^T\\|$",
+        (4.4, 4.2),
+        anchors="merges",
+        blocks=(),
+        shared=False,
     ),
     "matching": Analysis("Gradient matching", "construction step", "mean 1 − cos", blocks=(0.25, 0.5, 1), columns=3),
     "tsne": Analysis("t-SNE of tokens: anchors and real features", "", "", (2.2, 2.1), needs="inputs", shared=False),

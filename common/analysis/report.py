@@ -93,7 +93,11 @@ def check_domain_has(name: str, config: Config, domain: Domain) -> None:
 
 
 def check_run_has(name: str, material: Material) -> None:
-    """InputError if anchors that an analysis looks at are not there."""
+    """InputError if anchors that an analysis looks at are not there, or it would look at nothing."""
+    if ANALYSES[name].anchors == "merges":
+        if not material.config.compare.starts:
+            raise InputError(f"analyse.py {name} looks at the merges of compare.starts, which names none")
+        return
     if not material.inits:
         raise InputError(f"analyse.py {name} looks at the anchors of compare.inits, which names none")
     if ANALYSES[name].anchors == "models":
