@@ -25,10 +25,13 @@ from torch import Tensor
 
 from common.analysis.material import Material, Numbers
 from common.core.task_vectors import upcast
-from common.evaluation.figures import COLOURS, DOT, INK, RING
+from common.evaluation.figures import COLOURS, DOT, INK, RING, draw_names
 from common.evaluation.rows import read_results, row_name, values_by_name
 from common.evaluation.scoring import RESULTS
 from common.io.checkpoints import Checkpoint
+
+MERGE: dict[str, Any] = DOT | {"color": COLOURS[0], "label": "merge"}
+FDA: dict[str, Any] = RING | {"label": "FDA"}
 
 
 def residual(delta: Tensor, tau: Tensor) -> float | None:
@@ -117,17 +120,13 @@ def averages(material: Material) -> dict[str, float]:
 
 def draw(axes: Axes, panel: Mapping[str, Any], numbers: Numbers) -> None:
     """A dot for each merge and a ring for each adapted model, by name."""
-    shown = {name: (m[panel["of"]], m["mean"]) for name, m in numbers["models"].items() if m[panel["of"]] is not None}
-    reach = 0.15 * (max(x for x, _ in shown.values()) - min(x for x, _ in shown.values()))
-    above: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(shown.items(), key=lambda item: item[1]):
-        axes.plot(x, y, **(RING if numbers["models"][name]["adapted"] else DOT | {"color": COLOURS[0]}))
-        crowded = any(abs(x - i) < reach and abs(y - j) < 0.04 for i, j in above)
-        axes.annotate(name, (x, y), (4, -8 if crowded else 3), textcoords="offset points", fontsize=6, color=INK)
-        above += [] if crowded else [(x, y)]
+    models, places = numbers["models"], {}
+    for name, model in models.items():
+        if model[panel["of"]] is not None:
+            places[name] = (model[panel["of"]], model["mean"])
+            look = FDA if model["adapted"] else MERGE
+            axes.plot(*places[name], **look)
     axes.set_xlabel(panel["x"], fontsize=10, color=INK)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.2, y=0.08)
-    axes.plot([], [], **DOT, color=COLOURS[0], label="merge")
-    if any(model["adapted"] for model in numbers["models"].values()):
-        axes.plot([], [], **RING, label="FDA")
+    axes.set_ylim(0, 1.08 * max(y for _, y in places.values()))
+    axes.margins(x=0.2)
+    draw_names(axes, places)

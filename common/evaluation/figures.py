@@ -109,6 +109,19 @@ def draw_gains(axes: Axes, start: Values, adapted: Sequence[Values]) -> None:
     axes.plot(start, range(len(start)), **RING, zorder=4)
 
 
+def draw_names(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
+    """The name of each point beside it, above or below, if it covers none that is there. The axes keep their limits."""
+    drawn: list[tuple[float, float, float]] = []  # begin, end and height of names, in shares of the axes
+    for name, place in places.items():
+        begin, y = axes.transLimits.transform(place)
+        end = begin + 0.014 * len(name)
+        for height, offset in ((y + 0.015, 3), (y - 0.025, -8)):
+            if all(end < i or begin > j or abs(height - other) > 0.025 for i, j, other in drawn):
+                drawn.append((begin, end, height))
+                axes.annotate(name, place, (4, offset), textcoords="offset points", fontsize=6, color=INK)
+                break
+
+
 def plot_front(found: Mapping[str, Any], path: Path | str, percent: bool = True) -> None:
     """What `common.evaluation.front` writes of a Pareto front (PNG): a line a point over the test sets, thin where it
     was foreseen, with dots where it was measured, black if chosen; of two test sets one against the other.
