@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.annotations import is_of, name_of
@@ -93,12 +93,22 @@ def unforeseen(error: Exception) -> str:
     return f"stopped{f' at {doing}' if doing else ''} by {type(error).__name__}: {message}"
 
 
+class Help(DefaultHelpFormatter):
+    """What --help prints, where the commands in a description keep their lines and prose is filled."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [part.strip() for part in text.split("\n\n")]
+        fill = super()._fill_text
+        return "\n\n".join(p if p.startswith(("python ", "sh ")) else fill(p, width, indent) for p in paragraphs)
+
+
 def parse(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
     parser = ArgumentParser(
         prog=Path(sys.argv[0]).name,
         usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
         description=description,
+        formatter_class=Help,
         allow_abbrev=False,
         exit_on_error=False,
     )

@@ -10,7 +10,9 @@ python scripts/study.py methods   --config FILE   the same, a line for each of m
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
 for each point, rows.json and table.md, of rates, scale and methods also figure.png. A point that is there already is
-kept. Rates need the toy's experts at each: python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE.
+kept. Rates need the toy's experts at each:
+
+python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE
 """
 
 import json

@@ -487,4 +487,7 @@ def test_of_all_those_are_left_out_that_the_domain_has_not(nlg_config, capsys):
 def test_the_command_lists_what_there_is():
     done = command("scripts/analyse.py", "spectra")
     assert done.returncode == 2 and "called with one of spectrum" in done.stderr
-    assert "analyse.py spectrum" in command("scripts/analyse.py", "--help").stdout
+    shown = command("scripts/analyse.py", "--help").stdout.splitlines()  # each on a line of its own
+    for name in ANALYSES:
+        assert [line for line in shown if line.startswith(f"python scripts/analyse.py {name} ")]
+    assert all(len(line) <= 80 for line in shown if "scripts/analyse.py" not in line)  # prose is filled
