@@ -1,5 +1,7 @@
 """What a run's page is made of, and when it is written: task vectors, tables to be copied, a run that goes on."""
 
+import csv
+import io
 import json
 import re
 from itertools import pairwise
@@ -18,7 +20,7 @@ from common.report.latex import latex_of
 from common.report.lines import Cell, Line
 from common.report.page import write_page
 from common.report.reading import read_run
-from common.report.results import order_of, results_of
+from common.report.results import csv_of, order_of, results_of
 from common.report.vectors import cosines, measure, relative
 from helpers import change, command
 from pico_run import run_reported
@@ -139,6 +141,19 @@ TSV (paper) & 74.00 & 51.00 & 62.50 &  \\
 \end{tabular}
 """
     )
+
+
+def test_a_seed_that_is_scored_in_part_has_no_mean_yet():
+    """While a comparison scores its second seed, the page goes on; what is whole keeps its numbers."""
+    kept = {"method": "tsv", "n": 5, "start": None, "init": None, "checkpoint": "a"}
+    rows = [kept | {"task": task, "seed": seed, "value": 0.5} for task in ("A", "B") for seed in (0, 1)]
+    fda = {"method": "fda", "start": "tsv", "init": "weight", "n": 5}
+    done = [("A", 0), ("B", 0), ("A", 1)]
+    rows += [fda | {"task": t, "seed": s, "value": 0.5 + 0.1 * s, "checkpoint": str(s)} for t, s in done]
+    text = csv_of(SimpleNamespace(name="x", percent=True), rows, ["A", "B"], {})
+    tsv, partly = csv.DictReader(io.StringIO(text))
+    assert tsv["avg"] == "50" and tsv["avg_sd"] == ""
+    assert (partly["A"], partly["B"], partly["avg"], partly["avg_sd"], partly["delta_sd"]) == ("55", "", "", "", "")
 
 
 def test_latex_of_several_runs_has_their_names_and_no_costs():

@@ -112,8 +112,13 @@ def is_fixed(rows: Iterable[Row]) -> bool:
 
 def spread(values: Values, percent: bool, fixed: bool, sign: str = "") -> str:
     """The mean, and the sample standard deviation if there are several values that need not be the same."""
-    mean = cell(fmean(values), percent, sign)
-    return mean if fixed or len(values) < 2 or mean == MISSING else f"{mean} ± {cell(stdev(values), percent)}"
+    mean, apart = cell(fmean(values), percent, sign), deviation(values, fixed)
+    return mean if apart is None else f"{mean} ± {cell(apart, percent)}"
+
+
+def deviation(values: Values, fixed: bool) -> float | None:
+    """The sample standard deviation; None where the values need be the same, or are not all there."""
+    return None if fixed or len(values) < 2 or any(map(math.isnan, values)) else stdev(values)
 
 
 def cost_cells(rows: Iterable[Row]) -> list[str]:

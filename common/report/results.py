@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 from common.evaluation.rows import Row, display, is_shown, rank, row_name, values_by_seed
 from common.evaluation.significance import Difference, Scores, difference, findings, in_words, scores_of
-from common.evaluation.tables import footnotes, is_fixed, table_lines
+from common.evaluation.tables import deviation, footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
 from common.report.latex import latex_of
@@ -192,19 +192,14 @@ def csv_of(run: RunRecord, rows: Sequence[Row], tasks: Sequence[str], judged: Ma
         columns = [list(column) for column in zip(*seeds.values(), strict=True)]
         gains = [values[-1] - start[seed][-1] for seed, values in seeds.items() if seed in start]
         fixed = is_fixed(of_name)
-        numbers = [fmean(c) for c in columns] + [spread(columns[-1], fixed), fmean(gains) if gains else None]
+        numbers = [fmean(c) for c in columns] + [deviation(columns[-1], fixed), fmean(gains) if gains else None]
         gain = judged.get(name)
-        numbers += [spread(gains, fixed), gain.low if gain else None, gain.high if gain else None]
+        numbers += [deviation(gains, fixed), gain.low if gain else None, gain.high if gain else None]
         costs = [list({r.get("seed"): r[key] for r in of_name if key in r}.values()) for key in head[-3:]]
         words = [run.name, name, row["method"], row["start"] or "", row["init"] or "", row.get("label") or ""]
         said = [*words, len(seeds), *(plain(n, unit) for n in numbers)]
         writer.writerow([*said, *(plain(fmean(c) if c else None, 1) for c in costs)])
     return out.getvalue()
-
-
-def spread(values: Sequence[float], fixed: bool) -> float | None:
-    """The sample standard deviation of values that need not be the same."""
-    return None if fixed or len(values) < 2 else stdev(values)
 
 
 def plain(value: float | None, unit: int) -> str:
