@@ -16,9 +16,10 @@ from common.merging.registry import every_row, method_choices
 from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
 
 POSITIVE = {
-    "anchors": ("number", "chunk", "tokens", "lr", "stop_loss", "patience"),
-    "eval": ("batch_size",),
+    "anchors": ("number", "chunk", "tokens", "scale", "lr", "stop_loss", "patience"),
+    "eval": ("batch_size", "limit"),
 }
+NOT_NEGATIVE = {"anchors": ("steps",), "eval": ("workers",)}
 
 
 def check_choices(config: Config, domain: Domain) -> None:
@@ -121,6 +122,14 @@ def check_settings(config: Config) -> None:
     check_snapshots(config.anchors)
     for section, names in POSITIVE.items():
         require_positive(section, getattr(config, section), names)
+    for section, names in NOT_NEGATIVE.items():
+        require_not_negative(section, getattr(config, section), names)
+    for name in ("starts", "inits", "seeds"):
+        named = getattr(config.compare, name)
+        if len(set(named)) < len(named):
+            raise InputError(f"compare.{name} names one twice: {', '.join(map(str, named))}")
+    if config.run.blocks is not None and not config.run.blocks:
+        raise InputError("run.blocks names no block; leave it out to work on all")
     check_adapt("adapt", config.adapt)
     for start in config.adapt.by_start:
         check_adapt(f"adapt.by_start.{start}", config.adapt.for_start(start))
@@ -140,12 +149,9 @@ def check_snapshots(anchors: Anchors) -> None:
 def check_adapt(where: str, adapt: Adapt) -> None:
     """The settings of an adaptation are in range; `where` is their address in the config."""
     require_positive(where, adapt, ("lr", "batch_size", *([] if adapt.warm_start != "none" else ["epochs"])))
-    if adapt.epochs < 0:
-        raise InputError(f"{where}.epochs is {adapt.epochs}; it must be zero or more")
+    require_not_negative(where, adapt, ("epochs", "ridge"))
     if adapt.speedup < 1:
         raise InputError(f"{where}.speedup divides the epochs; it must be at least 1")
-    if not 0 <= adapt.ridge < math.inf:
-        raise InputError(f"{where}.ridge is {adapt.ridge}; it must be zero or more")
     if adapt.ridge and adapt.warm_start == "none":
         raise InputError(f"{where}.ridge is of the closed form: set {where}.warm_start regmean, or leave it at 0")
     if not 0 <= adapt.blend <= 1:
@@ -153,11 +159,19 @@ def check_adapt(where: str, adapt: Adapt) -> None:
 
 
 def require_positive(where: str, section: Any, names: Iterable[str]) -> None:
-    """InputError if one of these fields of a section is set, but not above zero."""
+    """InputError if one of these fields of a section is set, but not above zero and finite."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"{where}.{name} is {value}; it must be above zero")
+
+
+def require_not_negative(where: str, section: Any, names: Iterable[str]) -> None:
+    """InputError unless these fields of a section are zero or more, and finite."""
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value < math.inf:
+            raise InputError(f"{where}.{name} is {value}; it must be zero or more")
 
 
 def check_engine(run: Run) -> None:

@@ -117,8 +117,6 @@ def check_what_is_there(config: Config, domain: Domain) -> None:
 def runs_of(config: Config) -> list[Config]:
     """A complete run for each of compare.seeds: <name>/seed_<s>, run.seed s, and s for merges that draw at random."""
     seeds, starts = config.compare.seeds, config.compare.starts
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"compare.seeds names a seed twice: {', '.join(map(str, seeds))}")
     given = {PRETRAINED, *([config.start.method] if config.start.checkpoint else [])}
     parts = {part: None for start in starts if start not in given for part in chain_of(start).parts}
     runs, drawing = [], [part for part in parts if "seed" in hyperparameters(part)]
