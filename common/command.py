@@ -3,9 +3,11 @@
 import argparse
 import atexit
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,6 +24,19 @@ from common.run.plain_log import told
 from common.run.stages import command_stages
 from common.validation import check_domain
 
+# What the library says of a value that an option cannot have, and what it calls types.
+MISFIT = re.compile(r'Parser key "([^"]+)": (.*)(?:\. Got| Given value type: .*? Given) value: (.*)')
+KIND = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)")
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list, [a, b]",
+    "tuple": "a list, [a, b]",
+    "dict": "a mapping, {a: b}",
+    "NoneType": "null",
+}
 SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
 
 
@@ -145,8 +160,23 @@ def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
     except (argparse.ArgumentError, ValueError, RecursionError) as error:
         files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
         where = f"in {', '.join(files)} or on the command line" if files else "on the command line"
-        print(f"error: {' '.join(str(error).split())} ({where}; --help lists what there is)", file=sys.stderr)
+        print(f"error: {in_plain_words(error, parser)} ({where}; --help lists what there is)", file=sys.stderr)
         sys.exit(2)
+
+
+def in_plain_words(error: BaseException, parser: ArgumentParser) -> str:
+    """What the library says of a wrong option, its Python types in words, and the nearest option to an unknown one."""
+    said = " ".join(str(error).split())
+    if wrong := MISFIT.match(said):
+        key, expected, value = wrong.groups()
+        kinds = [str(choices.replace(", ", " or ") or WORDS.get(kind, kind)) for choices, kind in KIND.findall(expected)]
+        return f"{key} is {value}, but should be {' or '.join(kinds)}" if kinds else said
+    if said.startswith("unrecognized arguments: --"):
+        known = list(parser._option_string_actions)
+        typed = said.split()[2].split("=")[0]
+        near = get_close_matches(typed, known, 1) or [o for o in known if o.endswith(f".{typed[2:]}")]
+        return f"{said}; did you mean {' or '.join(near)}?" if near else said
+    return said
 
 
 def files_first(argv: list[str]) -> list[str]:
