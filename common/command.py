@@ -169,7 +169,9 @@ def in_plain_words(error: BaseException, parser: ArgumentParser) -> str:
     said = " ".join(str(error).split())
     if wrong := MISFIT.match(said):
         key, expected, value = wrong.groups()
-        kinds = [str(choices.replace(", ", " or ") or WORDS.get(kind, kind)) for choices, kind in KIND.findall(expected)]
+        kinds = [
+            str(choices.replace(", ", " or ") or WORDS.get(kind, kind)) for choices, kind in KIND.findall(expected)
+        ]
         return f"{key} is {value}, but should be {' or '.join(kinds)}" if kinds else said
     if said.startswith("unrecognized arguments: --"):
         known = list(parser._option_string_actions)
