@@ -134,6 +134,19 @@ OURS = {
             (*SMOLLM_GUARD, "--compare.starts=[swudi_a]", "--adapt.rest=pretrained", "--adapt.label=mlp"),
         ),
     ),
+    "NLG/results/smollm_swudi_mlp.json": Ours(
+        SMOLLM,
+        "nlg/smollm",
+        (
+            (
+                "--run.name=smollm-swudi",
+                "--compare.seeds=[0,1,2]",
+                "--compare.starts=[swudi_a]",
+                "--adapt.rest=pretrained",
+                "--adapt.label=mlp",
+            ),
+        ),
+    ),
     "NLG/results/smollm_layer.json": Ours(
         SMOLLM,
         "nlg/smollm",
