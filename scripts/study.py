@@ -7,12 +7,11 @@ python scripts/study.py ablations --config FILE   the paper's: initialisation, s
 python scripts/study.py real      --config FILE   real inputs of each block in the place of anchors (vision)
 python scripts/study.py cost      --config FILE   seconds of each row of compare's own run beside its gain
 python scripts/study.py methods   --config FILE   the same, a line for each of many starts: accuracy against seconds
+python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE   the experts of each rate, before `rates`
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
 for each point, rows.json and table.md, of rates, scale and methods also figure.png. A point that is there already is
-kept. Rates need the toy's experts at each:
-
-python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE
+kept.
 """
 
 import json
