@@ -10,8 +10,7 @@ python scripts/study.py methods   --config FILE   the same, a line for each of m
 python scripts/make_toy.py vision --out toy/vision-RATE --rate RATE   the experts of each rate, before `rates`
 
 Options as of scripts/compare.py, whose --compare.seeds is the study of seeds. Writes runs/<name>/study/<kind>/: a run
-for each point, rows.json and table.md, of rates, scale and methods also figure.png. A point that is there already is
-kept.
+for each point, kept if it is there, rows.json and table.md, of rates, scale and methods also figure.png.
 """
 
 import json
