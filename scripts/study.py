@@ -227,15 +227,15 @@ def ablations(config: Config, domain: Domain) -> Rows:
 
 
 def cost(config: Config, domain: Domain) -> Rows:
-    """A row for each merged model of compare's own run: its mean, its gains over the pretrained model and over its
-    start, and what it took, each the mean over the seeds.
+    """A row for each merged model of compare's own run that every test set has: its mean, its gains over the pretrained
+    model and over its start, and what it took, each the mean over the seeds.
 
     The seconds of an FDA row are those of its start, the anchors and the adaptation together.
     """
     compare(config, domain)
     results, tasks = results_of(config, domain)
     scores, made = scores_of(results, tasks), []
-    timed = {row_name(row): row for row in results if "cpu_seconds" in row and not row["label"]}
+    timed = {n: r for r in results if (n := row_name(r)) in scores and "cpu_seconds" in r and not r["label"]}
     spent = {name: {clock: mean_cost(results, name, clock) for clock in CLOCKS} for name in timed}
     for name, row in timed.items():
         start = display(row["start"]) if row["method"] == "fda" else display(PRETRAINED)

@@ -149,6 +149,20 @@ def test_methods_have_a_line_for_each_start_the_best_first(quick, capsys):
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_that_was_scored_in_part_has_no_line(quick):
+    """Its start was given up while it was scored, and its rows of some test sets are left."""
+    asked = change(quick, "compare", starts=["ta"])
+    study.study("methods", asked, domain)
+    folder, file = quick.run.dir / "study/methods", quick.run.dir / "results.json"
+    before = (folder / "rows.json").read_bytes()
+    kept = json.loads(file.read_text())
+    one = next(row for row in kept["rows"] if row["method"] == "ta")
+    file.write_text(json.dumps(kept | {"rows": [*kept["rows"], one | {"method": "tsv"}]}))
+    study.study("methods", asked, domain)
+    assert (folder / "rows.json").read_bytes() == before
+    assert "tsv" in file.read_text()
+
+
 def test_a_merge_that_a_cheaper_one_equals_is_beaten():
     row = {"cpu_seconds": 2.0, "avg": 0.5}
     cheaper, better, same = row | {"cpu_seconds": 1.0}, row | {"avg": 0.6}, dict(row)
