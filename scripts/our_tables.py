@@ -32,6 +32,12 @@ RIDGE = ("--run.name=ridge", "--compare.starts=[swudi_a]", "--adapt.warm_start=r
 RIDGES = ("0", "0.01", "0.1", "1", "10", "30", "100")
 GUARD = ("--run.name=guard", "--compare.seeds=[0,1,2]", EVERY)
 MINILM_GUARD = ("--run.name=minilm-guard", "--compare.seeds=[0]", "--compare.starts=[tsv,wudi,swudi_a]")
+MINILM_EVERY = (
+    "--run.name=minilm-every",
+    "--compare.seeds=[0]",
+    "--adapt.speedup=5",
+    "--start.hyper={ta: {scale: 0.4}, wudi: {lr: 5.0e-4}}",
+)
 SMOLLM_GUARD = ("--run.name=smollm-guard", "--compare.seeds=[0]")
 CUT = ("--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")
 MANY = (
@@ -114,13 +120,24 @@ OURS = {
         "nlu/minilm",
         (
             (
-                "--run.name=minilm-methods",
+                *MINILM_EVERY,
                 "--run.workers=1",
-                "--compare.seeds=[0]",
-                "--compare.starts=[pretrained,swudi_a,wudi,tsv,iso_cts]",
+                "--compare.starts=[pretrained,ta,ties,tsv,iso_cts,wudi,wudi_exact,swudi,swudi_a,tact,regmean,"
+                "regmean_pp,prodistill]",
             ),
         ),
         "methods",
+    ),
+    "NLU/results/six.json": Ours(
+        MINILM,
+        "nlu/minilm",
+        (
+            (
+                *MINILM_EVERY,
+                "--eval.tests={similarity: []}",
+                "--compare.starts=[pretrained,ta,ties,tsv,iso_cts,wudi,wudi_exact,swudi,swudi_a,tact]",
+            ),
+        ),
     ),
     "NLG/results/smollm_regime.json": Ours(
         SMOLLM, "nlg/smollm", (("--compare.search={ta: {scale: [0.6,0.8,1.0]}}",),), "regime"
