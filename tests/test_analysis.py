@@ -125,12 +125,12 @@ def test_anchors_leave_orthogonal_inputs_alone():
 
 def test_residual_is_zero_at_the_expert_and_one_at_the_base():
     """What lies across all rows of the task vector changes nothing; between base and expert it falls in proportion."""
-    tau = torch.cat([normal(5, 3), torch.zeros(5, 2)], 1)
-    across = torch.cat([torch.zeros(5, 3), normal(5, 2, seed=1)], 1)
+    tau = torch.cat([normal(5, 3), torch.zeros(5, 2)], 1).double()
+    across = torch.cat([torch.zeros(5, 3), normal(5, 2, seed=1)], 1).double()
     assert residual(tau, tau) == 0 and residual(0 * tau, tau) == 1 and residual(tau, 0 * tau) is None
     assert residual(0.25 * tau + across, tau) == pytest.approx(0.75, rel=1e-6)
-    delta, wide = normal(5, 5, seed=2), tau.double().numpy()
-    literal = np.linalg.norm((delta.double().numpy() - wide) @ wide.T) / np.linalg.norm(wide @ wide.T)
+    delta, wide = normal(5, 5, seed=2).double(), tau.numpy()
+    literal = np.linalg.norm((delta.numpy() - wide) @ wide.T) / np.linalg.norm(wide @ wide.T)
     assert residual(delta, tau) == pytest.approx(literal, rel=1e-6)
 
 

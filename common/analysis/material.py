@@ -142,16 +142,18 @@ class Material:
 
     def adapted(self, method: str, init: str) -> Checkpoint:
         """The adapted model; InputError if there is none, or none of this start and these anchors."""
+        if found := self.adapted_if_there(method, init):
+            return found
         folder = RunLayout(self.at(init, method).config).adapted
-        if not self.is_adapted(method, init):
-            raise InputError(f"there is no adapted model at {folder}; adapt.py with the same config makes it")
-        return unstacked(Checkpoint(folder), self.experiment.family.pieces)
+        raise InputError(f"there is no adapted model at {folder}; adapt.py with the same config makes it")
 
-    def is_adapted(self, method: str, init: str) -> bool:
-        """Whether there is a model adapted from a start on these anchors. InputError if one is, from something else."""
+    def adapted_if_there(self, method: str, init: str) -> Checkpoint | None:
+        """The same, or None if there is none; InputError if one was made from something else."""
         experiment = self.at(init, method)
         folder = RunLayout(experiment.config).adapted
-        return folder.is_dir() and is_finished(folder, fit_provenance(experiment, self.start(method)))
+        if folder.is_dir() and is_finished(folder, fit_provenance(experiment, self.start(method))):
+            return unstacked(Checkpoint(folder), experiment.family.pieces)
+        return None
 
 
 def spread(depth: int, shares: Sequence[float]) -> list[int]:

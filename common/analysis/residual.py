@@ -98,9 +98,9 @@ def adapted_of(material: Material) -> dict[str, Checkpoint]:
     kept = {"method": "fda", "label": material.config.adapt.label}
     pairs = product(material.config.compare.starts, material.inits)
     return {
-        row_name(kept | {"start": start, "init": init}): material.adapted(start, init)
+        row_name(kept | {"start": start, "init": init}): model
         for start, init in pairs
-        if material.is_adapted(start, init)
+        if (model := material.adapted_if_there(start, init))
     }
 
 
