@@ -124,10 +124,10 @@ def check_settings(config: Config) -> None:
         require_positive(section, getattr(config, section), names)
     for section, names in NOT_NEGATIVE.items():
         require_not_negative(section, getattr(config, section), names)
-    for name in ("starts", "inits", "seeds"):
+    for name, one in {"starts": "a start", "inits": "an initialisation", "seeds": "a seed"}.items():
         named = getattr(config.compare, name)
         if len(set(named)) < len(named):
-            raise InputError(f"compare.{name} names one twice: {', '.join(map(str, named))}")
+            raise InputError(f"compare.{name} names {one} twice: {', '.join(map(str, named))}")
     if config.run.blocks is not None and not config.run.blocks:
         raise InputError("run.blocks names no block; leave it out to work on all")
     check_adapt("adapt", config.adapt)

@@ -61,7 +61,7 @@ def test_several_lists_are_a_grid_and_a_search_is_made_once_for_all_seeds(seeds)
         ({"search": {"ta": {"scale": []}}}, "compare.search.ta.scale lists no value to try"),
         ({"search": {"ta": {}}}, "compare.search.ta lists no value to try"),
         ({"search": {"ties": {"scale": [1.0]}}}, "compare.search names ties, which no start of compare.starts"),
-        ({"seeds": [1, 1]}, "compare.seeds names one twice: 1, 1"),
+        ({"seeds": [1, 1]}, "compare.seeds names a seed twice: 1, 1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_opened(pico_config, fields, message):

@@ -89,8 +89,8 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--eval.limit=-3"], "eval.limit is -3"),
         (["--eval.workers=-1"], "eval.workers is -1"),
         (["--run.blocks", "[]"], "run.blocks names no block; leave it out"),
-        (["--compare.starts", "[tsv,ta,tsv]"], "compare.starts names one twice: tsv, ta, tsv"),
-        (["--compare.inits", "[gauss,gauss]"], "compare.inits names one twice: gauss, gauss"),
+        (["--compare.starts", "[tsv,ta,tsv]"], "compare.starts names a start twice: tsv, ta, tsv"),
+        (["--compare.inits", "[gauss,gauss]"], "compare.inits names an initialisation twice: gauss, gauss"),
         (["--domain", "nlu"], "config is of domain nlu"),
     ],
 )
