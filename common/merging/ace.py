@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.linalg import ROWS, truncated_svd
+from common.core.linalg import truncated_svd
 from common.core.task_vectors import Params
-from common.merging.tensorwise import each_matrix, inner, require_fraction, rounded_down
+from common.merging.tensorwise import by_pieces, each_matrix, inner, require_fraction, rounded_down
 
 TINY = 1e-12  # the code's, in logarithms and traces
 SLACK = 1e-9  # of γ, which is rounding where all tasks are of one size
@@ -53,7 +53,7 @@ def ace(
         if evened and (residual := residual.add_(delta)).any():
             k = max(1, rounded_down(share * min(delta.shape)))
             u, s, v = truncated_svd(residual, k)
-            delta += s.mean() * u @ v.mT
+            delta.addmm_(u, v.mT, alpha=float(s.mean()))
         return delta.to(taus[0].dtype)
 
     return each_matrix(merged, base, deltas, others, scale, split_qkv)
@@ -74,23 +74,26 @@ def regularised(taus: Sequence[Tensor], sizes: Sequence[float], epsilon: float, 
     for tau in taus:
         row = tau.mean(0, dtype=torch.float64)
         sigma_DD = torch.zeros_like(covariance)
-        for rows in tau.split(ROWS):
+        for (rows,) in by_pieces(tau):
             centred = rows.double() - row
             sigma_DD.addmm_(centred.mT, centred)
         trace = float(sigma_DD.trace()) + TINY if evened else 1.0
         sigma_DD /= trace
         covariance += sigma_DD
         ridge += epsilon / trace
-        for at in range(0, len(tau), ROWS):
-            wide = tau[at : at + ROWS].double()
-            if evened:
-                every[at : at + ROWS] += wide
-                residual[at : at + ROWS] += wide @ sigma_DD
-            centred = wide - row
-            target[at : at + ROWS] += centred @ sigma_DD + centred * (epsilon / trace)
+        for rows, of_target in by_pieces(tau, target):
+            centred = rows.double() - row
+            of_target.addmm_(centred, sigma_DD).add_(centred, alpha=epsilon / trace)
+        if evened:
+            every += tau
+            for rows, of_residual in by_pieces(tau, residual):
+                of_residual.addmm_(rows.double(), sigma_DD)
         del tau, sigma_DD
     row = covariance.mean(0) / (sum(sizes) / len(sizes) + TINY if evened else 1.0)
     covariance.diagonal().add_(ridge)
-    if evened:
-        residual -= every @ covariance / len(taus)
-    return torch.linalg.solve((covariance + row).mT, target.mT).mT, residual
+    for of_residual, of_every in by_pieces(residual, every):
+        of_residual.addmm_(of_every, covariance, alpha=-1 / len(taus))
+    factors = torch.linalg.lu_factor((covariance + row).mT)
+    for (of_target,) in by_pieces(target):  # a copy of each piece alone is made by LAPACK
+        of_target.copy_(torch.linalg.lu_solve(*factors, of_target.mT).mT)
+    return target, residual

@@ -15,7 +15,6 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
 FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
-PIECE = 2**20  # numbers that are multiplied at once
 CACHED = 2**18  # numbers that are worked on while they are in the processor's caches
 UNDIVIDED = 2**12  # numbers that are all worked on at once
 
@@ -115,8 +114,7 @@ def by_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def inner(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ of two tensors of one shape, added up in float64 piece by piece."""
-    pairs = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
-    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in pairs)
+    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in by_pieces(a, b))
 
 
 def layer_of(name: str) -> int | None:
