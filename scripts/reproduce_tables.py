@@ -125,7 +125,7 @@ def beside_paper(config: Config, domain: Domain) -> str:
     lines = [["Avg", "ours", "paper", "Δ", "standard error", "verdict"]]
     for row in filter(paper.__contains__, ours):
         gap = ours[row][-1] - paper[row][-1]
-        error = float(np.std(np.mean(list(drawn[row].values()), 0)[1:])) if row in drawn else math.nan
+        error = float(np.std(np.mean(list(drawn[row].values()), (0, 1))[1:])) if row in drawn else math.nan
         said = MISSING if math.isnan(error) else "within" if abs(gap) <= error else "beyond"
         numbers = (cell(ours[row][-1], percent), cell(paper[row][-1], percent), cell(gap, percent, "+"))
         lines.append([row, *numbers, cell(error, percent), said])

@@ -30,7 +30,7 @@ from common.core.errors import InputError
 from common.domain import Domain, anchored_part, first_tests, scored_tests
 from common.evaluation.rows import Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
-from common.evaluation.significance import difference, scores_of
+from common.evaluation.significance import average, difference, scores_of
 from common.evaluation.studies import FIGURES, Rows, table_of
 from common.io.checkpoints import write_text
 from common.io.examples import Sample
@@ -140,7 +140,7 @@ def point_rows(at: float, point: Config, domain: Domain) -> Rows:
     results, tasks = results_of(point, domain)
     experiment, scores = open_experiment(point, domain), scores_of(results, tasks)
     norms = relative_norms(experiment, range(experiment.depth))
-    ends = {name: mean_of(scores[display(name)]) for name in (PRETRAINED, "individual")}
+    ends = {name: average(scores[display(name)]) for name in (PRETRAINED, "individual")}
     made = []
     for start in point.compare.starts:
         for init in point.compare.inits:
@@ -148,7 +148,7 @@ def point_rows(at: float, point: Config, domain: Domain) -> Rows:
             gain = difference(fda, scores[display(start)])
             assert gain  # of the same seeds
             row = {"at": at, "start": start, "init": init, "norm": sum(norms.values()) / len(norms)} | ends
-            made.append(row | {"avg": mean_of(scores[display(start)]), "fda": mean_of(fda), "gain": list(gain)})
+            made.append(row | {"avg": average(scores[display(start)]), "fda": average(fda), "gain": list(gain)})
     return made
 
 
@@ -156,11 +156,6 @@ def results_of(point: Config, domain: Domain) -> tuple[Sequence[Row], list[str]]
     results, tasks = read_results(point.run.dir / RESULTS)
     assert tasks == list(scored_tests(point, domain))
     return results, tasks
-
-
-def mean_of(scores: Any) -> float:
-    """The mean score on the examples as they are, over the seeds."""
-    return float(sum(drawn[0] for drawn in scores.values()) / len(scores))
 
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
@@ -219,7 +214,7 @@ def ablations(config: Config, domain: Domain) -> Rows:
         scored.setdefault("own", ours)
         gain = difference(ours, scored["own"])
         assert gain
-        rows.append({"what": what, "at": name, "fda": mean_of(ours), "gain": list(gain)})
+        rows.append({"what": what, "at": name, "fda": average(ours), "gain": list(gain)})
     return rows
 
 
@@ -242,7 +237,7 @@ def cost(config: Config, domain: Domain) -> Rows:
         gains = {
             key: difference(scores[name], scores[of]) for key, of in (("gain", display(PRETRAINED)), ("step", start))
         }
-        line = {"name": name, "start": row["start"] or "", "avg": mean_of(scores[name]), "hardware": row["hardware"]}
+        line = {"name": name, "start": row["start"] or "", "avg": average(scores[name]), "hardware": row["hardware"]}
         line |= {clock: spent[name][clock] + spent.get(start, {}).get(clock, 0) for clock in CLOCKS}
         line |= {f"step_{clock}": spent[name][clock] for clock in CLOCKS}
         made.append(line | {key: list(gain) for key, gain in gains.items() if gain})

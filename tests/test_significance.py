@@ -74,7 +74,7 @@ def test_the_interval_is_that_of_the_difference_of_paired_answers():
     assert gain.mean == pytest.approx(0.05)
     assert gain.low == pytest.approx(0.05 - 1.96 * deviation, abs=0.1 * deviation * 1.96)
     assert gain.high == pytest.approx(0.05 + 1.96 * deviation, abs=0.1 * deviation * 1.96)
-    assert len(scores["TA"][None]) == DRAWS + 1
+    assert scores["TA"][None].shape == (2, DRAWS + 1)
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -104,12 +104,21 @@ def test_what_a_table_shows_is_said_and_the_same_rest_is_a_column():
         *rows_of("fda", [bits(800, 440)] * 2, "ta"),
     ]
     lines = findings(rows, TASKS)
-    assert [line.partition(" (")[0] + line.rpartition(",")[2] for line in lines[:1]] == ["FDA better"]
-    assert lines[0].startswith("FDA (TA, Weight) against TA: +5.00 (") and lines[0].endswith(", better")
-    assert lines[1].startswith("FDA (TA, Weight) against TA with the same rest: +0.50 (")
+    assert lines[0].startswith("FDA (TA, Weight) against TA: +5.00 (")
+    assert lines[0].endswith(", better; of 2 tasks better on 2, worse on none")
+    assert lines[1].startswith("FDA (TA, Weight) against TA with the same rest: +0.50 (") and "tasks" not in lines[1]
     assert lines[2] == "best mean: TA pretrained rest" or lines[2].startswith("best mean: FDA (TA, Weight); ")
     shown = [[cell.strip() for cell in line.split("|")] for line in table(rows, TASKS).splitlines()]
     assert shown[0][1:-1] == ["Method", "A", "B", "Avg", "Δ", "Δ (same rest)"]
     assert [line[1] for line in shown[2:]] == ["Pretrained", "Individual", "TA", "FDA (TA, Weight)"]
     assert shown[-1][-3:-1] == ["+5.00", "+0.50"]
     assert findings([{k: v for k, v in row.items() if k != "answers"} for row in rows], TASKS) == []
+
+
+def test_a_mean_that_one_task_decides_is_told_by_the_tasks():
+    """A gains 5 points, B loses 20: worse in the mean, better on one of two."""
+    ours, theirs = [bits(800, 440), bits(800, 240)], [bits(800, 400)] * 2
+    rows = [*rows_of("fda", ours, "ta"), *rows_of("ta", theirs)]
+    assert findings(rows, TASKS)[0].endswith(", worse; of 2 tasks better on 1, worse on B")
+    one = [row for row in rows if row["task"] == "A"]
+    assert findings(one, ["A"])[0].endswith(", better")

@@ -31,12 +31,12 @@ class Difference(NamedTuple):
 
 
 Scores = Mapping[int | None, np.ndarray]
-"""{seed: (1 + draws,) means over the tasks; the first is that of the examples as they are}"""
+"""{seed: (tasks, 1 + draws) scores; the first of each task is that of the examples as they are}"""
 
 
 def scores_of(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Scores]:
-    """The mean score of every model, by its row's name, on all draws; without models that lack a task or the answers
-    to it."""
+    """The scores of every model, by its row's name, on all draws; without models that lack a task or the answers to
+    it."""
     answered = [row for row in sorted(rows, key=rank) if row.get("answers")]
     columns: dict[tuple[str, int | None], list[np.ndarray]] = {}
     for i, task in enumerate(tasks):
@@ -51,16 +51,21 @@ def scores_of(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Scores]:
     scores: dict[str, dict[int | None, np.ndarray]] = {}
     for (name, seed), values in columns.items():
         if len(values) == len(tasks):
-            scores.setdefault(name, {})[seed] = np.mean(values, 0)
+            scores.setdefault(name, {})[seed] = np.stack(values)
     return dict(scores)
 
 
+def average(scores: Scores) -> float:
+    """The mean score over the tasks, on the examples as they are, over the seeds."""
+    return float(sum(drawn.mean(0)[0] for drawn in scores.values()) / len(scores))
+
+
 def difference(ours: Scores, theirs: Scores) -> Difference | None:
-    """Of two models on the same draws; None if they have no seed in common."""
+    """Of the means over the tasks of two models on the same draws; None if they have no seed in common."""
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
-    apart = np.stack([ours[seed] - theirs[seed] for seed in seeds])
+    apart = np.stack([ours[seed].mean(0) - theirs[seed].mean(0) for seed in seeds])
     mean, drawn = float(apart[:, 0].mean()), apart[:, 1:]
     chosen = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), drawn.shape[1]))
     low, high = np.quantile(np.take_along_axis(drawn, chosen, 0).mean(0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -83,16 +88,31 @@ def findings(
         for other, rest in ((start, ""), (in_base(start), " with the same rest")):
             gain = difference(scores[name], scores[other]) if other in scores else None
             if gain and gain != said:  # some starts have the pretrained rest themselves
-                lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}")
+                of_tasks = "" if rest else by_task(scores[name], scores[other], tasks)
+                lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}{of_tasks}")
             said = gain
     merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
     if lines and len(merged) > 1:
-        best = max(merged, key=lambda name: np.mean([drawn[0] for drawn in scores[name].values()]))
+        best = max(merged, key=lambda name: average(scores[name]))
         gains = {name: difference(scores[best], scores[name]) for name in merged if name != best}
         level = [name for name, gain in gains.items() if gain and gain.verdict != "better"]
         beside = f"not told apart from it: {', '.join(level)}" if level else "better than every other merged model"
         lines.append(f"best mean: {best}; {beside}")
     return lines
+
+
+def by_task(ours: Scores, theirs: Scores, tasks: Sequence[str]) -> str:
+    """On how many tasks two models of some seeds in common differ; nothing of a single one, which is the mean."""
+    if len(tasks) == 1:
+        return ""
+    verdicts = []
+    for i in range(len(tasks)):
+        of_task = [{seed: drawn[i : i + 1] for seed, drawn in scores.items()} for scores in (ours, theirs)]
+        gain = difference(*of_task)
+        assert gain
+        verdicts.append(gain.verdict)
+    worse = [task for task, verdict in zip(tasks, verdicts, strict=True) if verdict == "worse"]
+    return f"; of {len(tasks)} tasks better on {verdicts.count('better')}, worse on {', '.join(worse) or 'none'}"
 
 
 def in_words(gain: Difference, percent: bool) -> str:

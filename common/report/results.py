@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from common.evaluation.rows import Row, display, is_shown, rank, row_name, values_by_seed
-from common.evaluation.significance import Difference, Scores, difference, findings, in_words, scores_of
+from common.evaluation.significance import Difference, Scores, average, difference, findings, in_words, scores_of
 from common.evaluation.tables import deviation, footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
@@ -165,7 +165,7 @@ def beside_starts(lines: Iterable[Line], by_name: Mapping[str, Row]) -> list[Lin
 def against(scores: Mapping[str, Scores], by_name: Mapping[str, Row], percent: bool) -> list[tuple[str, list[Cell]]]:
     """For each merged model its difference from each other one, and the verdict; both by their means, best first."""
     shown = [name for name in scores if is_shown(by_name[name]) and by_name[name]["method"] != "individual"]
-    names = sorted(shown, key=lambda name: -fmean(drawn[0] for drawn in scores[name].values()))
+    names = sorted(shown, key=lambda name: -average(scores[name]))
     table = []
     for name in names:
         gains = [of_names(scores, name, other) if other != name else None for other in names]
