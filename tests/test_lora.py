@@ -270,7 +270,9 @@ UP_PAIR = pair(UP, MATRICES[UP])
         ({"lora_bias": True}, "lora_bias is True"),
         ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication is \[\[0, 2\], \[1, 3\]\]"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; only plain LoRA, .* merge_and_unload"),
+        ({"use_next": True}, "use_next is True, a setting unknown here, .*take it out if it does not, else let peft"),
+        ({"next_config": {"scale": 2}}, "next_config is {'scale': 2}, a setting unknown here"),
         ({"r": None}, "is no adapter config, JSON with peft_type, r and lora_alpha"),
         ({"r": 0}, "r and lora_alpha must be above zero"),
     ],
@@ -280,6 +282,14 @@ def test_settings_that_make_it_no_plain_lora_are_refused(base, tmp_path, setting
     with pytest.raises(InputError, match=message) as error:
         LoraCheckpoint(folder, base)
     assert "\n" not in str(error.value) and str(folder / "adapter_config.json") in str(error.value)
+
+
+def test_settings_that_leave_it_a_plain_lora_are_passed_over(base, tmp_path):
+    """Those that are switched off, that are numbers or words, or that say how the factors were found."""
+    plain = LoraCheckpoint(write_adapter(tmp_path / "plain", UP_PAIR), base).read([f"{UP}.weight"])
+    settings = {"use_next": False, "next_config": {}, "group_size": 16, "revision": "main", "eva_config": {"rho": 2.0}}
+    found = LoraCheckpoint(write_adapter(tmp_path / "more", UP_PAIR, **settings), base).read([f"{UP}.weight"])
+    assert torch.equal(found[f"{UP}.weight"], plain[f"{UP}.weight"])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,16 @@ PLAIN: dict[str, tuple] = {
     (None, False, [], {}),
 )  # fmt: skip
 
+# Settings that change how the factors are found, not what they add to W, or that are looked at elsewhere.
+HARMLESS = frozenset(
+    (
+        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+        "modules_to_save", "rank_pattern", "alpha_pattern", "runtime_config", "target_modules", "use_rslora",
+        "velora_config",
+    )
+)  # fmt: skip
+
 
 class Part(Enum):
     """What a tensor of an adapter is to the tensor of the base that it belongs to."""
@@ -48,6 +58,7 @@ class Part(Enum):
     PLAIN = "the whole tensor under its own name: trained if its module is saved, else given"
 
 
+MERGED_FIRST = "let peft merge the adapter into its base, merge_and_unload, and give what it saves as the expert"
 PREFIX = ("base_model", "model")
 FACTORS: dict[tuple[str, ...], tuple[Part, bool]] = {  # the end of a key: which factor, and whether of an embedding
     ("lora_A", "weight"): (Part.A, False),
@@ -128,7 +139,16 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
         raise InputError(f"{file} is no adapter config, JSON with peft_type, r and lora_alpha ({error!r})") from error
     for name, values in PLAIN.items():
         if name in settings and settings[name] not in values:
-            raise InputError(f"{file}: {name} is {settings[name]!r}; only plain LoRA, W + s B A, can be an expert")
+            raise InputError(
+                f"{file}: {name} is {settings[name]!r}; only plain LoRA, W + s B A, can be an expert: {MERGED_FIRST}"
+            )
+    for name, value in settings.items():
+        switched_on = value is True or (value and isinstance(value, dict | list))
+        if switched_on and name not in PLAIN and name not in HARMLESS:
+            raise InputError(
+                f"{file}: {name} is {value!r}, a setting unknown here, which may make the expert more than W + s B A; "
+                f"take it out if it does not, else {MERGED_FIRST}"
+            )
     if not plain:
         raise InputError(f"{file}: r and lora_alpha must be above zero")
     if not (folder / WEIGHT_FILE).is_file() and (folder / "adapter_model.bin").is_file():
