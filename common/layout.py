@@ -25,6 +25,7 @@ from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, digest
 from common.io.hashes import file_hash, identity
 from common.io.json_files import read_object
+from common.io.lineage import warn_of_equals
 
 PROVENANCE_FILE = "provenance.json"
 ADAPTATION_FILE = "adaptation.json"  # {"traces": {block: mean loss per anchor in each epoch}}
@@ -200,9 +201,10 @@ def written_as(config: Config) -> dict[str, Any]:
 
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
-    experts = [[task, expert.fingerprint()] for task, expert in experiment.experts.items()]
+    base, experts = experiment.base.fingerprint(), {t: e.fingerprint() for t, e in experiment.experts.items()}
+    warn_of_equals(base, experts)
     written = written_as(experiment.config) | experiment.matching.provenance()
-    return {"base": experiment.base.fingerprint(), "experts": experts, "model": written}
+    return {"base": base, "experts": [[task, expert] for task, expert in experts.items()], "model": written}
 
 
 def fit_settings(experiment: Experiment) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from common.experiment import Experiment
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
 from common.io.heads import leave_to_heads, open_experts
+from common.io.lineage import warn_of_equals
 from common.io.matched import Matching
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
@@ -150,6 +151,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     if config.anchors.position_embeddings:
         with checking("base"):
             check_positions(family, base, *shape[1:])
+    warn_of_equals(base.path.resolve(), {task: expert.path.resolve() for task, expert in experts.items()})
     functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
     return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
 

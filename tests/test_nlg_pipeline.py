@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from common.command import parse
 from common.config import ROOT
+from common.core import notices
 from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -49,6 +50,23 @@ def test_task_arithmetic_by_hand(nlg_config):
     for name, theta_0 in base.items():
         expected = theta_0 + 0.5 * sum(expert[name] - theta_0 for expert in experts)
         torch.testing.assert_close(read(folder, name), expected, msg=name)
+
+
+def test_models_that_are_one_are_named_and_the_merge_goes_on(nlg_config, tmp_path, monkeypatch, capsys):
+    """The same path is seen as the models are opened, a copy as their bytes are hashed."""
+    base, math = (str(nlg_config.model.path(*which)) for which in (("base",), ("expert", "math")))
+    copy = str(shutil.copytree(base, tmp_path / "copy"))
+
+    def said(run, **experts):
+        monkeypatch.setattr(notices, "_said", set())
+        merge_alone(change(change(nlg_config, "model", experts=experts), "run", name=run), domain)
+        return [line for line in capsys.readouterr().err.splitlines() if "are one model" in line]
+
+    (twice,) = said("twice", code=math)
+    assert "the expert of math and the expert of code are one model, which adds one task vector twice" in twice
+    (nothing,) = said("nothing", code=copy)
+    assert nothing.startswith("warning: the base and the expert of code are one model, which adds nothing to a merge")
+    assert said("each") == []
 
 
 def test_only_the_mlps_are_adapted_and_the_rest_is_the_starts(nlg_config):

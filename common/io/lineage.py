@@ -4,7 +4,7 @@ adapter_config.json names its base by a folder or a hub id. A folder that is the
 nothing, since models are renamed and moved, so another name is a warning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 from common.core.errors import InputError
@@ -93,3 +93,13 @@ def names_of(base: Path, config: ModelConfig | None) -> set[str]:
     names = [folder.name, folder.resolve().name, base.stem, *cached]
     origin = config.written.get("_name_or_path") if config else None
     return {name.casefold() for name in (*names, Path(origin).name if isinstance(origin, str) else "") if name}
+
+
+def warn_of_equals(base: Hashable, experts: Mapping[str, Hashable]) -> None:
+    """Say which experts are one model with the base or with another expert, by what identifies each."""
+    seen = {base: "the base"}
+    for task, expert in experts.items():
+        other = seen.setdefault(expert, f"the expert of {task}")
+        if other != f"the expert of {task}":
+            adds = "nothing to a merge" if expert == base else "one task vector twice"
+            warn(f"{other} and the expert of {task} are one model, which adds {adds}; is that meant?")
