@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from common.config import Config, Model
+from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.rows import read_results
 from common.io.adapters import WEIGHT_FILE
@@ -282,6 +283,16 @@ def test_settings_that_make_it_no_plain_lora_are_refused(base, tmp_path, setting
     with pytest.raises(InputError, match=message) as error:
         LoraCheckpoint(folder, base)
     assert "\n" not in str(error.value) and str(folder / "adapter_config.json") in str(error.value)
+
+
+def test_an_adapter_beside_a_whole_model_is_taken_and_said(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notices, "_said", set())
+    folder = write_adapter(tmp_path / "lora", UP_PAIR)
+    alone = LoraCheckpoint(folder, base).read([f"{UP}.weight"])
+    assert capsys.readouterr().err == ""
+    shutil.copy(base / "model.safetensors", folder)
+    assert torch.equal(LoraCheckpoint(folder, base).read([f"{UP}.weight"])[f"{UP}.weight"], alone[f"{UP}.weight"])
+    assert f"{folder} holds an adapter and a whole model, model.safetensors: the adapter" in capsys.readouterr().err
 
 
 def test_settings_that_leave_it_a_plain_lora_are_passed_over(base, tmp_path):

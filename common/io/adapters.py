@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.io.checkpoints import Checkpoint
 from common.io.json_files import read_object
+from common.io.model_files import INDEX_FILE, WEIGHT_FILES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILE = "adapter_model.safetensors"
@@ -153,6 +155,8 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
         raise InputError(f"{file}: r and lora_alpha must be above zero")
     if not (folder / WEIGHT_FILE).is_file() and (folder / "adapter_model.bin").is_file():
         raise InputError(f"{folder} has its adapter in adapter_model.bin, a pickle; save it as {WEIGHT_FILE} with peft")
+    if whole := [name for name in (*WEIGHT_FILES, INDEX_FILE) if (folder / name).is_file()]:
+        warn(f"{folder} holds an adapter and a whole model, {whole[0]}: the adapter is taken, added to model.base")
     return settings, Checkpoint(folder / WEIGHT_FILE)
 
 
