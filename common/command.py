@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from common.core.annotations import is_of, name_of
+from common.core.annotations import WORDS, in_words, is_of
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
@@ -24,19 +24,9 @@ from common.run.plain_log import told
 from common.run.stages import command_stages
 from common.validation import check_domain
 
-# What the library says of a value that an option cannot have, and what it calls types.
+# What the library says of a value that an option cannot have.
 MISFIT = re.compile(r'Parser key "([^"]+)": (.*)(?:\. Got| Given value type: .*? Given) value: (.*)')
 KIND = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)")
-WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list": "a list, [a, b]",
-    "tuple": "a list, [a, b]",
-    "dict": "a mapping, {a: b}",
-    "NoneType": "null",
-}
 SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
 
 
@@ -203,7 +193,7 @@ def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
             if key not in known:
                 raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
             if not is_of(value, known[key]):
-                raise InputError(f"adapt.by_start.{start}.{key} must be {name_of(known[key])}, it is {value!r}")
+                raise InputError(f"adapt.by_start.{start}.{key} must be {in_words(known[key])}, it is {value!r}")
     return replace(
         adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
     )

@@ -79,7 +79,7 @@ def test_a_config_names_hyperparameters_by_part(pico_config):
     check_choices(with_hyper(ta={"scale": 0.5}, svc={"alpha": 0.5}, pact={"kept": 0.9}), domain)
     for hyper, sentence in (
         ({"ta+svc": {"scale": 0.5}}, r"start\.hyper\.ta\+svc: hyperparameters are given by part, under each of "),
-        ({"svc": {"alpha": "x"}}, "svc: alpha must be float, it is 'x'"),
+        ({"svc": {"alpha": "x"}}, "svc: alpha must be a number, it is 'x'"),
         ({"svk": {}}, "unknown start 'svk'"),
     ):
         with pytest.raises(InputError, match=sentence):

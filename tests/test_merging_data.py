@@ -670,10 +670,10 @@ def test_every_method_has_its_defaults_and_its_split():
     ("method", "hyper", "sentence"),
     [
         ("fisher", {"labels": 3}, "fisher: unknown hyperparameter 'labels', accepted: examples, exact, normalize, "),
-        ("fisher", {"examples": None}, "fisher: examples must be int, it is None"),
+        ("fisher", {"examples": None}, "fisher: examples must be a whole number, it is None"),
         ("fisher", {"power": 0.0}, "fisher: power must be above 0, it is 0.0"),
         ("fisher", {"keep": 0}, r"fisher: keep must lie in \(0, 1\], it is 0"),
-        ("adamerging", {"wise": "block"}, "adamerging: wise must be one of layer, task, it is 'block'"),
+        ("adamerging", {"wise": "block"}, "adamerging: wise must be 'layer' or 'task', it is 'block'"),
         ("adamerging", {"density": 0}, r"adamerging: density must lie in \(0, 1\], it is 0"),
         ("concrete", {"temperature": 0}, "concrete: temperature > 0, lr > 0, steps ≥ 0 are needed: 0, 0.001, 2000"),
         (

@@ -117,7 +117,7 @@ def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config):
     ("lists", "message"),
     [
         ({"blnd": [1.0]}, "compare.search.fda: adapt has no field 'blnd' to choose; fields: rest, "),
-        ({"blend": ["x"]}, "compare.search.fda.blend must be float, it is 'x'"),
+        ({"blend": ["x"]}, "compare.search.fda.blend must be a number, it is 'x'"),
         ({"blend": [1.5]}, r"adapt.by_start.\w+.blend is 1.5; it goes from 0, the start, to 1"),
         ({"distance": ["cosine"]}, "compare.search.fda.distance must be 'cos' or 'mse' or 'l1', it is 'cosine'"),
         ({"epochs": [0]}, r"adapt.by_start.\w+.epochs is 0; it must be above zero"),

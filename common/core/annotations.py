@@ -1,7 +1,18 @@
-"""Whether a value read from YAML fits the annotation of what it is for."""
+"""Whether a value read from YAML fits the annotation of what it is for, and what that asks for in plain words."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
+
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list, [a, b]",
+    "tuple": "a list, [a, b]",
+    "dict": "a mapping, {a: b}",
+    "NoneType": "null",
+}
 
 
 def is_of(value: object, kind: Any) -> bool:
@@ -15,8 +26,14 @@ def is_of(value: object, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def name_of(kind: Any) -> str:
-    """How a refusal calls an annotation."""
+def in_words(kind: Any) -> str:
+    """What an annotation asks for, as a refusal says it: "a number or a list of numbers", "'layer' or 'task'"."""
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+    if get_origin(kind) is Sequence:
+        return f"a list of {in_words(get_args(kind)[0]).removeprefix('a ')}s"
+    if get_origin(kind) in (list, tuple, dict):
+        return WORDS[get_origin(kind).__name__]
+    if get_args(kind):
+        return " or ".join(map(in_words, get_args(kind)))
+    return WORDS.get(kind.__name__, str(kind))

@@ -8,16 +8,15 @@ A chain goes from left to right; its parts are keys of `METHODS` and `STEPS` in 
 file system and shell, and the folder of the merge has it. Hyperparameters are given by part.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.core.annotations import is_of
+from common.core.annotations import in_words, is_of
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, made_anew, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION, CalibrationTask
@@ -193,8 +192,7 @@ def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
             raise InputError(f"{part}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
         kind = accepted[name].annotation
         if not is_of(value, kind):
-            choices = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else None
-            raise InputError(f"{part}: {name} must be {choices or inspect.formatannotation(kind)}, it is {value!r}")
+            raise InputError(f"{part}: {name} must be {in_words(kind)}, it is {value!r}")
     if tasks is None:
         return
     if tasks < 1:
