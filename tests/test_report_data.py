@@ -12,6 +12,7 @@ import torch
 
 import common.report.live as live
 from common.core.errors import InputError
+from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
@@ -286,3 +287,21 @@ def test_a_page_is_made_from_what_folders_hold(seeds, no_figures, tmp_path):
     refused = command("scripts/compare.py", "--runs", folder, tmp_path / "none", "--out", tmp_path / "both.html")
     assert refused.returncode == 2 and "is the folder of no run: there is no run.json in it" in refused.stderr
     assert not (tmp_path / "both.html").exists()
+
+
+def test_what_was_scored_is_shown_though_a_search_on_the_cut_came_after(pico_config):
+    """Only an interrupted search is the last of a run; its trials are no stage that scores the tests."""
+    score_run(pico_config, domain)
+    folder = pico_config.run.dir
+    notes = json.loads((folder / "run.json").read_text())
+    trial = json.loads(json.dumps(notes["score"])) | {"time": "2999-01-01T00:00:00+00:00"}
+    trial["config"]["eval"]["split"] = "validation_cut"
+    (folder / "run.json").write_text(json.dumps(notes | {"adapt fda-ta-weight-search-0": trial}))
+    found = read_run(folder)
+    assert found.config["eval"]["split"] == "test" and {row["split"] for row in found.rows} == {"test"}
+    for row in (rows := json.loads((folder / "results.json").read_text()))["rows"]:
+        row["split"] = "validation_cut"
+    (folder / "results.json").write_text(json.dumps(rows))
+    assert read_run(folder).config["eval"]["split"] == "validation_cut"
+    (folder / "results.json").unlink()
+    assert read_run(folder).rows == []

@@ -103,19 +103,21 @@ def read_run(folder: Path, config: Mapping[str, Any] | None = None) -> RunRecord
 
     Args:
         folder: runs/<name>.
-        config: That of the command that goes on, which may have noted nothing yet; else that of the last stage.
+        config: That of the command that goes on, which may have noted nothing yet; else that of the last stage on the
+            test sets that were scored, if any were.
     Raises: InputError if there is no run, or a file of it is damaged.
     """
     if config is None and not is_run(folder):
         raise InputError(f"{folder} is the folder of no run: there is no {NOTES} in it")
     parts = parts_of(folder, config["compare"]["seeds"] if config else [])
     notes = {": ".join(filter(None, (p, s))): note for p, sub in parts.items() for s, note in read_notes(sub).items()}
-    with interpreted(folder / NOTES, WHAT):
-        if config is None:
-            config = dict(max(notes.values(), key=lambda note: note["time"])["config"])
-        split = config["eval"]["split"]
-        notes = dict(sorted(notes.items(), key=lambda item: item[1]["time"]))
     rows, tasks = result_rows(folder, parts)
+    with interpreted(folder / NOTES, WHAT):
+        notes = dict(sorted(notes.items(), key=lambda item: item[1]["time"]))
+        configs = [note["config"] for note in notes.values()]
+        scored = [c for c in configs if c["eval"]["split"] in {row["split"] for row in rows}]  # a search has its own
+        config = dict((scored or configs)[-1]) if config is None else config
+        split = config["eval"]["split"]
     shown = next(iter(parts.values()))
     return RunRecord(
         name=folder.name,
