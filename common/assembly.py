@@ -21,6 +21,8 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.headers import tensor_rows
+from common.io.model_config import CONFIG_FILE
+from common.io.sentence_modules import compare_modules, copy_modules
 from common.io.tensors import WHOLE, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -267,5 +269,8 @@ def finish(
 def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a checkpoint that stock libraries open."""
     domain.export(experiment.config.model, tensors, folder)
+    modules = compare_modules(experiment.base.path, {task: e.path for task, e in experiment.experts.items()})
+    if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
+        copy_modules(modules, folder)
     if experiment.matching.more:
         write_with_more(experiment.base.path, folder, experiment.matching.more)

@@ -24,6 +24,7 @@ from common.io.checkpoints import Checkpoint, remove_leftovers
 from common.io.heads import leave_to_heads, open_experts
 from common.io.lineage import warn_of_equals
 from common.io.matched import Matching
+from common.io.sentence_modules import compare_modules
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
 from common.run.device import WORTH_THREADS, prepare, threads_for
@@ -152,6 +153,8 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
         with checking("base"):
             check_positions(family, base, *shape[1:])
     warn_of_equals(base.path.resolve(), {task: expert.path.resolve() for task, expert in experts.items()})
+    with checking("modules of sentence-transformers"):
+        compare_modules(base.path, {task: expert.path for task, expert in experts.items()})
     functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
     return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
 

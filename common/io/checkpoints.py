@@ -25,9 +25,10 @@ from common.io.model_files import WEIGHT_FILES, find_model, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tensors import WHOLE, read_tensor
-from common.io.tokenizer_files import TOKENIZER_FILES
+from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
-SURROUNDINGS = ("config.json", "open_clip_config.json", "generation_config.json", *TOKENIZER_FILES)
+BESIDE = ("config.json", "open_clip_config.json", "generation_config.json")
+SURROUNDINGS = (*BESIDE, *TOKENIZER_FILES, *SENTENCE_FILES)
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
 

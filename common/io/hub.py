@@ -21,6 +21,7 @@ from common.io.absent_models import NOT_FETCHED
 from common.io.conversion import convert, target_of
 from common.io.hub_files import Place, all_cached, fetched, listing
 from common.io.model_files import INDEX_FILE, MODEL_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+from common.io.tokenizer_files import MODULES_FILE
 
 SCHEME = "hf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -97,6 +98,8 @@ def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[st
         where = place.text if names else f"{place.repo}@{place.revision}"
         raise InputError(f"{place.text} holds no weights; {where} has {', '.join(near) or 'nothing'}")
     small = [name for name in here if not name.endswith((*NOT_READ, ".npy"))]
+    if MODULES_FILE in here:
+        small += [name for name in names if re.fullmatch(r"\d+_[^/]+/[^/]+\.(json|txt|safetensors)", name)]
     return [start + name for name in dict.fromkeys([*weights, *small])]
 
 

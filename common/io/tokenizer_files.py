@@ -20,6 +20,11 @@ TOKENIZER_FILES = (
     "processor_config.json",
 )  # fmt: skip
 
+# What sentence-transformers has around an encoder: its modules and their folders, prompts, lengths.
+MODULES_FILE = "modules.json"
+SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
+SENTENCE_FILES = (MODULES_FILE, *SENTENCE_SETTINGS, "[0-9]*_*/*.json", "[0-9]*_*/*.safetensors")
+
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Names of the files in a folder that one of the patterns describes, in order."""

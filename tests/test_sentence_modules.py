@@ -1,0 +1,180 @@
+"""Encoders of sentence-transformers: a merged model opens there, and embeds as its base and experts do.
+
+Folders are written by sentence-transformers 6 itself; those of older releases by hand, as the library's own were.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
+from transformers import AutoModel
+
+from common.core import notices
+from common.core.errors import InputError
+from common.io.checkpoints import Checkpoint, copy_files
+from common.io.hub import files_wanted, parse
+from common.io.sentence_modules import MODULES_FILE, compare_modules
+from common.pipeline import merge_alone
+from helpers import change, read
+from NLU import domain
+from pico_nlu import pico_architecture, pico_tokenizer
+
+TEXTS = ["w1 w2 w3", "w4", "w5 w6"]
+OLD = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+def write(folder, seed, pooling="cls", dense=None, prompts=None):
+    """A RoBERTa with pooling, a Dense layer of that seed if there is one, and normalised outputs."""
+    torch.manual_seed(seed)
+    encoder = AutoModel.from_config(pico_architecture("roberta"))
+    encoder.save_pretrained(folder / "encoder")
+    pico_tokenizer().save_pretrained(folder / "encoder")
+    parts = [modules.Transformer(str(folder / "encoder"), max_seq_length=32), modules.Pooling(16, pooling_mode=pooling)]
+    if dense is not None:
+        torch.manual_seed(dense)
+        parts.append(modules.Dense(16, 8))
+    model = SentenceTransformer(modules=[*parts, modules.Normalize()], prompts=prompts, device="cpu")
+    model.save(str(folder), create_model_card=False)
+    shutil.rmtree(folder / "encoder")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sentences")
+    for name, options in {
+        "base": {}, "a": {}, "b": {}, "mean": {"pooling": "mean"}, "asks": {"prompts": {"query": "ask: "}},
+        "dense": {"dense": 1}, "dense_a": {"dense": 1}, "dense_b": {"dense": 2},
+    }.items():  # fmt: skip
+        write(root / name, seed=len(name) + ord(name[0]), **options)
+    copy_files(root / "base", root / "plain", ["config.json", "model.safetensors", "tokenizer.json"])
+    return root
+
+
+@pytest.fixture
+def root(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    return shutil.copytree(written, tmp_path / "models")
+
+
+@pytest.fixture
+def config(nlu_config, root):
+    config = change(nlu_config, "model", root=str(root), base="base", expert="{task}", heads=())
+    return change(change(config, "start", method="average"), "run", name="sentences", score=False)
+
+
+def merged(config, *tasks, **model):
+    return merge_alone(replace(change(config, "model", **model), tasks=list(tasks)), domain)
+
+
+def embed(folder):
+    return SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
+
+
+def test_a_merged_model_pools_as_its_base(config, root):
+    """Expected: the first token of the merged encoder, of length one."""
+    folder = merged(config, "a", "b")
+    tokens = pico_tokenizer()(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        first = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state[:, 0]
+    torch.testing.assert_close(embed(folder), torch.nn.functional.normalize(first), atol=1e-5, rtol=0)
+    assert (folder / MODULES_FILE).read_bytes() == (root / "base" / MODULES_FILE).read_bytes()
+    assert json.loads((folder / "sentence_bert_config.json").read_text())
+
+
+def test_weights_of_a_module_that_all_have_go_with_the_merge(config):
+    folder = merged(config, "dense_a", base="dense")
+    assert embed(folder).shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("task", "base", "said"),
+    [
+        (
+            "mean",
+            "base",
+            r"mean/1_Pooling/config.json: pooling_mode is 'mean', 'cls' in .*base/1_Pooling/config.json: ",
+        ),
+        ("dense", "base", r"dense/modules.json has Transformer, Pooling, Dense, Normalize, .*base/modules.json has T"),
+        ("dense_b", "dense", r"dense_b/2_Dense has other weights than .*dense/2_Dense, and those of a module are not"),
+    ],
+)
+def test_an_expert_that_embeds_otherwise_is_refused_before_any_weight(config, monkeypatch, task, base, said):
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(InputError, match=said) as error:
+        merged(config, "a" if base == "base" else "dense_a", task, base=base)
+    assert "take modules.json out of" in str(error.value) and "\n" not in str(error.value)
+    assert not config.run.dir.exists()
+
+
+def test_the_encoders_alone_are_merged_where_the_base_is_one(config, root, capsys):
+    folder = merged(config, "a", "mean", base="plain")
+    assert not (folder / MODULES_FILE).exists() and not (folder / "1_Pooling").exists()
+    assert "the base has no modules and the experts' differ, so that none are written" in capsys.readouterr().err
+    mean = [read(root / name, "encoder.layer.0.output.dense.weight") for name in ("a", "mean")]
+    torch.testing.assert_close(read(folder, "encoder.layer.0.output.dense.weight"), sum(mean) / 2)
+
+
+def test_a_plain_base_gets_the_modules_of_its_experts(config, root, capsys):
+    folder = merged(config, "a", "b", "plain", base="plain")
+    assert f"a merged model gets the modules that its experts have, those of {root / 'a'}" in capsys.readouterr().err
+    assert [type(module).__name__ for module in SentenceTransformer(str(folder), device="cpu")] == [
+        "Transformer", "Pooling", "Normalize",
+    ]  # fmt: skip
+
+
+def test_other_prompts_are_said_and_the_base_s_are_kept(config, capsys):
+    folder = merged(config, "a", "asks")
+    assert "differ from the base's, and the base's are kept: prompts (asks)" in capsys.readouterr().err
+    assert SentenceTransformer(str(folder), device="cpu").prompts["query"] == ""
+
+
+def test_files_of_an_earlier_release_say_the_same(root):
+    """sentence-transformers 2 had a switch for each way of pooling, and its classes elsewhere."""
+    modules_of_a = json.loads((root / "a" / MODULES_FILE).read_text())
+    for module in modules_of_a:
+        module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
+    (root / "a" / MODULES_FILE).write_text(json.dumps(modules_of_a))
+    (root / "a" / "1_Pooling" / "config.json").write_text(json.dumps(OLD))
+    assert compare_modules(root / "base", {"a": root / "a"}) == root / "base"
+    assert compare_modules(root / "base" / "model.safetensors", {}) == root / "base"
+    (root / "a" / "1_Pooling" / "config.json").write_text(json.dumps(OLD | {"pooling_mode_mean_tokens": True}))
+    with pytest.raises(InputError, match="pooling_mode is 'cls, mean', 'cls' in"):
+        compare_modules(root / "base", {"a": root / "a"})
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ("{", "modules.json is no list of the modules of a sentence-transformers model"),
+        ([{"type": "sentence_transformers.models.Pooling"}], r"a field is missing .*'path'"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "../2_Dense"}], "leads out of the folder"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "9_Dense"}], "9_Dense, .* holds no .safetensors"),
+    ],
+)
+def test_damaged_modules_are_refused(root, listed, said):
+    (root / "base" / MODULES_FILE).write_text(listed if isinstance(listed, str) else json.dumps(listed))
+    with pytest.raises(InputError, match=said):
+        compare_modules(root / "base", {})
+
+
+def test_modules_of_own_code_are_said_and_not_written(config, root, capsys):
+    (root / "base" / MODULES_FILE).write_text(json.dumps([{"type": "custom_st.Transformer", "path": ""}]))
+    assert not (merged(config, "a", "b") / MODULES_FILE).exists()
+    assert "names custom_st.Transformer, code of its own, which is never copied" in capsys.readouterr().err
+
+
+def test_modules_count_as_what_a_model_is_made_from(root):
+    before = Checkpoint(root / "base").fingerprint()
+    (root / "base" / "1_Pooling" / "config.json").write_text(json.dumps(OLD))
+    assert Checkpoint(root / "base").fingerprint() != before
+
+
+def test_of_the_hub_the_modules_are_fetched_too(root):
+    names = [file.relative_to(root / "dense").as_posix() for file in (root / "dense").rglob("*") if file.is_file()]
+    wanted = files_wanted(parse("hf://pico/dense"), [*names, "onnx/model.onnx", "2_Dense/pytorch_model.bin"])
+    assert sorted(wanted) == sorted(names)
+    assert files_wanted(parse("hf://pico/x"), ["model.safetensors", "1_a/b.json"]) == ["model.safetensors"]
