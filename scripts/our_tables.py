@@ -122,7 +122,8 @@ OURS = {
             (
                 *MINILM_EVERY,
                 "--run.workers=1",
-                "--compare.starts=[pretrained,ta,ties,tsv,iso_cts,wudi,wudi_exact,swudi,swudi_a,tact,regmean,"
+                "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,"
+                "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc,regmean,"
                 "regmean_pp,prodistill]",
             ),
         ),
@@ -135,7 +136,8 @@ OURS = {
             (
                 *MINILM_EVERY,
                 "--eval.tests={similarity: []}",
-                "--compare.starts=[pretrained,ta,ties,tsv,iso_cts,wudi,wudi_exact,swudi,swudi_a,tact]",
+                "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,"
+                "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc]",
             ),
         ),
     ),
