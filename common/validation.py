@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run
@@ -31,6 +33,7 @@ def check_choices(config: Config, domain: Domain) -> None:
     check_part(config, domain)
     check_starts(config, domain)
     check_settings(config)
+    check_name(config.run.name)
     check_engine(config.run)
 
 
@@ -98,7 +101,9 @@ def check_starts(config: Config, domain: Domain) -> None:
         if method == start.method and start.checkpoint:
             continue
         if JOINED not in method and method not in every_row():
-            raise InputError(f"unknown start {method!r}; choose from {', '.join((PRETRAINED, *method_choices()))}")
+            known = (PRETRAINED, *method_choices())
+            near = "".join(f"; did you mean {each}?" for each in get_close_matches(method, known, 1))
+            raise InputError(f"unknown start {method!r}; choose from {', '.join(known)}{near}")
         if chain_of(method).row.data:
             check_data(config, domain, chain_of(method).method)
         check_hyper(method, hyper_of(method, start.hyper), len(config.tasks))
@@ -172,6 +177,12 @@ def require_not_negative(where: str, section: Any, names: Iterable[str]) -> None
         value = getattr(section, name)
         if not 0 <= value < math.inf:
             raise InputError(f"{where}.{name} is {value}; it must be zero or more")
+
+
+def check_name(name: str) -> None:
+    """The folder of a run lies in that of all runs, and is not it."""
+    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"run.name is {name!r}; it must name a folder below run.root, the folder of all runs")
 
 
 def check_engine(run: Run) -> None:
