@@ -11,6 +11,7 @@ from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Con
 from common.core.errors import InputError
 from common.io import checkpoints, tensors
 from common.io.checkpoints import Checkpoint
+from common.io.quantised import is_code
 
 F8 = torch.float8_e4m3fn
 NORM = {"model.norm.weight": torch.ones(4)}
@@ -151,6 +152,22 @@ def test_buffers_are_no_codes(tmp_path):
     found = {name: (row.dtype, row.nbytes) for name, row in checkpoint.rows.items()}
     assert found["logit_scale"] == ("F32", 4) and found[f"{Q}.weight"] == ("F16", 32)
     assert found["embeddings.position_ids"] == ("I64", 64) and len(found) == len(BUFFERS) + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_floating_type_are_weights(tmp_path, dtype):
+    checkpoint = Checkpoint(write(tmp_path, of(Q, weight=torch.full((4, 4), 0.5, dtype=dtype))))
+    read = checkpoint.read([f"{Q}.weight"])[f"{Q}.weight"]
+    assert torch.equal(read.float(), torch.full((4, 4), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [(each, False) for each in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")]
+    + [(each, True) for each in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "I4", "U4", "I8", "U32", "I64")],
+)
+def test_every_type_of_the_format_is_a_weight_or_a_code(dtype, code):
+    assert is_code(f"{Q}.weight", dtype, scaled=False) == code
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from common.core.errors import InputError
 
 INTEGER = re.compile(r"[IU]\d+")
-PACKED = re.compile(r"F4|F6|F8_E8M0|[IU]4")  # several numbers in a byte, or exponents alone
+PACKED = re.compile(r"F4$|F6_|F8_E8M0|[IU]4$")  # several numbers in a byte, or exponents alone
 FLOAT8 = re.compile(r"F8_")
 WEIGHT = re.compile(r"(weight|qweight|weight_packed|W_q|codes|_blocks|weight[._]_?q?data)$")
 SCALES = re.compile(r"(weight_scale(_inv|_2|s)?|scale_weight|input_scale|scale_input|weight\._scale)$")
