@@ -83,6 +83,8 @@ def test_a_merged_model_pools_as_its_base(config, root):
     torch.testing.assert_close(embed(folder), torch.nn.functional.normalize(first), atol=1e-5, rtol=0)
     assert (folder / MODULES_FILE).read_bytes() == (root / "base" / MODULES_FILE).read_bytes()
     assert json.loads((folder / "sentence_bert_config.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card and 'model = SentenceTransformer("average")' in card
 
 
 def test_weights_of_a_module_that_all_have_go_with_the_merge(config):

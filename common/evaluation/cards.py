@@ -15,6 +15,7 @@ from common.evaluation.tables import table
 from common.io.checkpoints import write_text
 from common.io.model_config import CONFIG_FILE
 from common.io.model_files import OPEN_CLIP_CONFIG, json_of
+from common.io.tokenizer_files import MODULES_FILE
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, read_provenance
 from common.merging.starts import JOINED
 from common.run.run_log import PARTS, version_of
@@ -22,6 +23,8 @@ from common.run.run_log import PARTS, version_of
 CARD = "README.md"
 OPENED = {
     "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:FOLDER")',
+    "sentence-transformers": "from sentence_transformers import SentenceTransformer\n\n"
+    'model = SentenceTransformer("FOLDER")',
     "transformers": 'from transformers import {name}\n\nmodel = {name}.from_pretrained("FOLDER")',
 }
 FDA = (
@@ -96,7 +99,8 @@ def front_matter(config: Config, folder: Path) -> str:
 
 def library_of(folder: Path) -> str:
     """What opens a merged model."""
-    return "open_clip" if (folder / OPEN_CLIP_CONFIG).is_file() else "transformers"
+    marks = {OPEN_CLIP_CONFIG: "open_clip", MODULES_FILE: "sentence-transformers"}
+    return next((library for mark, library in marks.items() if (folder / mark).is_file()), "transformers")
 
 
 def licence_of(base: Path) -> str | None:
