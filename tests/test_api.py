@@ -5,11 +5,13 @@ import json
 import re
 import runpy
 import sys
+from copy import deepcopy
 
 import open_clip
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -141,6 +143,10 @@ def test_another_function_of_the_same_tensors_is_refused(clips, monkeypatch, giv
         merge(base, {"MNIST": expert}, "ta", **given)
 
 
+def adapter_on(model):
+    return get_peft_model(deepcopy(model), LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 def test_refusals_are_those_of_the_commands(llamas, tmp_path):
     paths, modules = llamas
     base, experts = split(modules)
@@ -150,6 +156,17 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
         (lambda: merge(base, experts, "tis"), "unknown start 'tis'; choose from pretrained, average"),
         (lambda: merge(base, experts, Start("ta", hyper={"ta": {"x": 1}})), "ta: unknown hyperparameter 'x'"),
         (lambda: merge(base, {"math": nn.Linear(2, 2)}, "ta"), r"experts\['math'\] is a Linear; a model of transf"),
+        (lambda: merge(nn.Linear(2, 2), experts, "ta"), "base is a Linear; a model of transformers or open_clip is"),
+        (lambda: merge(nn.DataParallel(base), experts, "ta"), "base is a DataParallel; .*: its module, say"),
+        (lambda: merge(base, {"math": torch.compile(base)}, "ta"), "a OptimizedModule; .*: its _orig_mod, say"),
+        (
+            lambda: merge(base, {"math": adapter_on(base)}, "ta"),
+            r"a PeftModelForCausalLM; .*: its merge_and_unload\(\)",
+        ),
+        (
+            lambda: merge(base, {"math": deepcopy(base).to("meta")}, "ta"),
+            r"experts\['math'\] has weights on the meta de",
+        ),
         (lambda: merge(base, [modules["math"]], "ta"), "experts is a list; {task: module or path} is needed"),
         (lambda: merge(base, {}, "ta"), "tasks must name at least one task"),
         (lambda: merge(base, {"math": tmp_path / "none"}, "ta"), "none"),

@@ -12,7 +12,15 @@ from torch import nn
 
 from common import pipeline
 from common.api.anchor_set import AnchorSet
-from common.api.modules import OF_OPEN_CLIP, ModelLike, check_computes_as, domain_of, like_base, model_section
+from common.api.modules import (
+    OF_OPEN_CLIP,
+    ModelLike,
+    check_computes_as,
+    domain_of,
+    like_base,
+    model_section,
+    require_model,
+)
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, module_of
@@ -129,6 +137,7 @@ def prepared(
     base: ModelLike, experts: Mapping[str, ModelLike], domain: str, folder: Folder, options: Model, **sections: Any
 ) -> Iterator[Prepared]:
     """The config that the arguments make, its modules on disk meanwhile, its run in `folder` or a temporary one."""
+    require_model(base, "base")
     name = domain or domain_of(base)
     if name not in FOLDERS:
         raise InputError(f"unknown domain {name!r}; choose from {', '.join(FOLDERS)}")

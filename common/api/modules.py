@@ -25,6 +25,13 @@ ModelLike = nn.Module | str | Path
 """A model of transformers or open_clip in memory, or where one is, as model.base of a config says it."""
 
 OF_OPEN_CLIP = (CLIP, CustomTextCLIP)
+HELD = {  # by the name of a class that wraps a model: where the model in it is
+    "PeftModel": "merge_and_unload()",
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "SentenceTransformer": "[0].auto_model",
+}
 OWN = ("base", "expert", "experts", "root")  # fields of the section model that are arguments here
 
 
@@ -38,31 +45,41 @@ def model_section(base: ModelLike, experts: Mapping[str, ModelLike], options: Mo
             raise InputError(f"model.{name} is set, but base and experts are arguments of the function")
     if not isinstance(experts, Mapping):
         raise InputError(f"experts is a {type(experts).__name__}; {{task: module or path}} is needed")
+    for task, expert in experts.items():
+        require_model(expert, f"experts[{task!r}]")
     if isinstance(base, OF_OPEN_CLIP) and not options.arch:
         raise InputError(
             "base: a model of open_clip does not say its architecture; model=Model(arch=...) names it, as in "
             "ViT-B-32-quickgelu, or base can be the folder that it was loaded from"
         )
     places = {
-        task: written(expert, f"experts[{task!r}]", folder / str(i) / (for_task("{slug}", task) or "expert"))
+        task: written(expert, folder / str(i) / (for_task("{slug}", task) or "expert"))
         for i, (task, expert) in enumerate(experts.items())
     }
-    return replace(options, base=written(base, "base", folder / "base"), experts=places)
+    return replace(options, base=written(base, folder / "base"), experts=places)
 
 
-def written(model: ModelLike, what: str, folder: Path) -> str:
+def written(model: ModelLike, folder: Path) -> str:
     """Where a model is; one in memory is saved in `folder`, in the types of its weights."""
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
-        return str(folder)
-    if isinstance(model, OF_OPEN_CLIP):
+    else:
         write_tensors(folder / OPEN_CLIP_FILES[0], model.state_dict())
-        return str(folder)
-    raise InputError(
-        f"{what} is a {type(model).__name__}; a model of transformers or open_clip is needed, or the path of one"
-    )
+    return str(folder)
+
+
+def require_model(model: object, what: str) -> None:
+    """InputError on what is neither a model in memory nor the path of one, with the next step for known wrappers."""
+    if not isinstance(model, (str, Path, PreTrainedModel, *OF_OPEN_CLIP)):
+        held = next((HELD[each.__name__] for each in type(model).__mro__ if each.__name__ in HELD), "")
+        raise InputError(
+            f"{what} is a {type(model).__name__}; a model of transformers or open_clip is needed, or the path of one"
+            + (f": its {held}, say" if held else "")
+        )
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{what} has weights on the meta device, which holds none; load them first")
 
 
 def domain_of(base: ModelLike) -> str:
