@@ -2,7 +2,8 @@
 
 from NLU.encoders import check_inputs, family, skeleton, token_shape
 from NLU.export import check_export, export
-from NLU.scoring import TASKS, calibration_task, labelled_task, metric, score
+from NLU.scoring import calibration_task, labelled_task, metric, score
+from NLU.tasks import TASKS
 
 __all__ = [
     "NAME",

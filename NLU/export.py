@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.auto import modeling_auto as classes
 
 from common.config import Model
 from common.core.errors import InputError
@@ -20,7 +19,8 @@ from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.task_heads import with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
-from NLU.scoring import TASKS, expert_architecture, read_head
+from NLU.heads import empty_classifier, expert_architecture, read_head
+from NLU.tasks import TASKS
 
 GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begins and ends an answer
 
@@ -35,11 +35,12 @@ def check_export(model: Model) -> None:
 
 
 def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
-    """Write a merged encoder that stock AutoModel opens, and for each task of model.heads a classifier that has
+    """Write a merged encoder that stock AutoModel opens, and for each task of model.heads a model of the expert's kind,
+    which opens as the expert does, a sequence classifier by
 
         AutoModelForSequenceClassification.from_pretrained(folder / "heads" / task)
 
-    A classifier's folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
+    Its folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
     """
     base = Checkpoint(model.path("base"), family(model).names)
     text = read_text(config_of(model, model.path("base")))
@@ -65,7 +66,7 @@ def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
 def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
     """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
     expert, base, config = model.path("expert", task), model.path("base"), expert_architecture(model, task)
-    name = classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config.model_type]
+    name = type(empty_classifier(model, task)).__name__
     own = config_file(expert)
     text = read_text(own or config_of(model, base))
     labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}

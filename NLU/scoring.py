@@ -1,19 +1,15 @@
 """The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BatchEncoding,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,50 +19,17 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored_by
-from common.evaluation.metrics import METRICS, REGRESSION
-from common.io.adapters import is_adapter
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
-from common.io.task_heads import read_task_head
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
-from NLU.encoder_decoders import UNSCORED
-from NLU.encoders import architecture, body_name, family, is_encoder_decoder, skeleton
+from NLU.encoders import body_name, family
+from NLU.heads import open_classifier, outputs_of
+from NLU.tasks import TASKS
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set of sentences or sentence pairs; see the head of tasks.yaml."""
-
-    text: list[str]
-    labels: int
-    metric: str
-    hub: str = ""
-    hub_config: str | None = None
-    split: str = "validation"
-    train_split: str = "train"
-
-
-def read_tasks(file: Path) -> dict[str, Task]:
-    """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
-    tasks = {}
-    for name, row in yaml.safe_load(file.read_text()).items():
-        try:
-            tasks[name] = Task(**row)
-        except TypeError as error:
-            raise InputError(f"{file}: task {name}: {error}") from error
-        if tasks[name].metric not in METRICS:
-            raise InputError(f"{file}: task {name}: unknown metric {row['metric']!r}; choose from {', '.join(METRICS)}")
-        if (tasks[name].labels == 1) != (tasks[name].metric in REGRESSION):
-            raise InputError(f"{file}: task {name}: {row['metric']} does not fit labels: {row['labels']}")
-    return tasks
-
-
-TASKS = read_tasks(Path(__file__).parent / "tasks.yaml")
 
 
 def metric(task: str) -> str:
@@ -97,48 +60,6 @@ def score(
             raise InputError(f"{path} answers task {task} with NaN or Inf")
         predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
         yield name, scored_by(metric(task), labels.numpy(), predictions.numpy())
-
-
-def open_classifier(model: Model, task: str) -> PreTrainedModel:
-    """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
-    config = expert_architecture(model, task)
-    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    classifier.load_state_dict(read_head(model, task), strict=False)
-    return classifier
-
-
-def outputs_of(model: Model, task: str) -> int:
-    """How many outputs the head of a task's expert must have; one that tasks.yaml does not list may have any."""
-    return TASKS[task].labels if task in TASKS else expert_architecture(model, task).num_labels
-
-
-def expert_architecture(model: Model, task: str) -> PretrainedConfig:
-    """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
-    folder = model.path("expert", task)
-    if is_encoder_decoder(skeleton(model)):
-        raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
-    if not is_adapter(folder) or (folder / "config.json").is_file():
-        return architecture(model, folder)
-    config = architecture(model, model.path("base"))
-    if task not in TASKS:
-        raise InputError(f"{folder} has an adapter and no config.json, which would tell the outputs of its head")
-    config.num_labels = TASKS[task].labels
-    return config
-
-
-def read_head(model: Model, task: str) -> Params:
-    """All tensors of the task's expert that are never merged: its classifier, and the pooler that a BERT has before it.
-
-    InputError if the expert lacks one of them or has another number of outputs than the task.
-    """
-    folder, wanted = model.path("expert", task), outputs_of(model, task)
-    config = expert_architecture(model, task)
-    if config.num_labels != wanted:
-        kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
-        raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    return read_task_head(classifier, body_name(model), folder, model.path("base"))
 
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:

@@ -229,5 +229,9 @@ def compare_experts(
         check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):
-            require_same_shapes(expert.shapes_under(family.scope), base.shapes_under(family.scope), str(expert.path))
+            found, expected = (model.shapes_under(family.scope) for model in (expert, base))
+            try:
+                require_same_shapes(found, expected, str(expert.path))
+            except InputError as error:
+                raise InputError(f"{error}; an expert must be a fine-tuned copy of the base, {base.path}") from error
     return base, experts, matching

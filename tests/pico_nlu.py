@@ -23,7 +23,7 @@ from transformers import (
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.places import for_task
 from common.io.checkpoints import write_tensors
-from NLU.scoring import TASKS, Task
+from NLU.tasks import TASKS, Task
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -32,7 +32,7 @@ from common.planning.dry_run import describe
 from NLG import domain as nlg
 from NLG.scoring import open_model
 from NLU import domain as nlu
-from NLU.scoring import read_head
+from NLU.heads import read_head
 from pico_lora import write_adapter
 from tests import pico_nlg, pico_nlu
 from Vision import domain as vision

@@ -11,21 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from common.command import parse
 from common.config import ROOT
 from common.core.errors import InputError
 from common.pipeline import adapt, construct, merge_alone
 from common.validation import check_choices
-from helpers import change, files_of
+from helpers import change, edit_config, files_of, read, rewrite
 from NLU import domain
 from pico_nlu import (
     PICO_TASKS,
+    pico_architecture,
     write_large_encoders,
 )
 
 CPU = torch.device("cpu")
+EMBEDDING = "embeddings.word_embeddings.weight"
 
 
 def test_classifiers_are_written_as_asked_and_the_encoder_is_kept_once(nlu_config):
@@ -38,6 +45,50 @@ def test_classifiers_are_written_as_asked_and_the_encoder_is_kept_once(nlu_confi
     AutoModelForSequenceClassification.from_pretrained(folder.with_name("moved") / "heads" / "MNLI")
     with pytest.raises(InputError, match="model.heads: unknown task 'cola'; choose from CoLA"):
         merge_alone(change(start, "model", heads=("cola",)), domain)
+
+
+@pytest.mark.parametrize(
+    ("opener", "head"),
+    [
+        (AutoModelForTokenClassification, "classifier"),
+        (AutoModelForQuestionAnswering, "qa_outputs"),
+        (AutoModelForMultipleChoice, "classifier"),
+    ],
+)
+def test_heads_of_other_kinds_are_written_as_the_experts_are(nlu_config, tmp_path, opener, head):
+    """An expert that tasks.yaml does not list: its class is what its config names."""
+    torch.manual_seed(0)
+    expert = opener.from_config(pico_architecture("roberta", num_labels=5 if "Token" in opener.__name__ else 2))
+    expert.save_pretrained(tmp_path / "own")
+    config = change(nlu_config, "model", experts={"own": str(tmp_path / "own")}, heads=("own", "CoLA"))
+    config = change(replace(config, tasks=["CoLA", "own"]), "run", score=False)
+    folder = merge_alone(change(config, "start", method="average"), domain)
+    found, info = opener.from_pretrained(folder / "heads" / "own", output_loading_info=True)
+    assert not info["missing_keys"] and found.config.architectures == [type(expert).__name__]
+    for name, parameter in found.get_submodule(head).named_parameters():
+        assert torch.equal(parameter, expert.get_submodule(head).get_parameter(name))
+    assert torch.equal(found.base_model.embeddings.word_embeddings.weight, read(folder, EMBEDDING))
+    AutoModelForSequenceClassification.from_pretrained(folder / "heads" / "CoLA")
+
+
+def test_a_scored_task_has_a_sequence_classifier(own_nlu):
+    edit_config(own_nlu.model.path("expert", "CoLA"), architectures=["RobertaForTokenClassification"])
+    config = change(change(own_nlu, "model", heads=("CoLA",)), "start", method="average")
+    with pytest.raises(
+        InputError, match="names RobertaForTokenClassification; the task CoLA is answered by a sequence"
+    ):
+        merge_alone(config, domain)
+
+
+def test_an_expert_with_more_tokens_is_no_copy_of_the_base(own_nlu):
+    folder = own_nlu.model.path("expert", "CoLA")
+    rewrite(folder / "model.safetensors", lambda tensors: {
+        n: torch.cat([t, t[:2]]) if n.endswith("word_embeddings.weight") else t for n, t in tensors.items()
+    })  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"word_embeddings.weight: \(52, 16\) against \(50, 16\); an expert must be a fi"
+    ):
+        merge_alone(change(own_nlu, "start", method="average"), domain)
 
 
 def test_anchors_do_not_depend_on_the_order_of_tasks_and_blocks(nlu_config):

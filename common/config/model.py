@@ -23,8 +23,8 @@ class Model:
         text: Vision only: checkpoint with the text tower (zero-shot heads, merged checkpoint), if the base has none.
         head: Vision only: file of a task's head; else a zero-shot head is built from the text tower, and a classifier's
             is its expert's.
-        heads: Classifiers, of text or images: tasks that get heads/<task>, a classifier of that expert's head and a
-            link to the encoder.
+        heads: Text encoders and image classifiers: tasks that get heads/<task>, a model of that expert's kind with its
+            head and a link to the encoder.
         fuse_qkv: Whether the matching loss takes q, k and v of an attention as one tensor, as the paper's CLIPs keep
             them, where the checkpoint keeps them apart. It is a different loss: it has a term for each tensor.
         vocabulary: NLG only: what becomes of tokens that the base lacks; rows are matched by token, by number where a

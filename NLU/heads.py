@@ -1,0 +1,86 @@
+"""The heads of text encoders, which are never merged: of which class each expert is, and what of it is its own."""
+
+import torch
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto as classes
+
+from common.config import Model
+from common.core.errors import InputError
+from common.core.task_vectors import Params
+from common.io.adapters import is_adapter
+from common.io.model_config import config_file, read_config
+from common.io.task_heads import read_task_head
+from NLU.encoder_decoders import UNSCORED
+from NLU.encoders import architecture, body_name, is_encoder_decoder, skeleton
+from NLU.tasks import TASKS
+
+KINDS = {  # what opens an expert, and the class of each model type that it opens; the first is the only one scored
+    AutoModelForSequenceClassification: classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForTokenClassification: classes.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForQuestionAnswering: classes.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    AutoModelForMultipleChoice: classes.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+}
+
+
+def open_classifier(model: Model, task: str) -> PreTrainedModel:
+    """A sequence classifier with the head of the task's expert; its encoder has no weights yet."""
+    config = expert_architecture(model, task)
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    classifier.load_state_dict(read_head(model, task), strict=False)
+    return classifier
+
+
+def outputs_of(model: Model, task: str) -> int:
+    """How many outputs the head of a task's expert must have; one that tasks.yaml does not list may have any."""
+    return TASKS[task].labels if task in TASKS else expert_architecture(model, task).num_labels
+
+
+def expert_architecture(model: Model, task: str) -> PretrainedConfig:
+    """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
+    folder = model.path("expert", task)
+    if is_encoder_decoder(skeleton(model)):
+        raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return architecture(model, folder)
+    config = architecture(model, model.path("base"))
+    if task not in TASKS:
+        raise InputError(f"{folder} has an adapter and no config.json, which would tell the outputs of its head")
+    config.num_labels = TASKS[task].labels
+    return config
+
+
+def read_head(model: Model, task: str) -> Params:
+    """All tensors of the task's expert that are never merged: its classifier, and the pooler that a BERT has before it.
+
+    InputError if the expert lacks one of them or has another number of outputs than the task.
+    """
+    folder, wanted = model.path("expert", task), outputs_of(model, task)
+    config = expert_architecture(model, task)
+    if config.num_labels != wanted:
+        kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
+        raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
+    return read_task_head(empty_classifier(model, task), body_name(model), folder, model.path("base"))
+
+
+def empty_classifier(model: Model, task: str) -> PreTrainedModel:
+    """A model of the class of the task's expert, without weights, on the meta device.
+
+    The class is the one that the expert's config.json names, if it is one of `KINDS`; else a sequence classifier, which
+    alone is scored: InputError if a task of tasks.yaml has another.
+    """
+    config = expert_architecture(model, task)
+    file = config_file(model.path("expert", task))
+    named = (read_config(file).get("architectures") or [""])[0] if file else ""
+    opens = [opener for opener, names in KINDS.items() if named and names.get(config.model_type) == named]
+    scored = AutoModelForSequenceClassification
+    if task in TASKS and opens and opens[0] is not scored:
+        raise InputError(f"{file} names {named}; the task {task} is answered by a sequence classifier")
+    with torch.device("meta"):
+        return (opens or [scored])[0].from_config(config, trust_remote_code=False)
