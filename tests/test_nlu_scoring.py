@@ -15,7 +15,7 @@ from common.evaluation.metrics import METRICS
 from common.evaluation.scoring import score_run
 from common.pipeline import merge_alone
 from helpers import change, edit_config, rewrite
-from NLU import domain, scoring
+from NLU import domain, scoring, tasks
 from pico_nlu import (
     CONFIGS,
     PICO_TASKS,
@@ -197,4 +197,4 @@ def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own_nlu)
 def test_a_row_of_tasks_that_cannot_be_scored_is_refused(tmp_path, row, message):
     (tmp_path / "tasks.yaml").write_text(f"X: {row}\n")
     with pytest.raises(InputError, match=message):
-        scoring.read_tasks(tmp_path / "tasks.yaml")
+        tasks.read_tasks(tmp_path / "tasks.yaml")
