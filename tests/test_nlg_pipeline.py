@@ -63,9 +63,9 @@ def test_models_that_are_one_are_named_and_the_merge_goes_on(nlg_config, tmp_pat
         return [line for line in capsys.readouterr().err.splitlines() if "are one model" in line]
 
     (twice,) = said("twice", code=math)
-    assert "the expert of math and the expert of code are one model, which adds one task vector twice" in twice
+    assert "the expert of math and the expert of code are one model, so that one task vector counts twice" in twice
     (nothing,) = said("nothing", code=copy)
-    assert nothing.startswith("warning: the base and the expert of code are one model, which adds nothing to a merge")
+    assert nothing.startswith("warning: the base and the expert of code are one model, so that its task vector is zero")
     assert said("each") == []
 
 

@@ -10,7 +10,8 @@ from common.run.stages import in_words
 MISSING = "–"
 BOOTSTRAP = (
     "better, worse: the 95 % interval of the difference of Avg, in brackets, or of one task's score, lies on one side "
-    "of 0; by a paired bootstrap over the test examples, 1,000 draws."
+    "of 0; by a paired bootstrap over the test examples, 1,000 draws. Each task is judged by itself: of twenty equal "
+    "ones, one would be told apart."
 )
 
 

@@ -101,5 +101,5 @@ def warn_of_equals(base: Hashable, experts: Mapping[str, Hashable]) -> None:
     for task, expert in experts.items():
         other = seen.setdefault(expert, f"the expert of {task}")
         if other != f"the expert of {task}":
-            adds = "nothing to a merge" if expert == base else "one task vector twice"
-            warn(f"{other} and the expert of {task} are one model, which adds {adds}; is that meant?")
+            then = "its task vector is zero" if expert == base else "one task vector counts twice"
+            warn(f"{other} and the expert of {task} are one model, so that {then}; is that meant?")
