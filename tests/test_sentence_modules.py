@@ -148,6 +148,17 @@ def test_files_of_an_earlier_release_say_the_same(root):
         compare_modules(root / "base", {"a": root / "a"})
 
 
+def test_an_encoder_in_a_folder_of_its_own_is_merged_alone_and_that_is_said(root, capsys):
+    """As releases before 2 laid it out: all modules in folders beside each other."""
+    shutil.copytree(root / "plain", root / "base" / "0_Transformer")
+    listed = json.loads((root / "base" / MODULES_FILE).read_text())
+    listed[0]["path"] = "0_Transformer"
+    (root / "base" / MODULES_FILE).write_text(json.dumps(listed))
+    assert compare_modules(root / "base" / "0_Transformer", {}) is None
+    assert f"0_Transformer is the encoder of the model in {root / 'base'}, whose other" in capsys.readouterr().err
+    assert compare_modules(root / "plain", {}) is None and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("listed", "said"),
     [

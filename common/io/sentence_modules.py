@@ -82,6 +82,9 @@ def compare_modules(base: Path, experts: Mapping[str, Path]) -> Path | None:
             said = ", ".join(f"{key} ({task})" for task, keys in kept.items() for key in keys)
             warn(f"settings of sentence-transformers differ from the base's, and the base's are kept: {said}")
         return folder
+    above, around = modules_of(folder.parent)
+    if any(module.folder == folder.name for module in around):  # as releases before 2 lay it out
+        warn(f"{folder} is the encoder of the model in {above}, whose other modules are not written beside a merge")
     if not others or (folder / MODULES_FILE).is_file():  # none, or of own code
         return None
     first, *rest = others.values()
