@@ -341,6 +341,10 @@ def test_what_a_method_holds_is_counted(monkeypatch):
     assert tensors_held("average", {}, 5, (96, 48)).merging == pytest.approx(3, abs=0.01)  # θ₀, the sum and one τ, or θ
     assert tensors_held("holds_all", {}, 5, (96, 48)).merging == pytest.approx(7, abs=0.01)  # θ₀, the sum and five τ
     assert tensors_held("iso_c", {}, 5, (48, 48)).merging > 7  # what a decomposition takes is among it
+    for longest, shape in ((None, (30000, 48)), (96, (480, 96))):  # what is too long for a method is averaged
+        hyper = {} if longest is None else {"longest": longest}
+        assert tensors_held("actmat", hyper, 5, shape).merging == pytest.approx(3, abs=0.01)
+        assert tensors_held("actmat", hyper, 5, (96, 48)).merging > 7
 
 
 def test_the_dry_run_says_what_a_merge_holds(pico_config):

@@ -85,15 +85,20 @@ def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
 def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...]) -> Held:
     """How many tensors of a shape a merge has in memory at once, found by merging small ones of the same proportions.
 
-    θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all.
+    θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all, and what it leaves
+    alone for its length (`longest`) it leaves alone here.
     """
     small = (min(math.prod(shape), SMALL**2),)
     if len(shape) == 2:
         small = tuple(math.ceil(side * min(1, SMALL / min(shape))) for side in shape)
     chain = chain_of(method)
     for part, own in by_part(chain, hyper).items():
-        if "steps" in hyperparameters(part):
-            hyper = {**hyper, "steps": 2} if len(chain.parts) == 1 else {**hyper, part: {**own, "steps": 2}}
+        known, instead = hyperparameters(part), {}
+        if "steps" in known:
+            instead["steps"] = 2
+        if "longest" in known and max(shape, default=0) > own.get("longest", known["longest"].default):
+            instead["longest"] = 0
+        hyper = {**hyper, **instead} if len(chain.parts) == 1 else {**hyper, part: {**own, **instead}}
     found, surveying = None, Ledger()
     if chain.row.survey:
         with surveying:
