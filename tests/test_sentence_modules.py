@@ -148,7 +148,7 @@ def test_files_of_an_earlier_release_say_the_same(root):
         compare_modules(root / "base", {"a": root / "a"})
 
 
-def test_an_encoder_in_a_folder_of_its_own_is_merged_alone_and_that_is_said(root, capsys):
+def test_an_encoder_in_a_folder_of_its_own_is_merged_alone(root, capsys):
     """As releases before 2 laid it out: all modules in folders beside each other."""
     shutil.copytree(root / "plain", root / "base" / "0_Transformer")
     listed = json.loads((root / "base" / MODULES_FILE).read_text())
