@@ -19,7 +19,7 @@ from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.task_heads import with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
-from NLU.heads import empty_classifier, expert_architecture, read_head
+from NLU.heads import class_name, expert_architecture, read_head
 from NLU.tasks import TASKS
 
 GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begins and ends an answer
@@ -66,7 +66,7 @@ def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
 def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
     """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
     expert, base, config = model.path("expert", task), model.path("base"), expert_architecture(model, task)
-    name = type(empty_classifier(model, task)).__name__
+    name = class_name(model, task)
     own = config_file(expert)
     text = read_text(own or config_of(model, base))
     labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}

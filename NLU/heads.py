@@ -1,5 +1,7 @@
 """The heads of text encoders, which are never merged: of which class each expert is, and what of it is its own."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForMultipleChoice,
@@ -62,25 +64,30 @@ def read_head(model: Model, task: str) -> Params:
     InputError if the expert lacks one of them or has another number of outputs than the task.
     """
     folder, wanted = model.path("expert", task), outputs_of(model, task)
-    config = expert_architecture(model, task)
+    config, opener = expert_architecture(model, task), opener_of(model, task)
     if config.num_labels != wanted:
         kind = "is a regression and has 1" if wanted == 1 else f"has {wanted} classes"
         raise InputError(f"the head in {folder} has num_labels {config.num_labels}, but the task {task} {kind}")
-    return read_task_head(empty_classifier(model, task), body_name(model), folder, model.path("base"))
+    with torch.device("meta"):
+        classifier = opener.from_config(config, trust_remote_code=False)
+    return read_task_head(classifier, body_name(model), folder, model.path("base"))
 
 
-def empty_classifier(model: Model, task: str) -> PreTrainedModel:
-    """A model of the class of the task's expert, without weights, on the meta device.
+def class_name(model: Model, task: str) -> str:
+    """The class of the task's expert, as its config.json names it."""
+    return KINDS[opener_of(model, task)][expert_architecture(model, task).model_type]
 
-    The class is the one that the expert's config.json names, if it is one of `KINDS`; else a sequence classifier, which
-    alone is scored: InputError if a task of tasks.yaml has another.
+
+def opener_of(model: Model, task: str) -> Any:
+    """What of `KINDS` opens the task's expert, by the class that its config.json names; else a sequence classifier.
+
+    InputError if a task of tasks.yaml, which is scored, has another kind.
     """
     config = expert_architecture(model, task)
     file = config_file(model.path("expert", task))
     named = (read_config(file).get("architectures") or [""])[0] if file else ""
-    opens = [opener for opener, names in KINDS.items() if named and names.get(config.model_type) == named]
     scored = AutoModelForSequenceClassification
-    if task in TASKS and opens and opens[0] is not scored:
+    opener = next((o for o, names in KINDS.items() if named and names.get(config.model_type) == named), scored)
+    if task in TASKS and opener is not scored:
         raise InputError(f"{file} names {named}; the task {task} is answered by a sequence classifier")
-    with torch.device("meta"):
-        return (opens or [scored])[0].from_config(config, trust_remote_code=False)
+    return opener

@@ -1,4 +1,4 @@
-"""The tasks of text encoders, and how a merged encoder is scored: under the classifier that a task's expert has."""
+"""How a merged encoder is scored: under the classifier that a task's expert has."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -38,6 +38,10 @@ MINILM_EVERY = (
     "--adapt.speedup=5",
     "--start.hyper={ta: {scale: 0.4}, wudi: {lr: 5.0e-4}}",
 )
+WITHOUT_DATA = (
+    "pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,star,cart,iso_c,iso_cts,wudi,"
+    "wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc"
+)
 SMOLLM_GUARD = ("--run.name=smollm-guard", "--compare.seeds=[0]")
 CUT = ("--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")
 MANY = (
@@ -122,9 +126,7 @@ OURS = {
             (
                 *MINILM_EVERY,
                 "--run.workers=1",
-                "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,"
-                "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc,regmean,"
-                "regmean_pp,prodistill]",
+                f"--compare.starts=[{WITHOUT_DATA},regmean,regmean_pp,prodistill]",
             ),
         ),
         "methods",
@@ -136,8 +138,7 @@ OURS = {
             (
                 *MINILM_EVERY,
                 "--eval.tests={similarity: []}",
-                "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,"
-                "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc]",
+                f"--compare.starts=[{WITHOUT_DATA}]",
             ),
         ),
     ),

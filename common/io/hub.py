@@ -21,7 +21,7 @@ from common.io.absent_models import NOT_FETCHED
 from common.io.conversion import convert, target_of
 from common.io.hub_files import Place, all_cached, fetched, listing
 from common.io.model_files import INDEX_FILE, MODEL_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
-from common.io.tokenizer_files import MODULES_FILE
+from common.io.tokenizer_files import MODULE_FILES, MODULES_FILE
 
 SCHEME = "hf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -99,7 +99,8 @@ def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[st
         raise InputError(f"{place.text} holds no weights; {where} has {', '.join(near) or 'nothing'}")
     small = [name for name in here if not name.endswith((*NOT_READ, ".npy"))]
     if MODULES_FILE in here:
-        small += [name for name in names if re.fullmatch(r"\d+_[^/]+/[^/]+\.(json|txt|safetensors)", name)]
+        in_folders = [PurePosixPath(name) for name in names if name.count("/") == 1]
+        small += [str(path) for path in in_folders if any(path.match(pattern) for pattern in MODULE_FILES)]
     return [start + name for name in dict.fromkeys([*weights, *small])]
 
 

@@ -18,12 +18,11 @@ from common.io.hashes import file_hash
 from common.io.json_files import interpreted, read_object
 from common.io.model_config import CONFIG_FILE, read_text
 from common.io.model_files import MODEL_FILE
-from common.io.tokenizer_files import MODULES_FILE, SENTENCE_SETTINGS, matching
+from common.io.tokenizer_files import IN_MODULE, MODULES_FILE, SENTENCE_SETTINGS, matching
 
 WHAT = "list of the modules of a sentence-transformers model"
 LIBRARY = "sentence_transformers."
 WEIGHTS = ("*.safetensors",)
-COPIED = ("*.json", "*.txt", *WEIGHTS)  # of the folder of a module
 WEIGHTLESS = ("Transformer", "Pooling", "Normalize", "Dropout")
 POOLING = {  # what sentence-transformers wrote before 6: a switch for each mode
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
@@ -155,4 +154,4 @@ def copy_modules(source: Path, target: Path) -> None:
     _, modules = modules_of(source)
     copy_files(source, target, [MODULES_FILE, *matching(source, SENTENCE_SETTINGS)])
     for module in filter(lambda module: module.folder, modules):
-        copy_files(source / module.folder, target / module.folder, matching(source / module.folder, COPIED))
+        copy_files(source / module.folder, target / module.folder, matching(source / module.folder, IN_MODULE))

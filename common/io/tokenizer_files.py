@@ -23,7 +23,9 @@ TOKENIZER_FILES = (
 # What sentence-transformers has around an encoder: its modules and their folders, prompts, lengths.
 MODULES_FILE = "modules.json"
 SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
-SENTENCE_FILES = (MODULES_FILE, *SENTENCE_SETTINGS, "[0-9]*_*/*.json", "[0-9]*_*/*.safetensors")
+IN_MODULE = ("*.json", "*.txt", "*.safetensors")  # what is read of the folder of a module
+MODULE_FILES = tuple(f"[0-9]*_*/{name}" for name in IN_MODULE)
+SENTENCE_FILES = (MODULES_FILE, *SENTENCE_SETTINGS, *MODULE_FILES)
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
