@@ -5,7 +5,8 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,8 +52,7 @@ def run(
     Ends the process with status 2 on an InputError, in a dry run on each that the run would have, with 130 when
     interrupted, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
     """
-    stages = None
-    try:
+    with answered():
         config = config or parse(description or "")
         check_domain(config, name or config.domain)
         domain = module_of(config.domain)
@@ -63,15 +63,33 @@ def run(
             if planned.refusals:
                 raise InputError("\nerror: ".join(planned.refusals))
         else:
-            with command_stages() as stages, told(stages, config.run.log), reported(config, domain, stages):
+            with watched(config, domain):
                 made = stage(config, domain)
             if isinstance(made, Path):
                 print(f"the merged model is in {made}", flush=True)
+
+
+@contextmanager
+def watched(config: Config, domain: Domain) -> Iterator[None]:
+    """While stages of a config go on, tell of their progress, keep the run's page, and note where they are
+    interrupted."""
+    with command_stages() as stages, told(stages, config.run.log), reported(config, domain, stages):
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f" in {stages.reached}; what was done is kept in {config.run.dir}") from interrupt
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """End the process as `run` says when this ends with an error."""
+    try:
+        yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        where = f" in {stages.reached}; what was done is kept in {config.run.dir}" if config and stages else ""
+    except KeyboardInterrupt as interrupt:
+        where = next(iter(interrupt.args), "")
         print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
         leave(130)
     except Exception as error:

@@ -12,13 +12,13 @@ Several names may be given. What stands behind them goes to every run, as to scr
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 import reproduce_figures as figures
 import reproduce_ours as ours
 import reproduce_tables as tables
+from common.command import answered
 from common.core.errors import InputError
 from our_tables import DEMOS, OURS
 from reproduce_figures import FIGURES
@@ -34,26 +34,23 @@ def main() -> None:
     parser.add_argument("--anchors", choices=["own", "published"], default="own", help="whose anchors (default: own)")
     parser.add_argument("--dry-run", action="store_true", help="say what each run would read, make and need")
     args, options = parser.parse_known_args()
-    refused: list[str] = []
-    try:
+    with answered():
         names = chosen(args.names)
         how = {"published": True} if args.anchors == "published" else {}
         if how:
             require_released(names)
+        refused: list[str] = []
         for name in names:
             print(f"\n==== {name} ====", flush=True)
             if args.dry_run:
                 refused += [f"{name}: {sentence}" for sentence in kind_of(name).describe(name, options, **how)]
             else:
                 kind_of(name).make(name, options, **how)
+        if refused:
+            raise InputError("\nerror: ".join(dict.fromkeys(refused)))
         if not args.dry_run:
             for name in names:
                 print(f"\n==== {kind_of(name).verdict(name, options, **how)}")
-    except InputError as error:
-        refused = [str(error)]
-    if refused:
-        print("\n".join(f"error: {sentence}" for sentence in dict.fromkeys(refused)), file=sys.stderr)
-        sys.exit(2)
 
 
 def kind_of(name: str) -> ModuleType:

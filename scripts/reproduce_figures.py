@@ -11,6 +11,7 @@ from common.analysis.material import Numbers, spread
 from common.analysis.projection import BATCH, STARTS, UPDATES
 from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
+from common.command import watched
 from common.config import PRETRAINED, ROOT, Config
 from common.domain import Domain, anchored_part
 from common.evaluation.rows import display, values_by_name
@@ -90,11 +91,14 @@ def make(name: str, options: Sequence[str]) -> None:
     """Make the anchors and models that the figure shows, and measure and draw it; what is there already is kept."""
     figure, config = FIGURES[name], config_of_figure(name, options)
     domain, runs = domain_of(config), runs_of(name, config)
-    if not runs:
-        compare(config, domain)
     for run in runs.values():
-        construct(constructed(name, run), domain)
-    analyse(figure.analysis, config, domain, tasks=figure.tasks, runs=runs)
+        own = constructed(name, run)
+        with watched(own, domain):
+            construct(own, domain)
+    with watched(config, domain):
+        if not runs:
+            compare(config, domain)
+        analyse(figure.analysis, config, domain, tasks=figure.tasks, runs=runs)
 
 
 def describe(name: str, options: Sequence[str]) -> list[str]:

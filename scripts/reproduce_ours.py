@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from common.analysis.material import plain
+from common.command import watched
 from common.config import ROOT, Config
 from common.core.errors import InputError
 from common.evaluation.rows import Row, read_results, row_name
@@ -40,7 +41,8 @@ def make(name: str, options: Sequence[str]) -> None:
         if subprocess.run([sys.executable, str(ROOT / "scripts/make_toy.py"), *made]).returncode:
             raise InputError(f"the toy {made[2]} of {name} could not be made, see above")
     for config in configs_of(name, options):
-        command_of(OURS[name].by)(config, domain_of(config))
+        with watched(config, domain := domain_of(config)):
+            command_of(OURS[name].by)(config, domain)
 
 
 def command_of(by: str) -> Any:

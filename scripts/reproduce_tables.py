@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from common.command import parse
+from common.command import parse, watched
 from common.config import ROOT, Config
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, scored_tests
@@ -79,7 +79,8 @@ def configs_of(name: str, options: Sequence[str], published: bool = False) -> li
 def make(name: str, options: Sequence[str], published: bool = False) -> None:
     """Make what the table is made of; what is there already is kept."""
     for config in configs_of(name, options, published):
-        compare(config, domain_of(config))
+        with watched(config, domain := domain_of(config)):
+            compare(config, domain)
 
 
 def describe(name: str, options: Sequence[str], published: bool = False) -> list[str]:

@@ -20,6 +20,7 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.answers import scored
 from common.evaluation.rows import write_results
+from common.run.stages import Units, current
 from helpers import change
 from pico_vision import PICO_TASKS
 from study import KINDS
@@ -254,6 +255,29 @@ def test_a_table_of_ours_is_made_by_its_commands(pico_config, monkeypatch):
     monkeypatch.setattr(ours.subprocess, "run", lambda command: subprocess.CompletedProcess([], 1))
     with pytest.raises(InputError, match="the toy toy/vision of Vision/results/cut.json could not be made"):
         ours.make("Vision/results/cut.json", [])
+
+
+def test_what_is_made_again_tells_of_its_progress(tmp_path, monkeypatch, capsys):
+    """As a command of its own does: in the log, line by line where there is no terminal, and where it was stopped."""
+    log, name = tmp_path / "log.txt", "NLU/results/demo.json"
+
+    def compared(config, of):
+        with (stages := current()).stage("x", "work", Units(2)):
+            stages.unit_done("the second")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours.subprocess, "run", lambda command: subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(ours, "compare", compared)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", name, f"--run.log={log}", f"--run.root={tmp_path}"])
+    monkeypatch.setattr("common.command.leave", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main()
+    said = capsys.readouterr().err
+    lines = log.read_text().splitlines()
+    assert ended.value.code == 130 and "work, 2 of 2 units, the second" in said and "|" not in said
+    assert "work, 2 of 2 units, the second" in lines[1] and lines[-1].endswith("interrupted: work, 2 of 2 units")
+    where = f"in work, 2 of 2 units; what was done is kept in {tmp_path / 'demo_nlu'}"
+    assert said.splitlines()[-1] == f"interrupted {where}; the same command goes on from here"
 
 
 def test_the_hours_of_a_fine_tuning_are_those_of_its_products():
