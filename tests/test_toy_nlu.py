@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.config import Eval
+from common.io.examples import load_scored
 from NLU.domain import TASKS
 from toy import nlu, nlu_base, nlu_data
 
@@ -98,13 +100,30 @@ def test_data_sets_open_offline(toy: Path, task: str, tmp_path: Path) -> None:
 def test_the_data_are_the_same_everywhere(prose: list[list[str]]) -> None:
     """Whatever the versions of Python and numpy."""
     digest = hashlib.sha256(repr([nlu_data.task_split(prose, task, "validation") for task in nlu.TASKS]).encode())
-    assert digest.hexdigest()[:16] == "4cc8fda6928007b3"
+    assert digest.hexdigest()[:16] == "6ad8654e0f857d93"
 
 
-def test_train_and_validation_share_no_paragraph(prose: list[list[str]]) -> None:
-    train, validation = (nlu_data.split_manual(prose, split) for split in ("train", "validation"))
-    assert sorted(train + validation) == prose
-    assert len({line for _, line in prose}) == len(prose) == 4 * len(validation) - (-len(prose) % 4)
+def test_training_validation_and_its_cut_share_no_paragraph(prose: list[list[str]]) -> None:
+    train, validation, cut, held_out = (
+        nlu_data.split_manual(prose, split) for split in ("train", "validation", nlu_data.CUT, "held out")
+    )
+    assert sorted(train + validation + cut) == prose and sorted(validation + cut) == sorted(held_out)
+    assert len({line for _, line in prose}) == len(prose)
+    assert len(validation) == pytest.approx(len(prose) / 6, abs=1) and len(cut) == pytest.approx(len(prose) / 12, abs=1)
+
+
+@pytest.mark.parametrize("task", ["topic", "similarity"])
+def test_what_coefficients_are_chosen_on_was_not_trained_on(toy: Path, prose: list[list[str]], task: str) -> None:
+    """The validation cut of the data set as the pipeline reads it, against what the experts saw and are tested on."""
+    rows = load_scored(Eval(data=str(toy / "data"), split="validation_cut"), task, TASKS[task], TASKS[task].text)
+    found = [tuple(row[column] for column in TASKS[task].text) for row in rows]
+    texts, labels = nlu_data.task_split(prose, task, nlu_data.CUT)
+    assert found == texts and rows["label"] == pytest.approx(labels) and len(found) == 1600
+    kept = nlu_data.split_manual(prose, nlu_data.CUT)
+    if task == "topic":  # a window of one paragraph
+        assert all(any(text in line for _, line in kept) for (text,) in found)
+        elsewhere = [line for split in ("train", "validation") for _, line in nlu_data.split_manual(prose, split)]
+        assert not any(text in line for (text,) in found[:100] for line in elsewhere)
 
 
 def examples(prose: list[list[str]], task: str) -> list[tuple]:

@@ -17,6 +17,8 @@ from pydoc_data.topics import topics
 import numpy as np
 import yaml
 
+from common.io.examples import cut_order
+
 Passage = list[str]  # the words of a paragraph
 Generator = np.random.RandomState  # its streams are frozen, those of numpy's newer generators are not
 
@@ -24,6 +26,8 @@ NAMES = ["topic", "acceptability", "consecutive", "paraphrase", "similarity", "c
 ROWS = yaml.safe_load((Path(__file__).parents[2] / "NLU" / "tasks.yaml").read_text())
 TASKS = {name: ROWS[name] for name in NAMES}  # columns, number of labels and metric, as the pipeline reads them
 SPLITS = {"train": 16000, "validation": 600}
+CUT = "validation_cut"  # the tenth of the training set on which coefficients are chosen
+TWELFTHS = {CUT: range(1), "validation": range(1, 3), "held out": range(3), "train": range(3, 12)}  # of the paragraphs
 SECTIONS = {
     "objects": "types specialnames attribute-access customization objects",
     "strings": "strings formatstrings string-methods",
@@ -84,9 +88,9 @@ def docstrings() -> list[str]:
 
 
 def split_manual(prose: list[list[str]], split: str) -> list[list[str]]:
-    """A quarter of the paragraphs is for validation, the others are for training."""
+    """The paragraphs of a split, one of TWELFTHS: "held out" are those of validation and of the validation cut."""
     rank = generator("paragraphs").permutation(len(prose))
-    return [row for row, r in zip(prose, rank, strict=True) if (4 * r < len(prose)) == (split == "validation")]
+    return [row for row, r in zip(prose, rank, strict=True) if 12 * r // len(prose) in TWELFTHS[split]]
 
 
 # ---- pieces of an example --------------------------------------------------------------------------------------------
@@ -174,16 +178,31 @@ MAKERS = {f.__name__: f for f in (topic, acceptability, consecutive, paraphrase,
 LABELS = {"topic": list(SECTIONS), "blank": FILLERS}  # their names; in the other tasks: no, yes
 
 
-def task_split(prose: list[list[str]], task: str, split: str) -> tuple[list[tuple[str, ...]], list]:
-    """Texts (a tuple of one or two for each example) and labels; every class equally often."""
+def task_split(
+    prose: list[list[str]], task: str, split: str, paragraphs: str | None = None
+) -> tuple[list[tuple[str, ...]], list]:
+    """Texts (a tuple of one or two for each example) and labels; every class equally often. Experts are trained on the
+    whole of "train". `paragraphs`: those of another split than the one whose seed draws the examples.
+    """
     source: dict[str, list[Passage]] = {section: [] for section in (*SECTIONS, "all")}
-    for name, line in split_manual(prose, split):
+    for name, line in split_manual(prose, paragraphs or split):
         words = line.split()
         for section in {SECTION_OF.get(name, "all"), "all"}:
             source[section] += [words] * (len(words) // 8)  # long ones are drawn more often
     rng = generator(task, split)
-    rows = [MAKERS[task](rng, i % TASKS[task]["labels"], source) for i in range(SPLITS[split])]
+    count = len(cut_order(SPLITS["train"])[1]) if split == CUT else SPLITS[split]
+    rows = [MAKERS[task](rng, i % TASKS[task]["labels"], source) for i in range(count)]
     return [row[:-1] for row in rows], [row[-1] for row in rows]
+
+
+def stored_split(prose: list[list[str]], task: str, split: str) -> tuple[list[tuple[str, ...]], list]:
+    """The same as the data set has it: in its training set, what will be the validation cut is of paragraphs that no
+    expert was trained on."""
+    texts, labels = task_split(prose, task, split)
+    if split == "train":
+        for place, of_cut, label in zip(cut_order(len(texts))[1], *task_split(prose, task, CUT), strict=True):
+            texts[place], labels[place] = of_cut, label
+    return texts, labels
 
 
 def write_splits(folder: Path, prose: list[list[str]], task: str) -> None:
@@ -195,7 +214,7 @@ def write_splits(folder: Path, prose: list[list[str]], task: str) -> None:
     kinds["label"] = ClassLabel(names=names) if TASKS[task]["labels"] > 1 else Value("float32")
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        texts, labels = task_split(prose, task, split)
+        texts, labels = stored_split(prose, task, split)
         rows = dict(zip(kinds, [*zip(*texts, strict=True), labels], strict=True))
         path = folder / f"{split}-00000-of-00001.parquet"
         Dataset.from_dict(rows, features=Features(kinds)).to_parquet(f"{path}.part")

@@ -93,7 +93,8 @@ def order_record(rng: Generator) -> Example:
 
 def chapters(prose: list[list[str]], split: str) -> Iterator[Example]:
     """Passages of Python's manual and the chapter of each; those of a paragraph are all of one split."""
-    passages, labels = nlu_data.task_split(prose, "topic", "train" if split == "train" else "validation")
+    seed, paragraphs = ("train", "train") if split == "train" else ("validation", "held out")
+    passages, labels = nlu_data.task_split(prose, "topic", seed, paragraphs)
     for (passage,), label in zip(passages, labels, strict=True):
         yield {"question": passage, "answer": nlu_data.LABELS["topic"][label]}
 
