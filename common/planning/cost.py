@@ -50,15 +50,15 @@ class Work:
 class Ledger(TorchDispatchMode):
     """What is done while it is on, and bytes of tensors alive at once.
 
-    peak: the most there were, LAPACK's own included. large, small: the most of those tensors that malloc maps, and of
-    those on its heap.
+    peak: the most there were, LAPACK's own included. large, small: the most of those that malloc maps, which have
+    `mapped` bytes or more, and of those on its heap.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mapped: float = HEAP_BYTES) -> None:
         super().__init__()
         from torch.utils.flop_counter import flop_registry  # imports triton
 
-        self.formulas = flop_registry
+        self.formulas, self.mapped = flop_registry, mapped
         self.alive: Any = WeakIdKeyDictionary()
         self.operations = self.moved = self.launches = self.peak = self.large = self.small = 0
 
@@ -74,10 +74,10 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()  # views share it
                 self.alive[storage] = storage.nbytes()
-        hidden = EIGH_COPIES * args[0].nbytes if func.overloadpacket == torch.ops.aten._linalg_eigh else 0
-        sizes = list(self.alive.values())
-        large = sum(size for size in sizes if size >= HEAP_BYTES)
-        self.peak = max(self.peak, sum(sizes) + hidden)
+        hidden = EIGH_COPIES if func.overloadpacket == torch.ops.aten._linalg_eigh else 0
+        sizes = [*self.alive.values(), *(args[0].nbytes for _ in range(hidden))]
+        large = sum(size for size in sizes if size >= self.mapped)
+        self.peak = max(self.peak, sum(sizes))
         self.large, self.small = max(self.large, large), max(self.small, sum(sizes) - large)
         return result
 

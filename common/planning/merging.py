@@ -11,17 +11,22 @@ from common.config import PRETRAINED, Config
 from common.core.task_vectors import Params, add, lazy_task_vector
 from common.merging.registry import hyperparameters
 from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge, survey
-from common.planning.cost import GIB, HEAP_BYTES, Ledger, in_words, on_a_cpu
+from common.planning.cost import GIB, HEAP_BYTES, Ledger, in_words
 
 SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
 
 class Held(NamedTuple):
-    """How many tensors of a shape are in memory at once: while a method surveys the model, if it does, and while it
-    merges."""
+    """How many tensors of a shape are in memory at once while a method surveys the model, if it does, and while it
+    merges, and for how many a process on a CPU then occupies memory."""
 
     surveying: float
     merging: float
+    surveying_on_a_cpu: float
+    merging_on_a_cpu: float
+
+
+ALONE = Held(0.0, 1.0, 0.0, 1.0)  # a tensor that is left as it is
 
 
 def memory_with_data(config: Config, weights: int) -> dict[str, str]:
@@ -56,22 +61,17 @@ def memory_of_merge(
         size = 4 * math.prod(shape)
         rows, weights = first_of(parts(each), shape)
         at_once = 4 * weights
-        surveying, merging = tried(shape) if each.startswith(blocks) or scope == "all" else Held(0.0, 1.0)
+        held = tried(shape, weights) if each.startswith(blocks) or scope == "all" else ALONE
+        surveying, merging = held.surveying, held.merging
         needed = max(surveying * size, merging * at_once)
         device = max(device, needed)
-        resident = max(held_on_a_cpu(surveying, size), held_on_a_cpu(merging, at_once))
+        resident = max(held.surveying_on_a_cpu * size, held.merging_on_a_cpu * at_once)
         if resident > alone:
             alone = resident
             holds = f"{needed / size:.1f} tensors like {each}"
             if surveying * size < merging * at_once < merging * size:
                 holds = f"{merging:.1f} times {rows} rows of {each}"
     return {"merge, memory": f"{in_words(device, passing, alone)}; {method} holds {holds} at once"}
-
-
-def held_on_a_cpu(tensors: float, size: int) -> float:
-    """Bytes that a process occupies for some tensors of so many bytes."""
-    held = tensors * size
-    return on_a_cpu(held, 0) if size >= HEAP_BYTES else on_a_cpu(0, held)
 
 
 def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
@@ -82,11 +82,12 @@ def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, rows * math.prod(shape[1:])
 
 
-def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...]) -> Held:
+def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...], at_once: int | None = None) -> Held:
     """How many tensors of a shape a merge has in memory at once, found by merging small ones of the same proportions.
 
-    θ₀, a task vector and what becomes of them are among them. Of a method's steps two stand for all, and what it leaves
-    alone for its length (`longest`) it leaves alone here.
+    θ₀, a task vector and what becomes of them are among them. at_once: how many weights are merged together; None
+    stands for all. Of a method's steps two stand for all, and what it leaves alone for its length (`longest`) it
+    leaves alone here.
     """
     small = (min(math.prod(shape), SMALL**2),)
     if len(shape) == 2:
@@ -99,15 +100,16 @@ def tensors_held(method: str, hyper: Hyper, tasks: int, shape: tuple[int, ...]) 
         if "longest" in known and max(shape, default=0) > own.get("longest", known["longest"].default):
             instead["longest"] = 0
         hyper = {**hyper, **instead} if len(chain.parts) == 1 else {**hyper, part: {**own, **instead}}
-    found, surveying = None, Ledger()
+    found, surveying = None, Ledger(HEAP_BYTES * math.prod(small) / math.prod(shape))
     if chain.row.survey:
         with surveying:
             models = drawn(small, tasks)
             found = survey(method, lambda: [models], hyper)
-    with Ledger() as merging:
+    with Ledger(HEAP_BYTES * math.prod(small) / (at_once or math.prod(shape))) as merging:
         base, deltas = drawn(small, tasks)
         add(base, merge(method, base, deltas, hyper, found))
-    return Held(*(ledger.peak / base[""].nbytes for ledger in (surveying, merging)))
+    size, ledgers = base[""].nbytes, (surveying, merging)
+    return Held(*(ledger.peak / size for ledger in ledgers), *(ledger.resident / size for ledger in ledgers))
 
 
 def drawn(shape: tuple[int, ...], tasks: int) -> tuple[Params, list[Params]]:
