@@ -23,9 +23,11 @@ from common.core.task_vectors import Params
 from common.experiment import Experiment, Unit
 from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, digest
+from common.io.examples import identity_of
 from common.io.hashes import file_hash, identity
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
+from common.merging.starts import chain_of
 
 PROVENANCE_FILE = "provenance.json"
 ADAPTATION_FILE = "adaptation.json"  # {"traces": {block: mean loss per anchor in each epoch}}
@@ -190,8 +192,13 @@ def merge_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def merge_provenance(experiment: Experiment) -> dict[str, Any]:
-    """What decides the merge of start.method: its hyperparameters and checkpoints; "data" follows if it has any."""
-    return merge_settings(experiment) | {"inputs": inputs_of(experiment)}
+    """What decides the merge of start.method: its hyperparameters and checkpoints; of one that uses data the data sets
+    as well, and "data" follows.
+    """
+    config, made = experiment.config, merge_settings(experiment) | {"inputs": inputs_of(experiment)}
+    if chain_of(config.start.method).row.data:
+        made["data_sets"] = {test: identity_of(config.eval, test) for test in config.tests}
+    return made
 
 
 def written_as(config: Config) -> dict[str, Any]:

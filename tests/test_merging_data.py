@@ -595,8 +595,11 @@ def test_calibration_and_validation_cut_share_no_example(nlu_inputs):
     whole = load_sample(options, "STS-B", row, ["label"], Sample("train", None, 1))["label"]
     cut = load_scored(replace(options, split="validation_cut"), "STS-B", row, ["label"])["label"]
     assert (len(whole), len(cut), len({*whole, *cut})) == (27, 3, 30)  # the labels are drawn, no two alike
-    few = load_sample(replace(options, limit=2), "STS-B", row, ["label"], Sample("train", 5, 1, seed=1))["label"]
-    assert list(few) == list(whole)[:5]
+    few = [
+        list(load_sample(replace(options, limit=2), "STS-B", row, ["label"], Sample("train", 5, 1, seed))["label"])
+        for seed in (0, 1, 5)
+    ]
+    assert few == [list(whole)[:5], list(whole)[5:10], [*whole, *whole][25:30]], "other inputs with each seed"
     test = load_scored(options, "STS-B", row, ["label"])["label"]
     drawn = [list(load_sample(options, "STS-B", row, ["label"], Sample("test", 9, 1, s))["label"]) for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and {*drawn[0], *drawn[2]} <= {*test} and len({*drawn[0]}) == 9
@@ -652,6 +655,19 @@ def test_a_merge_with_data_is_made_once_and_starts_an_adaptation(vision_config):
     }  # fmt: skip
     with pytest.raises(InputError, match=r"start\.hyper\.examples = 6, now it is 7"):
         merge_alone(with_method(vision_config, "regmean", examples=7), vision)
+
+
+def test_a_merge_of_other_data_is_not_taken_for_this_one(vision_config, tmp_path):
+    config = helpers.change(with_method(vision_config, "regmean"), "run", score=False)
+    config = helpers.change(config, "eval", data=str(tmp_path / "data"))
+    shutil.copytree(vision_config.eval.data, config.eval.data)
+    made = merge_alone(config, vision)
+    before = (made / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "data" / "MNIST" / ".DS_Store").touch()
+    assert (merge_alone(config, vision) / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "data" / "MNIST" / "more.csv").write_text("image,label")
+    with pytest.raises(InputError, match=r"data_sets\.MNIST = 'sha256:.*', now it is 'sha256:"):
+        merge_alone(config, vision)
 
 
 # --- the door --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.config import Eval
 from common.core.errors import InputError
 from common.evaluation.metrics import METRICS
 from common.evaluation.scoring import score_run
+from common.io.examples import SEVERAL, identity_of
 from common.pipeline import merge_alone
 from helpers import change, edit_config, rewrite
 from NLU import domain, scoring, tasks
@@ -89,6 +91,47 @@ def test_the_validation_cut_is_scored_apart_from_the_test_set(nlu_config):
     scores = [table.split("Avg:")[0] for table in tables]
     assert Counter((r["split"], r["n"]) for r in rows) == {("test", 30): 6, ("validation_cut", 3): 6}
     assert "STS-B Pearson and Spearman 3," in tables[1] and scores[0] == scores[2] != scores[1]
+
+
+def test_other_examples_in_the_same_folder_are_scored_anew(nlu_config, tmp_path):
+    """A row is of the data set that it was made with, whichever files that has."""
+    config = change(nlu_config, "eval", data=str(tmp_path / "data"))
+    shutil.copytree(nlu_config.eval.data, config.eval.data)
+    found = []
+    for turn in range(3):
+        if turn == 2:
+            sets = datasets.load_from_disk(f"{nlu_config.eval.data}/STS-B")
+            other = sets["validation"].map(lambda row: {"label": 5 - row["label"]}, keep_in_memory=True)
+            shutil.rmtree(f"{config.eval.data}/STS-B")
+            datasets.DatasetDict({**sets, "validation": other}).save_to_disk(f"{config.eval.data}/STS-B")
+        score_run(config, domain)
+        rows = json.loads((config.run.dir / "results.json").read_text())["rows"]
+        found.append({(row["method"], row["task"]): row["value"] for row in rows})
+    assert found[0] == found[1]
+    assert {key: value for key, value in found[2].items() if key[1] != "STS-B"} == {
+        key: value for key, value in found[0].items() if key[1] != "STS-B"
+    }
+    assert found[2]["individual", "STS-B"] == pytest.approx(-found[0]["individual", "STS-B"], abs=1e-6)
+
+
+def test_a_data_set_of_many_files_is_told_by_their_names_and_sizes(tmp_path):
+    """As images are, whose bytes would take as long to read as to score; fewer are read."""
+    options, seen = Eval(data=str(tmp_path)), []
+    (tmp_path / "many" / "cats").mkdir(parents=True)
+    files = [tmp_path / "many" / "cats" / f"{i}.png" for i in range(SEVERAL + 1)]
+    for file in files:
+        file.write_bytes(b"ab")
+    for change_files in (lambda: None, lambda: files[0].write_bytes(b"cd"), lambda: files[0].write_bytes(b"cde")):
+        change_files()
+        seen.append(identity_of(options, "many"))
+    files[-1].rename(tmp_path / "many" / "dog.png")
+    seen.append(identity_of(options, "many"))
+    assert seen[0] == seen[1] and len({*seen}) == 3
+    files[1].unlink()  # now SEVERAL
+    seen = [identity_of(options, "many")]
+    files[2].write_bytes(b"cd")
+    assert identity_of(options, "many") != seen[0]
+    assert identity_of(options, "elsewhere") is None
 
 
 def test_local_files_named_after_the_split_are_that_split(nlu_config, tmp_path):

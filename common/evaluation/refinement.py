@@ -9,7 +9,7 @@ from typing import Any
 from common.assembly import adapted_tensors, merge_start, write_model
 from common.config import Config
 from common.core.errors import InputError
-from common.domain import Domain, scored_tests
+from common.domain import Domain
 from common.evaluation.tuning import (
     FDA,
     SPLIT,
@@ -18,6 +18,7 @@ from common.evaluation.tuning import (
     judged,
     read_search,
     record,
+    scored_on,
     scores_on_cut,
     with_fields,
 )
@@ -79,7 +80,7 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
     row = {"method": FDA, "start": config.start.method, "init": config.anchors.init, "fields": fields}
     row |= {"split": SPLIT, "limit": config.eval.limit}
     made = {"checkpoint": start.fingerprint()} if fields == START else block_provenance(provenance)
-    row["id"] = digest([row, scored_tests(config, domain), made])
+    row["id"] = digest([row, scored_on(config, domain), made])
     known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
     if known:
         return known[0]

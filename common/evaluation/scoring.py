@@ -16,6 +16,7 @@ from common.evaluation.rows import Row, read_results, row_name, upsert, write_re
 from common.evaluation.tables import table
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
+from common.io.examples import identity_of
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.opening import carry_out, open_experiment
@@ -80,9 +81,11 @@ def looked_up(
     found, pending = [], dict[str, Pending]()
     birth = {"config": digest(as_dict(config)), "commit": commit()}
     for test, of_test in models.items():
+        examples = identity_of(config.eval, test)
         for model, checkpoint in of_test:
             row = {**model, "task": test, "split": config.eval.split, "limit": config.eval.limit}
             row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
+            row |= {"test_set": examples} if examples else {}
             row["checkpoint"] = checkpoint.fingerprint()
             cost = cost_of(config, model, checkpoint)
             known = next((known for known in rows if row.items() <= known.items()), None)

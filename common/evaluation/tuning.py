@@ -19,6 +19,7 @@ from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.front import TRIED, front_of, map_search, write_front
 from common.io.checkpoints import digest, write_text
+from common.io.examples import identity_of
 from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
@@ -138,7 +139,7 @@ def candidate_rows(
         trial = trial_of(config, method, {**config.start.hyper.get(method, {}), **chosen}, len(rows))
         experiment = open_experiment(trial, domain)
         row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
-        row["id"] = digest([row, scored_tests(config, domain), inputs_of(experiment)])
+        row["id"] = digest([row, scored_on(config, domain), inputs_of(experiment)])
         if row["id"] not in known and row["id"] not in [rows[number]["id"] for number in trials]:
             trials[len(rows)] = trial
         rows.append(row)
@@ -151,6 +152,11 @@ def candidate_rows(
             known[row["id"]] = row
     record(config, order=[row["id"] for row in rows])
     return [known[row["id"]] for row in rows]
+
+
+def scored_on(config: Config, domain: Domain) -> dict[str, list[str | None]]:
+    """{test set: its task, and what identifies its examples}."""
+    return {test: [task, identity_of(config.eval, test)] for test, task in scored_tests(config, domain).items()}
 
 
 def trial_of(config: Config, method: str, hyper: dict[str, Any], number: int) -> Config:

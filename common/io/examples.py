@@ -10,14 +10,19 @@ import numpy as np
 
 from common.config import Eval
 from common.core.errors import InputError
+from common.io.hashes import file_hash, identity
 
 if TYPE_CHECKING:  # an import of a second or more, which commands that read no examples go without
     import datasets
 
 
+SEVERAL = 64  # files of a data set that are read to tell it from another
+
+
 @dataclass(frozen=True)
 class Sample:
-    """What a merge method draws of each task: so many examples of a split, None for all, in batches."""
+    """What a merge method draws of each task: so many examples of a split, None for all, in batches; other ones with
+    each seed."""
 
     split: Literal["train", "test"]
     examples: int | None
@@ -43,16 +48,35 @@ def load_scored(options: Eval, task: str, row: Sets, columns: Sequence[str]) -> 
 
 
 def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sample: Sample) -> "datasets.Dataset":
-    """Examples for a merge method, as many as there are if it asks for more.
+    """Examples for a merge method, as many as there are if it asks for more; eval.limit does not count.
 
     Of the training set the first of the permutation whose last tenth is the validation cut, so that no example is in
-    both. Of the test set those of a permutation by `seed`; eval.limit does not count.
+    both; with seed 1 those that follow, and so on, from its end on from its beginning. Of the test set those of a
+    permutation by `seed`.
     """
     train = sample.split == "train"
     split = row.train_split if train else row.split
     records = load_records(Path(options.data), task, row.hub, row.hub_config, split, columns)
-    order = cut_order(len(records))[0] if train else np.random.RandomState(sample.seed).permutation(len(records))
+    if train:
+        order = cut_order(len(records))[0]
+        order = np.roll(order, -sample.seed * (sample.examples or 0))
+    else:
+        order = np.random.RandomState(sample.seed).permutation(len(records))
     return records.select(order[: sample.examples])
+
+
+def identity_of(options: Eval, task: str) -> str | None:
+    """What tells the data set of a task in its folder from another: its files' names and bytes, or sizes alone where
+    they are more than SEVERAL, as images are. None where there is no folder, and the hub is read.
+    """
+    folder = Path(options.data).expanduser() / task
+    if not folder.is_dir():
+        return None
+    files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
+    kept = {name: files[name] for name in sorted(files) if not any(part[0] == "." for part in name.parts)}
+    stored = {name: file for name, file in kept.items() if not name.name.startswith("cache-")}  # by `datasets`
+    few = len(stored) <= SEVERAL
+    return identity([[n.as_posix(), f.stat().st_size, file_hash(f) if few else ""] for n, f in stored.items()])
 
 
 def first(records: "datasets.Dataset", limit: int | None) -> "datasets.Dataset":
