@@ -138,7 +138,8 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
     parser.add_class_arguments(Model, "model")
-    parser.add_argument("--tasks", type=list[str], required=True, help="Tasks to merge, keys of TASKS in the domain")
+    tasks = "Tasks to merge, an expert each; scored are those in tasks.yaml of the domain's folder, or with eval.tests"
+    parser.add_argument("--tasks", type=list[str], required=True, help=tasks)
     for section in SECTIONS:
         parser.add_class_arguments(section, section.__name__.lower())
     parser.add_argument(

@@ -5,7 +5,7 @@ Box 1, `construct`. For every block φ and every task t:              a formula'
     x: rows of θ_t, or Gaussian noise                                  initial_anchors, anchors.py
     repeat x ← x − η ∂/∂x Σ_p 1 − cos(−∂Dist/∂θ_p, τ_p),               optimise_anchors, construction.py
         Dist = Dist(φ(θ; x), φ(θ_t; x)) at θ = θ₀  (Eq. 1)             matching_loss, matching.py
-    store x
+    store the best x (a step is AdamW's or Muon's)
 Box 2, `adapt`. For every block φ:
     read the anchors x_t of every task, compute the targets φ(θ_t; x_t)
     θ: that of the pretrained model, or of a merge  (Eq. 5, 6)         own_weights, coefficients, adaptation.py
@@ -92,7 +92,9 @@ def construct_units(
     }
     steps = {"snapshots": sorted(experiment.config.anchors.snapshots)}
     snapshots = {task: layout.snapshot_file(task, index) for task in thetas if steps["snapshots"]}
-    if all_there(files, provenance) & all_there(snapshots, {task: made | steps for task, made in provenance.items()}):
+    with_steps = {task: made | steps for task, made in provenance.items()}
+    there = [all_there(files, provenance), all_there(snapshots, with_steps)]  # both are checked, whatever is missing
+    if all(there):
         return bar.keep(len(files))
     # task vectors τ = θ_t − θ₀, and initial anchors
     problems = matching_problems(experiment, index, theta_0, thetas)
@@ -107,7 +109,7 @@ def construct_units(
             write(save_anchors, file, best.x + positions, provenance[task] | outcome)
         if task in snapshots:
             kept = {step: x_ATD + positions.cpu() for step, x_ATD in best.snapshots.items()}
-            write(save_snapshots, snapshots[task], kept, provenance[task] | steps)
+            write(save_snapshots, snapshots[task], kept, with_steps[task])
 
 
 def all_there(files: Mapping[str, Path], provenance: Mapping[str, dict[str, Any]]) -> bool:

@@ -13,7 +13,7 @@ from common.analysis.registry import ANALYSES
 from common.analysis.report import analyse
 from common.command import watched
 from common.config import PRETRAINED, ROOT, Config
-from common.domain import Domain, anchored_part
+from common.domain import Domain, anchored_part, module_of
 from common.evaluation.rows import display, values_by_name
 from common.evaluation.scoring import results_of
 from common.evaluation.tables import MISSING, aligned
@@ -24,7 +24,7 @@ from common.planning.dry_run import describe as plan_of
 from common.planning.on_paper import all_of_fine_tuning, in_words
 from compare import compare
 from compare import plan as plan_of_compare
-from reproduce_tables import PAPER, config_of, described, domain_of, not_fetched
+from reproduce_tables import PAPER, config_of, described, not_fetched
 
 CONFIG, DEPTH = PAPER["table5"].config, 12  # ViT-B/32
 STEPS = (0, 20, 40, 60, 80, 100, 200, 400, 600, 800, 1000, 1200)  # of the construction, as the paper shows them
@@ -90,7 +90,7 @@ def constructed(name: str, run: Config) -> Config:
 def make(name: str, options: Sequence[str]) -> None:
     """Make the anchors and models that the figure shows, and measure and draw it; what is there already is kept."""
     figure, config = FIGURES[name], config_of_figure(name, options)
-    domain, runs = domain_of(config), runs_of(name, config)
+    domain, runs = module_of(config.domain), runs_of(name, config)
     for run in runs.values():
         own = constructed(name, run)
         with watched(own, domain):
@@ -104,7 +104,7 @@ def make(name: str, options: Sequence[str]) -> None:
 def describe(name: str, options: Sequence[str]) -> list[str]:
     """Print what the figure reads, makes and needs; returns what would be refused."""
     figure, config = FIGURES[name], config_of_figure(name, options)
-    domain, runs = domain_of(config), runs_of(name, config)
+    domain, runs = module_of(config.domain), runs_of(name, config)
     print(f"{figure.analysis}: {ANALYSES[figure.analysis].title}; of {', '.join(figure.tasks or config.tasks)}")
     if needed := ANALYSES[figure.analysis].needs:
         print(f"reads of each task's {'test set inputs and labels' if needed == 'labels' else 'test set 64 inputs'}")
@@ -159,7 +159,7 @@ def beside_paper(name: str, numbers: Numbers, config: Config) -> str:
     """A line for each number that was read off, and ours."""
     read = paper_figures().get(name)
     if not read:
-        return "The paper's has no numbers that could be read off.\n"
+        return "The paper's figure has no numbers that could be read off.\n"
     ours = SHOWN[FIGURES[name].analysis](numbers, config)
     lines = [["Panel", "curve", "ours", "paper", "Δ"]]
     for panel, curves in read["values"].items():

@@ -15,6 +15,7 @@ from common.analysis.material import plain
 from common.command import watched
 from common.config import ROOT, Config
 from common.core.errors import InputError
+from common.domain import module_of
 from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, in_words, scores_of
@@ -24,7 +25,7 @@ from common.run.run_log import CLOCKS
 from compare import compare
 from our_tables import OURS, WITH_SCORES
 from regime import regime
-from reproduce_tables import config_of, domain_of
+from reproduce_tables import config_of
 from study import study
 
 TIMES = ROOT / "configs/our_tables.yaml"
@@ -41,7 +42,7 @@ def make(name: str, options: Sequence[str]) -> None:
         if subprocess.run([sys.executable, str(ROOT / "scripts/make_toy.py"), *made]).returncode:
             raise InputError(f"the toy {made[2]} of {name} could not be made, see above")
     for config in configs_of(name, options):
-        with watched(config, domain := domain_of(config)):
+        with watched(config, domain := module_of(config.domain)):
             command_of(OURS[name].by)(config, domain)
 
 

@@ -85,7 +85,7 @@ def of_scale(config: Config, domain: Domain) -> Iterator[tuple[float, Config]]:
     """The experiment with experts θ₀ + scale · τ, which are made as merges of one expert each."""
     if domain.NAME != "vision":
         raise InputError(
-            "study.py scale is for vision: an expert of another domain has a head besides, which scales not"
+            "study.py scale is for vision: an expert of another domain has a head besides, which cannot be scaled"
         )
     for scale in SCALES:
         trial = named(config, f"scale/{scale:g}")

@@ -66,7 +66,7 @@ def test_a_row_is_judged_by_the_standard_error_of_its_test_sets(pico_config, mon
     said = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in lines}
     assert set(said) - {"Avg", ":---"} >= {"TA", "TSV"} and "WUDI" not in said
     assert said["TA"][:3] == ["50.00", "51.50", "-1.50"] and said["TA"][4] == "within"
-    assert said["TSV"][2] == "-2.00" and said["TSV"][4] == "beyond"
+    assert said["TSV"][2] == "-2.00" and said["TSV"][4] == "within two"
     assert float(said["TA"][3]) == pytest.approx(100 * np.sqrt(2 * 0.25 / 400) / 2, rel=0.1)
 
 

@@ -7,7 +7,7 @@ from sklearn.metrics import matthews_corrcoef
 from common.core.errors import InputError
 from common.evaluation.answers import resampled, scored, scored_by
 from common.evaluation.metrics import METRICS
-from common.evaluation.significance import DRAWS, Difference, difference, findings, scores_of
+from common.evaluation.significance import DRAWS, Difference, difference, findings, scores_of, widened
 from common.evaluation.tables import table
 from common.layout import SAME_REST
 
@@ -89,6 +89,16 @@ def test_seeds_that_differ_widen_the_interval():
     assert (gains[0].verdict, gains[1].verdict) == ("better", "not told apart")
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_deviations_of_few_seeds_are_as_large_as_those_of_many(seeds):
+    """Resampled with replacement, n values have the variance over n, of many the variance over n − 1 (Bessel)."""
+    drawn = np.random.default_rng(0).normal(size=(seeds, 7))
+    found = widened(drawn)
+    np.testing.assert_allclose(found.mean(0), drawn.mean(0))
+    expected = drawn.std(0, ddof=1) if seeds > 1 else np.zeros(7)
+    np.testing.assert_allclose(found.std(0), expected, atol=1e-12)
+
+
 def test_verdicts():
     assert [Difference(0, *ends).verdict for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.0))] == [
         "better", "worse", "not told apart", "not told apart",
@@ -113,6 +123,38 @@ def test_what_a_table_shows_is_said_and_the_same_rest_is_a_column():
     assert [line[1] for line in shown[2:]] == ["Pretrained", "Individual", "TA", "FDA (TA, Weight)"]
     assert shown[-1][-3:-1] == ["+5.00", "+0.50"]
     assert findings([{k: v for k, v in row.items() if k != "answers"} for row in rows], TASKS) == []
+
+
+def test_a_model_that_kept_its_start_s_rest_is_compared_with_the_start():
+    """Of two adapted models from one start, each has the start in its own rest beside it; without that row, none."""
+    start, in_base = rows_of("ta", [bits(800, 440)] * 2), rows_of("ta", [bits(800, 400)] * 2, label=SAME_REST)
+    own = [row | {"rest": "start"} for row in rows_of("fda", [bits(800, 480)] * 2, "ta")]
+    base = [row | {"rest": "pretrained"} for row in rows_of("fda", [bits(800, 480)] * 2, "ta", "base")]
+
+    def gains(rows):
+        lines = [line.split("|")[1:-1] for line in table(rows, TASKS).splitlines()]
+        column = [cell.strip() for cell in lines[0]].index("Δ (same rest)")
+        return {line[0].strip(): line[column].strip() for line in lines if "FDA" in line[0]}
+
+    both = {"FDA (TA, Weight)": "+5.00", "FDA (TA, Weight) base": "+10.00"}
+    assert gains([*start, *in_base, *own, *base]) == both
+    other = [row | {"start": "tsv"} for row in base]  # whose start in the base's rest nobody scored
+    assert gains([*start, *in_base, *base, *other])["FDA (TSV, Weight) base"] == "–"
+    assert "same rest" not in table([*start, *in_base, *own], TASKS), "no model has another rest than its start"
+    said = findings([*start, *in_base, *own], TASKS)
+    assert len(said) == 2 and said[0].startswith("FDA (TA, Weight) against TA: +5.00")
+
+
+def test_the_best_is_not_said_to_be_better_than_what_it_was_not_compared_with():
+    rows = [*rows_of("ta", [bits(800, 400)] * 2), *rows_of("fda", [bits(800, 480)] * 2, "ta")]
+    silent = [row | {"answers": None} for row in rows_of("wudi", [bits(800, 700)] * 2)]
+    expected = "best mean: FDA (TA, Weight); better than every other merged model"
+    assert findings(rows, TASKS)[-1] == expected
+    assert findings([*rows, *silent], TASKS)[-1] == (
+        f"{expected}; not compared, without answers or a seed in common: WUDI"
+    )
+    elsewhere = [row | {"test_set": "sha256:another"} for row in rows_of("tsv", [bits(800, 700)] * 2)]
+    assert findings([*rows, *elsewhere], TASKS)[-1].endswith("a seed in common: TSV"), "of other examples"
 
 
 def test_a_mean_that_one_task_decides_is_told_by_the_tasks():

@@ -13,6 +13,7 @@ import torch
 import study
 from common.core.errors import InputError
 from common.evaluation import studies
+from common.evaluation.studies import data_of
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample
 from helpers import change
@@ -141,12 +142,19 @@ def test_methods_have_a_line_for_each_start_the_best_first(quick, capsys):
     lines = [line.split("|")[1:-1] for line in (folder / "table.md").read_text().splitlines()[2:]]
     table = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
     assert set(table) == {"Pretrained", "TA", "Average"}
-    assert [float(cells[0]) for cells in table.values()] == sorted((float(c[0]) for c in table.values()), reverse=True)
-    for start, (own, _, fda, seconds, gain) in table.items():
+    assert [float(cells[1]) for cells in table.values()] == sorted((float(c[1]) for c in table.values()), reverse=True)
+    for start, (data, own, _, fda, seconds, gain) in table.items():
         row = rows[f"FDA ({start}, Weight)"]
         assert float(fda) - float(own) == pytest.approx(100 * row["step"][0], abs=0.011)
-        assert float(seconds) == round(row["cpu_seconds"]) and gain.startswith(f"{100 * row['step'][0]:+.2f}")
+        assert (
+            not data and float(seconds) == round(row["cpu_seconds"]) and gain.startswith(f"{100 * row['step'][0]:+.2f}")
+        )
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_starts_says_which_of_them_see_data_of_the_tasks():
+    named = {"WUDI": "", "RegMean": "train", "AdaMerging": "test", "RegMean + SVC": "train", "Pretrained": ""}
+    assert {start: data_of(start) for start in named} == named
 
 
 def test_a_model_that_was_scored_in_part_has_no_line(quick):

@@ -16,7 +16,7 @@ class Eval:
         dtype: NLG only: type that models are scored in. Empty: as stored, but float32 by transformers on a CPU.
         tests: Test sets of a task that is not scored on the one of its own name, as in {math: [GSM8K, MATH]}.
         split: Score on the test sets, or on the last tenth of a fixed permutation of the training sets: for choices,
-            such as the epochs, that the test sets shall not see.
+            such as the epochs, that must not be chosen on the test sets.
         limit: Use only the first examples of each set. Unset: all.
         allow_code_execution: NLG only: run the programs that models write, each in a process with little time and
             memory. That is no sandbox: what they can reach, they can harm.

@@ -2,7 +2,8 @@
 
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
-"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. A model that the
+"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. An adapted model
+has "rest", adapt.rest of it, a test set read in a folder "test_set", what identifies its files. A model that the
 run made and timed has "seconds", "cpu_seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds
 its "seed".
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from common.config import PRETRAINED
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
@@ -56,9 +58,12 @@ def row_name(row: Row) -> str:
     return display(row["method"]) + label
 
 
-def in_base(start: str) -> str:
-    """The name of a start's row within the pretrained rest."""
-    return f"{start} {SAME_REST}"
+def in_same_rest(row: Row) -> str:
+    """The name of the row that an adapted model's differs from in its blocks alone: the start within the pretrained
+    model, or the start itself if that is the pretrained one or gave the rest too. Rows of old runs do not say the rest:
+    theirs was the pretrained one."""
+    start = display(row["start"])
+    return start if row["start"] == PRETRAINED or row.get("rest") == "start" else f"{start} {SAME_REST}"
 
 
 def is_shown(row: Row) -> bool:

@@ -212,7 +212,7 @@ def identifying(made: Mapping[str, Any], file: Path) -> dict[str, Any]:
         if "anchors" not in made:
             return used | {"method": method, "label": str(made.get("label", ""))}
         adapted = {"method": "fda", "start": method, "init": str(made["anchors"]["init"])}
-        return adapted | used | {"label": str(made["adapt"]["label"]), "epochs": int(made["adapt"]["epochs"])}
+        return adapted | used | {key: made["adapt"][key] for key in ("label", "epochs", "rest")}
 
 
 def traces(run_dir: Path) -> dict[str, "Traces"]:

@@ -2,16 +2,18 @@
 
 Both models answer the same examples, so the difference of their means varies far less than either mean does. Every draw
 takes as many examples of each test set as it has, with replacement, the same for both (Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, chapter 16); of several seeds it takes as many with replacement, too.
+Introduction to the Bootstrap, 1993, chapter 16); of several seeds it takes as many with replacement, too, their
+deviations from their mean widened by √(n / (n − 1)), since those of few seeds are too small by that.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from common.evaluation.answers import resampled
-from common.evaluation.rows import Row, display, in_base, is_shown, rank, row_name
+from common.evaluation.rows import Row, display, in_same_rest, is_shown, rank, row_name
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -42,10 +44,11 @@ def scores_of(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, Scores]:
     for i, task in enumerate(tasks):
         of_task = [row for row in answered if row["task"] == task]
         if of_task:
-            n, generator = of_task[0]["n"], np.random.default_rng((0, i))
+            n, examples = of_task[0]["n"], of_task[0].get("test_set")
+            generator = np.random.default_rng((0, i))
             draws = np.vstack([np.arange(n), generator.integers(n, size=(DRAWS, n))])  # of one task at a time in memory
             for row in of_task:
-                if row["n"] == n:
+                if (row["n"], row.get("test_set")) == (n, examples):
                     values = resampled(row["answers"], row["metric"], n, draws)
                     columns.setdefault((row_name(row), row.get("seed")), []).append(values)
     scores: dict[str, dict[int | None, np.ndarray]] = {}
@@ -66,10 +69,16 @@ def difference(ours: Scores, theirs: Scores) -> Difference | None:
     if not seeds:
         return None
     apart = np.stack([ours[seed].mean(0) - theirs[seed].mean(0) for seed in seeds])
-    mean, drawn = float(apart[:, 0].mean()), apart[:, 1:]
+    mean, drawn = float(apart[:, 0].mean()), widened(apart[:, 1:])
     chosen = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), drawn.shape[1]))
     low, high = np.quantile(np.take_along_axis(drawn, chosen, 0).mean(0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Difference(mean, float(low), float(high))
+
+
+def widened(drawn: np.ndarray) -> np.ndarray:
+    """Values (seeds, draws) with the deviations of a few seeds from their mean as large as those of many would be."""
+    mean, seeds = drawn.mean(0), len(drawn)
+    return mean + (drawn - mean) * sqrt(seeds / max(1, seeds - 1))
 
 
 def findings(
@@ -85,9 +94,9 @@ def findings(
         if row["method"] != "fda" or name not in scores:
             continue
         start, said = display(row["start"]), None
-        for other, rest in ((start, ""), (in_base(start), " with the same rest")):
+        for other, rest in ((start, ""), (in_same_rest(row), " with the same rest")):
             gain = difference(scores[name], scores[other]) if other in scores else None
-            if gain and gain != said:  # some starts have the pretrained rest themselves
+            if gain and gain != said:  # some starts have the same rest themselves
                 of_tasks = "" if rest else by_task(scores[name], scores[other], tasks)
                 lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}{of_tasks}")
             said = gain
@@ -97,7 +106,10 @@ def findings(
         gains = {name: difference(scores[best], scores[name]) for name in merged if name != best}
         level = [name for name, gain in gains.items() if gain and gain.verdict != "better"]
         beside = f"not told apart from it: {', '.join(level)}" if level else "better than every other merged model"
-        lines.append(f"best mean: {best}; {beside}")
+        known = [name for name, gain in gains.items() if gain] + [best]
+        unknown = [name for name, row in shown.items() if row["method"] != "individual" and name not in known]
+        apart = f"; not compared, without answers or a seed in common: {', '.join(unknown)}" if unknown else ""
+        lines.append(f"best mean: {best}; {beside}{apart}")
     return lines
 
 

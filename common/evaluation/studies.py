@@ -20,6 +20,7 @@ from common.evaluation.figures import COLOURS, DOT, FAINT, GREY, INK, RING, lege
 from common.evaluation.rows import display
 from common.evaluation.significance import Difference, in_words
 from common.evaluation.tables import aligned
+from common.merging.registry import METHODS
 
 Rows = list[dict[str, Any]]
 
@@ -65,18 +66,25 @@ def cost_lines(rows: Rows, percent: bool) -> list[list[str]]:
 
 def method_lines(rows: Rows, percent: bool) -> list[list[str]]:
     """A line for each start, the best first: its mean and seconds, and those of FDA from it with what it gained."""
-    lines = [["Start", "Avg", "Processor seconds", "FDA", "Processor seconds of it", "Δ"]]
+    lines = [["Start", "Data", "Avg", "Processor seconds", "FDA", "Processor seconds of it", "Δ"]]
     alone = {row["name"]: row for row in rows if not row["start"]}
     adapted = {display(row["start"]): row for row in rows if row["start"]}
     start = {name: row["avg"] - row["step"][0] for name, row in adapted.items()}
     start |= {name: row["avg"] for name, row in alone.items()}
     for name in sorted(start, key=lambda name: -start[name]):
-        line = [name, value(start[name], percent), f"{alone[name]['cpu_seconds']:.1f}" if name in alone else ""]
+        seconds = f"{alone[name]['cpu_seconds']:.1f}" if name in alone else ""
+        line = [name, data_of(name), value(start[name], percent), seconds]
         if fda := adapted.get(name):
             gain = in_words(Difference(*fda["step"]), percent)
             line += [value(fda["avg"], percent), f"{fda['cpu_seconds']:.0f}", gain]
         lines.append([*line, *[""] * (len(lines[0]) - len(line))])
     return lines
+
+
+def data_of(start: str) -> str:
+    """The split of the tasks' data that a start is given inputs of, by the name that tables call it; "" if of none."""
+    splits = {row.label: row.data.split for row in METHODS.values() if row.data}
+    return next((splits[part] for part in start.split(" + ") if part in splits), "")
 
 
 def value(fraction: float, percent: bool, sign: str = "") -> str:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from common.evaluation.rows import Row, Values, display, in_base, is_shown, means, rank, row_name, values_by_seed
+from common.evaluation.rows import Row, Values, display, in_same_rest, is_shown, means, rank, row_name, values_by_seed
+from common.evaluation.significance import DRAWS, LEVEL
 from common.run.stages import in_words
 
 MISSING = "–"
 BOOTSTRAP = (
-    "better, worse: the 95 % interval of the difference of Avg, in brackets, or of one task's score, lies on one side "
-    "of 0; by a paired bootstrap over the test examples, 1,000 draws. Each task is judged by itself: of twenty equal "
+    f"better, worse: the {100 * LEVEL:.0f} % interval of the difference of Avg, in brackets, or of one task's score, lies on one side "
+    f"of 0; by a paired bootstrap over the test examples, {DRAWS:,} draws. Each task is judged by itself: of twenty equal "
     "ones, one would be told apart."
 )
 
@@ -29,10 +30,10 @@ def published_values(published: Mapping, tasks: Sequence[str]) -> dict[str, Valu
 def table(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True, published: Mapping | None = None) -> str:
     """The paper's table in Markdown, aligned for the terminal: tasks, Avg, and Δ, an FDA row's Avg minus its start's.
 
-    Δ (same rest) is against the start's blocks within the pretrained model, where such rows are there: what adaptation
-    did, without what the rest does. `percent` prints hundredths of a percent, else fractions with four decimals. With
-    several seeds cells are means, and Avg and Δ, taken seed by seed, have the sample standard deviation behind them
-    unless all seeds scored one model.
+    Δ (same rest) is against the start's blocks within the rest that the adapted ones have, if that is another for any
+    row: what adaptation did, without what the rest does. `percent` prints hundredths of a percent, else fractions with
+    four decimals. With several seeds cells are means, and Avg and Δ, taken seed by seed, have the sample standard
+    deviation behind them unless all seeds scored one model.
     Time and Memory follow if any row has them. With `published`, one table of configs/paper_results.yaml, each row that
     the paper has is followed by the paper's values, marked "(paper)".
     """
@@ -46,8 +47,9 @@ def table_lines(
     rows = list(rows)
     ours = values_by_seed(rows, tasks)
     paper = published_values(published, tasks) if published else {}
-    start_of = {row_name(row): display(row["start"]) for row in rows if row["method"] == "fda"}
-    timed, both = any("seconds" in row for row in rows), not all(map(is_shown, rows))
+    adapted = {row_name(row): row for row in rows if row["method"] == "fda"}
+    start_of = {name: display(row["start"]) for name, row in adapted.items()}
+    timed, both = any("seconds" in row for row in rows), compares_rests(rows)
     same_rest = ["Δ (same rest)"] if both else []
     lines = [["Method", *tasks, "Avg", "Δ", *same_rest, *(["Time", "Memory"] if timed else [])]]
     for name, seeds in ours.items():
@@ -57,8 +59,8 @@ def table_lines(
         start, fixed = start_of.get(name, ""), is_fixed(of_name)
         values = [cell(value, percent) for value in means(seeds.values())[:-1]]
         average = spread([v[-1] for v in seeds.values()], percent, fixed)
-        against = [ours.get(start, {}), *([ours.get(in_base(start), ours.get(start, {}))] if both else [])]
-        gains = [gain_cell(seeds, starts, percent, fixed) if start else "" for starts in against]
+        against = [start, *([in_same_rest(adapted[name]) if start else ""] if both else [])]
+        gains = [gain_cell(seeds, ours.get(other, {}), percent, fixed) if start else "" for other in against]
         lines.append([name, *values, average, *gains, *(cost_cells(of_name) if timed else [])])
         if name in paper:
             start = paper.get(start_of.get(name, ""), [math.nan])
@@ -149,13 +151,19 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (lines[0], rule, *lines[1:])) + "\n"
 
 
+def compares_rests(rows: Sequence[Row]) -> bool:
+    """Whether an adapted model has another rest than its start, and the start's blocks are there in that rest."""
+    names = {row_name(row) for row in rows if not is_shown(row)}
+    return any(row["method"] == "fda" and in_same_rest(row) in names for row in rows)
+
+
 def same_rest_note(rows: Sequence[Row]) -> list[str]:
     """What Δ (same rest) is, where it is shown."""
-    if all(map(is_shown, rows)):
+    if not compares_rests(rows):
         return []
     return [
-        "Δ (same rest): Avg minus the Avg of the start's blocks within the pretrained model, which is what lies around "
-        "the adapted blocks."
+        "Δ (same rest): Avg minus the Avg of the start's blocks within what lies around the adapted blocks, which is "
+        "the pretrained model unless adapt.rest is start."
     ]
 
 

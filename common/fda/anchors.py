@@ -1,4 +1,4 @@
-"""Anchors: where they start (paper section 3.3) and how they are kept on disk.
+"""Where anchors start (paper section 3.3).
 
 Shapes: A anchors, T tokens, D width.
 """
@@ -20,7 +20,7 @@ def initial_anchors(
     "weight": every token is a row of a weight matrix of the fine-tuned block that has D inputs, drawn without
         replacement; when there are too few rows, the tokens left over are means of two random rows.
     "gauss": standard normal.
-    Both times `scale`. What matters is little energy in the tail subspace of the task vector (paper Eq. 7).
+    Both are multiplied by `scale`. What matters is little energy in the tail subspace of the task vector (paper Eq. 7).
 
     Deviation: where rows run short (ViT-B/16, ViT-L/14) the released code lays the rows in storage order and the means
     behind them, so that a token's place decides what it is; here all are shuffled.
