@@ -145,7 +145,7 @@ def test_a_model_that_kept_its_start_s_rest_is_compared_with_the_start():
     assert len(said) == 2 and said[0].startswith("FDA (TA, Weight) against TA: +5.00")
 
 
-def test_the_best_is_not_said_to_be_better_than_what_it_was_not_compared_with():
+def test_the_best_says_what_it_was_not_compared_with():
     rows = [*rows_of("ta", [bits(800, 400)] * 2), *rows_of("fda", [bits(800, 480)] * 2, "ta")]
     silent = [row | {"answers": None} for row in rows_of("wudi", [bits(800, 700)] * 2)]
     expected = "best mean: FDA (TA, Weight); better than every other merged model"
