@@ -10,9 +10,9 @@ from common.run.stages import in_words
 
 MISSING = "–"
 BOOTSTRAP = (
-    f"better, worse: the {100 * LEVEL:.0f} % interval of the difference of Avg, in brackets, or of one task's score, lies "
-    f"on one side of 0; by a paired bootstrap over the test examples, {DRAWS:,} draws. Each task is judged by itself: of "
-    "twenty equal ones, one would be told apart."
+    f"better, worse: the {100 * LEVEL:.0f} % interval of the difference of Avg, in brackets, or of one task's score, "
+    f"lies on one side of 0; by a paired bootstrap over the test examples, {DRAWS:,} draws. Each task is judged by "
+    "itself: of twenty equal ones, one would be told apart."
 )
 
 
