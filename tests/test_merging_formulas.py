@@ -757,3 +757,15 @@ def test_the_nth_largest_number_of_many_tensors_is_found_exactly(dtype, monkeypa
         found = nth_largest(lambda: itertools.product([0, 1], tensors), lambda count, n=n: min(n, count))
         assert found == {0: every[n - 1], 1: every[n - 1]}
     assert nth_largest(lambda: [(0, tensors[0])], lambda count: 0) == {0: np.inf} and nth_largest(list, len) == {}
+
+
+@pytest.mark.parametrize("method", ["wudi", "optmerge"])
+def test_rows_descend_by_themselves(method, monkeypatch):
+    """A part of the rows at a time comes to what all at once do."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(50, 8, generator=generator)}
+    deltas = [{"w": 0.1 * torch.randn(50, 8, generator=generator)} for _ in range(3)]
+    whole = merge(method, base, deltas, {"steps": 40, "lr": 1e-3})["w"]
+    monkeypatch.setattr("common.merging.wudi.AT_ONCE", 7 * 8 + 1)
+    torch.testing.assert_close(merge(method, base, deltas, {"steps": 40, "lr": 1e-3})["w"], whole, rtol=0, atol=1e-6)
+    assert (whole - sum(delta["w"] for delta in deltas)).abs().max() > 1e-3

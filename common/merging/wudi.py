@@ -19,6 +19,8 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params
 from common.merging.tensorwise import each_matrix
 
+AT_ONCE = 2**24  # weights that descend together
+
 
 def wudi(
     base: Params,
@@ -64,9 +66,14 @@ def descend(
 ) -> Tensor:
     """M after `steps` from `merged`, which is changed, along the gradient 2 (M gram_DD − target); as it is if the Gram
     matrix is 0.
+
+    A row's gradient hangs on that row alone, and so does a step of an optimizer that works weight by weight. So of a
+    large M, as an embedding is, some rows at a time go all the way: an optimizer holds several times what it moves.
     """
-    descent = optimizer(merged)
-    for _ in range(steps if gram_DD.any() else 0):
-        merged.grad = 2 * (merged @ gram_DD - target)
-        descent.step()
+    rows = max(1, AT_ONCE // merged.shape[1])
+    for part, part_target in zip(merged.split(rows), target.split(rows), strict=True) if gram_DD.any() else ():
+        descent = optimizer(part)
+        for _ in range(steps):
+            part.grad = 2 * (part @ gram_DD - part_target)
+            descent.step()
     return merged
