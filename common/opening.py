@@ -185,7 +185,7 @@ def open_all_experts(
             paths[task] = path
     if not base:
         return {}
-    how = (family.names, family.vocabulary, config.model.arch)
+    how = (family.names, family.vocabulary, config.model.arch, family.turned)
     with checking("experts"):
         try:
             return open_experts(base, paths, *how)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from common.core.blocks import Piece, Pieces
 
@@ -55,6 +56,11 @@ def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     own = [name for name, _ in skeleton.named_parameters()]
     stored = revert_weight_conversion(skeleton, {name: torch.tensor([number]) for number, name in enumerate(own)})
     return {name: [own[number] for number in numbers.tolist()] for name, numbers in stored.items()}
+
+
+def turned_weights(skeleton: nn.Module) -> frozenset[str]:
+    """Names of the matrices that a model has as (inputs, outputs), as GPT-2 does, where a linear map has the other."""
+    return frozenset(f"{path}.weight" for path, part in skeleton.named_modules() if isinstance(part, Conv1D))
 
 
 def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
