@@ -135,6 +135,25 @@ def test_reward_models_stay_what_they_are_and_do_not_mix(own):
     torch.testing.assert_close(merged.score.weight.data, scores[0] + 0.5 * (scores[1] + scores[2] - 2 * scores[0]))
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model._orig_mod."])
+@pytest.mark.parametrize("wrapped", [("math",), ("base", "math", "code"), ("base",)], ids=["expert", "all", "base"])
+def test_a_model_that_a_training_tool_has_wrapped_is_the_same_model(own, prefix, wrapped):
+    root, config = own
+    plain = merge_alone(config, nlg)
+    for name in wrapped:
+        rewrite(root / name / "model.safetensors", lambda tensors: {prefix + n: t for n, t in tensors.items()})
+    merged = Checkpoint(merge_alone(change(config, "run", name="wrapped"), nlg)).read_under("")
+    torch.testing.assert_close(merged, Checkpoint(plain).read_under(""), rtol=0, atol=0)
+
+
+def test_the_tensors_of_another_class_are_not_listed_by_the_dozen(own):
+    root, config = own
+    heads = {f"tasks.{i}.weight": torch.zeros(2) for i in range(40)}
+    rewrite(root / "math" / "model.safetensors", lambda tensors: tensors.update(heads))
+    with pytest.raises(InputError, match=r"with lm_head\.weight, tasks\.0\.weight, tasks\.1\.weight, 38 more outside"):
+        merge_alone(config, nlg)
+
+
 def test_bare_models_merge_among_themselves_alone(own):
     root, config = own
     for name in ("math", "code"):
