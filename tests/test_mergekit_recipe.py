@@ -209,7 +209,7 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
         ),
         (
             {"models": [{"model": "base+lora", **weighted(1)}]},
-            r"base\+lora is a model and an adapter of it; here the .*: name lora in the list, and base as the base_model",
+            r"base\+lora is a model and an adapter of it; here .*: name lora in the list, and base as the base_model",
         ),
     ],
 )
