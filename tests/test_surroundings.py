@@ -69,21 +69,23 @@ def test_a_config_of_transformers_4_stays_one(own):
 
 
 @pytest.mark.parametrize(
-    ("said", "edit", "wanted"),
+    ("said", "edit", "wanted", "embedding"),
     [
-        ("bfloat16", lambda d: {n: t if n == EMBEDDING else t.bfloat16() for n, t in d.items()}, "BF16"),
-        ("float32", lambda d: {n: t.bfloat16() if n == EMBEDDING else t for n, t in d.items()}, "F32"),
-        (None, lambda d: {n: t.bfloat16() if n == EMBEDDING else t.half() for n, t in d.items()}, "F16"),
+        ("bfloat16", lambda d: {n: t if n == EMBEDDING else t.bfloat16() for n, t in d.items()}, "BF16", "F32"),
+        ("float32", lambda d: {n: t.bfloat16() if n == EMBEDDING else t for n, t in d.items()}, "F32", "BF16"),
+        (None, lambda d: {n: t.bfloat16() if n == EMBEDDING else t.half() for n, t in d.items()}, "F16", "BF16"),
+        ("float16", lambda d: {n: t.bfloat16() for n, t in d.items()}, "F16", "F16"),
     ],
 )
-def test_the_type_follows_the_config_or_else_most_weights(own, said, edit, wanted):
+def test_each_type_is_the_bases_unless_the_config_says_one_it_lacks(own, said, edit, wanted, embedding):
     root, config = own
     for name in MODELS:
         edit_config(root / name, dtype=said)
         save_as(root / name, lambda d: edit(d) | {"model.a.ids": torch.arange(2**40, 2**40 + 5)})
     folder = merge_alone(config, nlg)
     types = stored(folder)
-    assert types.pop("model.a.ids") == "I64" and set(types.values()) == {wanted}
+    assert types.pop("model.a.ids") == "I64" and types.pop(EMBEDDING) == embedding
+    assert set(types.values()) == {wanted}
     (file,) = folder.glob("model-*.safetensors")
     assert torch.equal(load_file(file)["model.a.ids"], torch.arange(2**40, 2**40 + 5))
 
