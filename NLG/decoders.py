@@ -20,7 +20,16 @@ from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_b
 from common.core.errors import InputError
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
-from common.io.skeleton import beginnings, canonical_names, layers_of, path_of, stored_name, stored_path, stored_shapes
+from common.io.skeleton import (
+    beginnings,
+    canonical_names,
+    layers_of,
+    path_of,
+    stored_name,
+    stored_path,
+    stored_shapes,
+    turned_weights,
+)
 from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
 
 
@@ -115,6 +124,7 @@ def reading(model: Model) -> BlockFamily:
         stored=stored_shapes,
         vocabulary=(embedding, head),
         pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
+        turned=turned_weights(root),
     )
 
 
@@ -192,7 +202,7 @@ def is_routed(name: str, part: nn.Module) -> bool:
 
 def turned(skeleton: nn.Module) -> Pieces:
     """GPT-2 stores its matrices as (inputs, outputs): each is its one piece, the other way round."""
-    names = {f"{path}.weight" for path, part in skeleton.named_modules() if isinstance(part, Conv1D)}
+    names = turned_weights(skeleton)
     return lambda name, shape: [Piece(name, turned=True)] if name in names else []
 
 

@@ -42,7 +42,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     fields = parse(text, where)
     dtype = output_type(base, fields, model.dtype)
     whole = stacked(tensors, reading(model).stored(skeleton(model)), reading(model).pieces)
-    stage_shards(as_stored(whole, dtype, base), folder)
+    stage_shards(as_stored(whole, dtype, base, bool(model.dtype)), folder)
     shapes = {name: tensor.shape for name, tensor in whole.items()}
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:

@@ -10,9 +10,10 @@ from common.core.errors import InputError
 from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
+from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
-from common.io.model_files import find_model
+from common.io.model_files import shortened
 from common.io.skeleton import stored_shapes
 from NLG.decoders import body, config_text, reading, skeleton
 
@@ -51,13 +52,13 @@ def check_inputs(config: Config) -> None:
 
 def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names = map(reading(model).names, (row.stored for row in find_model(path).rows()))
+    names = map(reading(model).names, plain_names(path))
     return frozenset(name for name in names if name and not name.startswith(body(model)))
 
 
 def is_bare(model: Model, path: Path) -> bool:
     """Whether a model is saved without any head, so that its tensors lack the prefix of its body."""
-    return not any(row.stored.startswith(body(model)) for row in find_model(path).rows())
+    return not any(name.startswith(body(model)) for name in plain_names(path))
 
 
 def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list[str]:
@@ -92,7 +93,7 @@ def check_head(model: Model, config: ModelConfig, other: Path) -> None:
         return
     said = [
         f"{path} is a {(class_names(model, each, head) or ['model of an unknown class'])[0]}, with "
-        f"{', '.join(sorted(head)) or 'no tensor'} outside its body"
+        f"{', '.join(shortened(sorted(head))) or 'no tensor'} outside its body"
         for path, each, head in ((other, own, theirs), (base, config, mine))
     ]
     raise InputError(f"{said[0]}; the base {said[1]}: they do not merge; take a base of the experts' class")

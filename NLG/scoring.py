@@ -184,7 +184,7 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
     if not is_adapter(path):
         return stock_model(path, dtype)
     names, vocabulary = (of := reading(Model(base=str(base)))).names, of.vocabulary
-    expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary)["expert"]
+    expert = open_experts(Checkpoint(base, names), {"expert": path}, names, vocabulary, turned=of.turned)["expert"]
     head = vocabulary[1]
     own_head = {} if head not in expert.shapes else {"tie_word_embeddings": False}
     model = stock_model(base, dtype, **own_head)

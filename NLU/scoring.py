@@ -52,7 +52,8 @@ def score(
     batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
     labels = torch.cat([labels for _, labels in batches])
     for name, path in checkpoints.items():
-        encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
+        turned = family(config.model).turned
+        encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])

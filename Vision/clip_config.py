@@ -18,9 +18,10 @@ from common.core.errors import InputError
 from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
+from common.io.checkpoints import plain_names
 from common.io.lineage import check_lineage
 from common.io.model_config import SHOWN, config_file, flat, is_off, read_config
-from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, find_model
+from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, kind_of
 from Vision.zero_shot import refuse_heads
 
@@ -118,7 +119,7 @@ def compare(ours: Mapping[str, Any], where: str, others: Mapping[str, Path]) -> 
 
 def refuse_other_layouts(path: Path, config: Path | None) -> None:
     """InputError naming what a model is whose tensors are laid out as another library than open_clip does."""
-    names = [row.stored for row in find_model(path).rows()]
+    names = plain_names(path)
     if any(name.startswith(("visual.transformer.resblocks.", "visual.trunk.blocks.")) for name in names):
         return
     said = read_config(config) if config else {}

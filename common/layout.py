@@ -209,7 +209,7 @@ def written_as(config: Config) -> dict[str, Any]:
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     base, experts = experiment.base.fingerprint(), {t: e.fingerprint() for t, e in experiment.experts.items()}
-    warn_of_equals(base, experts)
+    warn_of_equals(base, experts, experiment.config.start.mixes_models)
     written = written_as(experiment.config) | experiment.matching.provenance()
     return {"base": base, "experts": [[task, expert] for task, expert in experts.items()], "model": written}
 

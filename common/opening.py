@@ -152,7 +152,8 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     if config.anchors.position_embeddings:
         with checking("base"):
             check_positions(family, base, *shape[1:])
-    warn_of_equals(base.path.resolve(), {task: expert.path.resolve() for task, expert in experts.items()})
+    places = {task: expert.path.resolve() for task, expert in experts.items()}
+    warn_of_equals(base.path.resolve(), places, config.start.mixes_models)
     with checking("modules of sentence-transformers"):
         compare_modules(base.path, {task: expert.path for task, expert in experts.items()})
     functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
@@ -185,7 +186,7 @@ def open_all_experts(
             paths[task] = path
     if not base:
         return {}
-    how = (family.names, family.vocabulary, config.model.arch)
+    how = (family.names, family.vocabulary, config.model.arch, family.turned)
     with checking("experts"):
         try:
             return open_experts(base, paths, *how)

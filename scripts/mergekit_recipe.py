@@ -50,6 +50,7 @@ def config_of(file: Path, domain: str, run: Run) -> Config:
     method = recipe["merge_method"]
     if method != "linear" and not recipe.get("base_model"):
         raise InputError(f"{file}: {method} needs a base_model")
+    refuse_joined([*models, *filter(None, [recipe.get("base_model")])], str(file))
     base = place(recipe.get("base_model") or next(iter(models)))
     said = {"normalize": None, "lambda": 1.0} | parameters(recipe, "", str(file))
     if method in WHOLE:  # the base is one of what is mixed, listed or not, and the first of two for slerp
@@ -79,6 +80,17 @@ def entries(recipe: Mapping[str, Any], file: str) -> dict[str, dict[str, float]]
         if unlike := sorted(set(said) - OWN):
             raise InputError(f"{file}: {name}: {', '.join(unlike)} is understood of the recipe alone, not of one model")
     return own
+
+
+def refuse_joined(names: Sequence[str], file: str) -> None:
+    """InputError if a model is named as mergekit names one with an adapter, MODEL+ADAPTER."""
+    for name in names:
+        model, plus, adapter = name.partition("+")
+        if plus and not Path(name).expanduser().exists():
+            raise InputError(
+                f"{file}: {name} is a model and an adapter of it; here the adapter's own folder is a model: "
+                f"name {adapter} in the list, and {model} as the base_model"
+            )
 
 
 def parameters(entry: Mapping[str, Any], where: str, file: str) -> dict[str, Any]:
@@ -113,9 +125,12 @@ def start_of(
         raise InputError(f"{file}: {method} is understood with rescale as it is by default, not {said['rescale']}")
     if method == "linear":
         if not math.isclose(sum(shares), 1):
-            raise InputError(
-                f"{file}: the weights of linear add up to {sum(shares):g}; without normalize they must to 1"
+            step = (
+                "so they cannot be divided by their sum; give a model a weight that is not 0"
+                if normalize
+                else "with normalize: false they must add up to 1; without that line they are divided by their sum"
             )
+            raise InputError(f"{file}: the weights of linear add up to {sum(weights):g}, {step}")
         return "ta", {"scale": shares}
     if method == "task_arithmetic":
         return "ta", {"scale": [said["lambda"] * share for share in shares]}

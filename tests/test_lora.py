@@ -18,7 +18,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from common.config import Config, Model
+from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.rows import read_results
@@ -30,9 +30,10 @@ from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from NLG import domain as nlg
-from NLG.scoring import open_model
+from NLG.scoring import open_model, stock_model
 from NLU import domain as nlu
 from NLU.heads import read_head
+from pico_decoders import fields_of
 from pico_lora import write_adapter
 from tests import pico_nlg, pico_nlu
 from Vision import domain as vision
@@ -542,3 +543,27 @@ def test_an_adapter_of_a_clip_is_merged_and_scored(pico_config, tmp_path):
     adapt(config, vision)
     rows, _ = read_results(config.run.dir / "results.json")
     assert {r["task"] for r in rows if r["method"] == "individual"} == set(config.tasks)
+
+
+@pytest.mark.parametrize("targets", [["attn.c_proj", "lm_head"], ["c_attn", "lm_head"], ["c_fc", "c_proj"]], ids=str)
+def test_whether_a_change_is_turned_is_told_of_each_module(tmp_path, targets):
+    """peft writes fan_in_fan_out for all modules as it is of the last: false with a head that is a linear map behind
+    the layers of a GPT-2, which are none. Expected is what peft itself makes of both."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**fields_of("gpt2"))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = deepcopy(model.state_dict())
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "code")
+    expected = adapted.merge_and_unload().state_dict()
+    assert settings.fan_in_fan_out == ("lm_head" not in targets)
+    model = Model(root=str(tmp_path), base="base", expert="{task}")
+    start, run = Start("ta", hyper={"ta": {"scale": 1.0}}), Run(name="turned", root=str(tmp_path / "runs"), score=False)
+    merged = merge_alone(Config("nlg", model, ["code"], Anchors(), start, Adapt(), Eval(), Compare(), run), nlg)
+    opened = open_model(tmp_path / "code", tmp_path / "base", torch.float32), stock_model(merged, torch.float32)
+    for found in opened:
+        torch.testing.assert_close(found.state_dict(), expected, rtol=0, atol=1e-6)
+    changed = {name for name in expected if not torch.equal(expected[name], before[name])}
+    assert len(changed) == sum(name.endswith(tuple(f"{t}.weight" for t in targets)) for name in before)

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from common.config import Run
+from common.core import notices
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.pipeline import merge_alone
@@ -198,6 +199,18 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
             {"merge_method": "ties", "models": [{"model": "a", **weighted(0)}]},
             "ties is understood with weights that are not zero",
         ),
+        (
+            {"merge_method": "linear", "base_model": None, "models": [{"model": "a", **weighted(0)}]},
+            "the weights of linear add up to 0, so they cannot be divided by their sum; give a model a weight",
+        ),
+        (
+            {"merge_method": "linear", "base_model": None, "parameters": {"normalize": False}},
+            "linear add up to 2, with normalize: false they must add up to 1; without that line they are divided by",
+        ),
+        (
+            {"models": [{"model": "base+lora", **weighted(1)}]},
+            r"base\+lora is a model and an adapter of it; here .*: name lora in the list, and base as the base_model",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(recipe, said, tmp_path):
@@ -207,6 +220,22 @@ def test_what_is_not_understood_is_named(recipe, said, tmp_path):
     file.write_text(yaml.safe_dump(plain | recipe))
     with pytest.raises(InputError, match=f"recipe.yaml.*{said}"):
         config_of(file, "nlg", Run(name="x"))
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_base_that_is_one_of_the_mixed_models_is_no_mistake(models, tmp_path, method, capsys, monkeypatch):
+    root, theta = models
+    monkeypatch.setattr(notices, "_said", set())
+    listed = [{"model": str(root / name), **weighted(0.5)} for name in ("math", "code")]
+    recipe = {"merge_method": method, "models": listed, "parameters": {"t": 0.5} if method == "slerp" else {}}
+    recipe |= {"base_model": str(root / "math")} if method == "slerp" else {}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = config_of(tmp_path / "recipe.yaml", "nlg", Run(name="x", root=str(tmp_path), device="cpu", score=False))
+    found = Checkpoint(merge_alone(config, domain)).read_under("")
+    if method == "linear":
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, (theta["math"][name] + theta["code"][name]) / 2, atol=1e-6, rtol=1e-5)
+    assert "one model" not in capsys.readouterr().err
 
 
 def test_models_are_local_or_of_the_hub(tmp_path):

@@ -1,6 +1,7 @@
 """Every merge method against its formula, evaluated another way in float64."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import scipy.linalg
 import torch
 from numpy.random import SFC64
 
-from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal
+from common.core.linalg import nearest_isometry, rank_of_share, regression_mean, scale_off_diagonal, truncated_svd
 from common.core.seeding import random_choice, random_mask
 from common.merging.dare import dropped
 from common.merging.fisher import fisher_mean
@@ -640,6 +641,25 @@ def test_tsv_makes_the_tasks_directions_orthonormal():
     for name in MATRICES:
         kept = np.sort(np.linalg.svd(stack64(deltas, name), compute_uv=False)[:, :3].ravel())[::-1]
         assert_close(torch.linalg.svdvals(merged[name]), kept, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (256, 1024)], ids=str)
+def test_directions_that_a_task_vector_has_are_kept_and_rounding_is_not(shape):
+    """Singular values down to 1/30000 of the largest are its own; those of a rank-8 product behind eight are not."""
+    g = torch.Generator().manual_seed(0)
+    side = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, side, generator=g, dtype=torch.float64))[0] for n in shape)
+    s = torch.logspace(0, math.log10(1 / 30000), side, dtype=torch.float64)
+    x = (u * s) @ v.mT
+    assert truncated_svd(x.float(), side)[1].numpy() == pytest.approx(s.numpy(), rel=1e-3)
+    delta = merge("iso_c", {"w": torch.zeros(shape)}, [{"w": x.float()}], {})["w"]
+    error = (delta.double() - s.mean() * u @ v.mT).norm() / (s.mean() * side**0.5)
+    assert error < 5e-3
+    b, a, c, d = (torch.randn(n, 8, generator=g) for n in (*shape, *shape))
+    theta = 0.02 * torch.randn(shape, generator=g)
+    low = b @ a.mT
+    for matrix, rank in ((low, 8), (low + c @ d.mT, 16), ((theta + 1e-3 * low) - theta, 8), (low / 3 + low / 7, 8)):
+        assert truncated_svd(matrix, side)[1].shape == (rank,)
 
 
 def test_the_nearest_isometry_is_orthonormal_and_keeps_such_columns():

@@ -285,6 +285,33 @@ def test_ace_is_its_formula(size, uneven):
     check("ace", ace_by_inverse, {"uneven": uneven, "epsilon": 1e-3}, size=size, dtype=torch.float64, rtol=1e-7)
 
 
+@pytest.mark.parametrize("sizes", [(1.0,), (1.0, 1.2), (1.0, 30.0)], ids=["one", "even", "uneven"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_task_that_left_a_matrix_as_it_was_takes_no_part_in_ace(sizes, dtype):
+    """Its covariance is zero: neither it nor its ε, which its trace of zero would make infinite, is in any sum."""
+    g = torch.Generator().manual_seed(5)
+    base = {"w": torch.zeros(7, 5, dtype=dtype)}
+    taus = [{"w": (size * torch.randn(7, 5, generator=g, dtype=torch.float64)).to(dtype)} for size in sizes]
+    alone = merge("ace", base, taus, {})["w"]
+    for place in range(len(sizes) + 1):
+        more = [*taus[:place], {"w": torch.zeros(7, 5, dtype=dtype)}, *taus[place:]]
+        assert torch.equal(merge("ace", base, more, {})["w"], alone)
+    assert alone.norm() < 3 * sum(tau["w"].norm() for tau in taus)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (6, 5)], ids=str)
+def test_ace_of_rows_that_are_all_alike_is_nothing(shape):
+    """The mean row is lost, and a task without anything else has no covariance that could be evened."""
+    taus = [{"w": size * torch.tensor([0.1, 0.7, -0.3, 0.9, 1.3]).expand(shape).clone()} for size in (1.0, 30.0)]
+    base = {"w": torch.zeros(shape)}
+    assert not merge("ace", base, taus, {})["w"].any()
+    if shape[0] > 1:  # beside one of other rows it adds nothing
+        other = {"w": torch.randn(shape, generator=torch.Generator().manual_seed(6))}
+        alone = merge("ace", base, [other], {"uneven": 0.0})["w"]
+        beside = merge("ace", base, [other, taus[1]], {"uneven": 0.0})["w"]
+        assert beside.norm() < 3 * other["w"].norm() and alone.norm() < 3 * other["w"].norm()
+
+
 def test_ace_of_one_task_loses_its_mean_row_and_little_else():
     base, (tau,) = task_vectors(1, size=1.0, dtype=torch.float64)
     ours = merge("ace", base, [tau], {"epsilon": 1e-3})

@@ -44,6 +44,8 @@ def compared(one, two):
         (BERT, {"max_position_embeddings": 64}, "max_position_embeddings"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"max_position_embeddings": 64},
          "max_position_embeddings"),
+        ({"model_type": "esm", "vocab_size": 33, "token_dropout": True}, {"token_dropout": False}, "token_dropout"),
+        ({"model_type": "phimoe", "router_jitter_noise": 0.01}, {"router_jitter_noise": 0.1}, "router_jitter_noise"),
     ],
 )  # fmt: skip
 def test_a_field_that_changes_the_function_counts(base, changes, field):
@@ -82,6 +84,25 @@ def test_what_changes_no_function_does_not_count():
         "transformers_version": "4",
     }
     assert compared(LLAMA, elsewhere) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.3}),
+        ("opt", {"dropout": 0.0, "layerdrop": 0.2, "activation_dropout": 0.5}),
+        ("starcoder2", {"residual_dropout": 0.05, "embedding_dropout": 0.05}),
+        ("gpt_neo", {"resid_dropout": 0.1, "embed_dropout": 0.1, "attention_dropout": 1}),
+        ("mixtral", {"router_jitter_noise": 0.1}),
+        ("phimoe", {"input_jitter_noise": 0.1}),
+        ("bert", {"classifier_dropout": 0.3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+        ("vit", {"hidden_dropout_prob": 0.3}),
+        ("gemma2", {"cache_implementation": "static"}),
+        ("llama", {"neftune_noise_alpha": 5, "eos_token": "</s>", "pad_token": "<pad>"}),
+    ],
+)
+def test_what_is_for_training_or_generation_alone_does_not_count(kind, changes):
+    assert compared({"model_type": kind}, {"model_type": kind} | changes) == (set(), set(changes))
 
 
 def test_a_refusal_names_file_field_and_both_values_in_its_spelling():

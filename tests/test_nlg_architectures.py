@@ -13,15 +13,16 @@ from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint
+from common.io.skeleton import canonical_names
 from common.io.unstacked import Unstacked
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import assert_same_in_bf16, change
+from helpers import assert_same_in_bf16, change, rewrite
 from NLG import domain
 from NLG.decoders import opener_of
 from pico_decoders import DECODERS, fields_of
-from pico_nlg import PICO_TASKS, pico_config, pico_tokenizer, save
+from pico_nlg import PICO, PICO_TASKS, pico_config, pico_tokenizer, save
 
 
 def write_models(root, kind, **fields):
@@ -176,3 +177,45 @@ def test_the_dry_run_says_what_was_found(tmp_path):
     assert "1 x model.layers.0.mlp, 3 tensors" in text
     assert "4 x model.layers.N.mlp.experts.N, 3 tensors" in text
     assert "1 x model.layers.1.mlp.shared_experts, 3 tensors" in text and "; D 16" in text
+
+
+OLD_BUFFERS = {  # what files of earlier releases keep beside the weights
+    "gpt_neo": {
+        "transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "transformer.h.0.attn.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "gpt_bigcode": {"transformer.h.0.attn.bias": torch.ones(8, 8, dtype=torch.bool)},
+    "gpt2": {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    },
+    "gptj": {"transformer.h.0.attn.masked_bias": torch.tensor(-1e9)},
+    "xglm": {"model.embed_positions.weights": torch.ones(8, 16)},
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+}
+GPT_NEO = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 2}
+XGLM = {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 24}
+
+
+@pytest.mark.parametrize("kind", OLD_BUFFERS)
+@pytest.mark.parametrize("where", ["base", PICO_TASKS[0]])
+def test_buffers_that_one_side_alone_keeps_are_no_weights(kind, where, tmp_path):
+    """A model saved by an earlier release has them, one saved today has not; what is merged is the same."""
+    own = {"gpt_neo": GPT_NEO, "xglm": XGLM}.get(kind) or fields_of(kind)
+    config = AutoConfig.for_model(**PICO | own | {"model_type": kind, "tie_word_embeddings": False})
+    for name in ("base", *PICO_TASKS):
+        save(opener_of(config).from_config(config, dtype=torch.float32), pico_tokenizer(), tmp_path / name)
+    run = change(config_of(tmp_path), "start", method="average", hyper={})
+    run = change(run, "anchors", part="layer") if kind == "xglm" else run
+    plain = Checkpoint(merge_alone(run, domain)).read_under("")
+    rewrite(tmp_path / where / "model.safetensors", lambda tensors: tensors.update(OLD_BUFFERS[kind]))
+    merged = Checkpoint(merge_alone(change(run, "run", name="old"), domain)).read_under("")
+    torch.testing.assert_close(merged, plain, rtol=0, atol=0)
+
+
+def test_a_bias_that_an_architecture_has_is_no_mask(tmp_path):
+    names = canonical_names(opener_of(config := AutoConfig.for_model(**fields_of("gpt2"))).from_config(config))
+    assert names("transformer.h.0.attn.c_attn.bias") == names("h.0.attn.c_attn.bias")
+    assert names("transformer.h.0.attn.c_attn.bias") == "transformer.h.0.attn.c_attn.bias"
+    assert names("transformer.h.0.attn.c_attn.masked_bias") is not None  # of a module that holds a weight itself
+    assert names("transformer.h.0.attn.bias") is names("h.0.attn.masked_bias") is None

@@ -1,18 +1,23 @@
 """Unlike vocabularies, tied heads, tokenizers, and the type of the merged weights."""
 
+import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.config import Start
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.io.model_files import INDEX_FILE
 from common.pipeline import adapt, construct, merge_alone
 from helpers import change, read, rewrite
 from NLG import domain
+from pico_decoders import fields_of
 from pico_nlg import (
     EMBEDDING,
     HEAD,
@@ -84,6 +89,35 @@ def test_the_merged_type_is_chosen_or_the_bases(own_nlg, dtype):
     exact = merge_alone(change(change(config, "model", dtype="float32"), "run", name="exact"), domain)
     for name in Checkpoint(folder).names():
         assert torch.equal(read(folder, name), read(exact, name).to(wanted).float())
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("said", ["bfloat16", None])
+def test_a_tensor_kept_in_a_wider_type_than_the_rest_keeps_it(own_nlg, dtype, said):
+    """Norms and a router's bias in float32 in a file of bfloat16: a merge of three equal models has the bytes."""
+    root, config = own_nlg
+    rest = {"float16": "F16", "float32": "F32"}.get(dtype, "BF16")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields_of("deepseek_v3")), dtype=torch.bfloat16)
+    save(model, pico_tokenizer(), root / "base")
+    kept = {name for name in model.state_dict() if name.endswith(("e_score_correction_bias", "norm.weight"))}
+    values = {name: 6 + torch.rand(model.state_dict()[name].shape) / 64 for name in kept}
+    rewrite(root / "base" / "model.safetensors", lambda t: t.update(values))
+    fields = json.loads((root / "base" / "config.json").read_text()) | {"dtype": said}
+    (root / "base" / "config.json").write_text(json.dumps(fields))
+    for task in ("math", "code"):
+        shutil.rmtree(root / task)
+        shutil.copytree(root / "base", root / task)
+    config = change(config, "model", dtype=dtype, family="auto")
+    folder = merge_alone(replace(config, start=Start("average")), domain)
+    before, after = Checkpoint(root / "base"), Checkpoint(folder)
+    wide = {name for name, row in before.rows.items() if row.dtype == "F32"}  # among them what transformers keeps so
+    assert kept <= wide and len(wide) < 0.5 * len(before.rows)
+    assert {n: row.dtype for n, row in after.rows.items()} == {n: "F32" if n in wide else rest for n in before.rows}
+    whole = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, tensor in load_file(root / "base" / "model.safetensors").items():
+        assert torch.equal(whole[name], tensor.to(whole[name].dtype))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name].float(), values[name].to(loaded[name].dtype).float()) for name in kept)
 
 
 def test_weights_beyond_the_chosen_type_are_named(own_nlg):

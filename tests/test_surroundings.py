@@ -69,21 +69,23 @@ def test_a_config_of_transformers_4_stays_one(own):
 
 
 @pytest.mark.parametrize(
-    ("said", "edit", "wanted"),
+    ("said", "edit", "wanted", "embedding"),
     [
-        ("bfloat16", lambda d: {n: t if n == EMBEDDING else t.bfloat16() for n, t in d.items()}, "BF16"),
-        ("float32", lambda d: {n: t.bfloat16() if n == EMBEDDING else t for n, t in d.items()}, "F32"),
-        (None, lambda d: {n: t.bfloat16() if n == EMBEDDING else t.half() for n, t in d.items()}, "F16"),
+        ("bfloat16", lambda d: {n: t if n == EMBEDDING else t.bfloat16() for n, t in d.items()}, "BF16", "F32"),
+        ("float32", lambda d: {n: t.bfloat16() if n == EMBEDDING else t for n, t in d.items()}, "F32", "BF16"),
+        (None, lambda d: {n: t.bfloat16() if n == EMBEDDING else t.half() for n, t in d.items()}, "F16", "BF16"),
+        ("float16", lambda d: {n: t.bfloat16() for n, t in d.items()}, "F16", "F16"),
     ],
 )
-def test_the_type_follows_the_config_or_else_most_weights(own, said, edit, wanted):
+def test_each_type_is_the_bases_unless_the_config_says_one_it_lacks(own, said, edit, wanted, embedding):
     root, config = own
     for name in MODELS:
         edit_config(root / name, dtype=said)
         save_as(root / name, lambda d: edit(d) | {"model.a.ids": torch.arange(2**40, 2**40 + 5)})
     folder = merge_alone(config, nlg)
     types = stored(folder)
-    assert types.pop("model.a.ids") == "I64" and set(types.values()) == {wanted}
+    assert types.pop("model.a.ids") == "I64" and types.pop(EMBEDDING) == embedding
+    assert set(types.values()) == {wanted}
     (file,) = folder.glob("model-*.safetensors")
     assert torch.equal(load_file(file)["model.a.ids"], torch.arange(2**40, 2**40 + 5))
 
@@ -133,6 +135,25 @@ def test_reward_models_stay_what_they_are_and_do_not_mix(own):
     scores = [read(root / name, "score.weight") for name in ("rm", "math", "code")]
     merged = AutoModelForSequenceClassification.from_pretrained(folder)
     torch.testing.assert_close(merged.score.weight.data, scores[0] + 0.5 * (scores[1] + scores[2] - 2 * scores[0]))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model._orig_mod."])
+@pytest.mark.parametrize("wrapped", [("math",), ("base", "math", "code"), ("base",)], ids=["expert", "all", "base"])
+def test_a_model_that_a_training_tool_has_wrapped_is_the_same_model(own, prefix, wrapped):
+    root, config = own
+    plain = merge_alone(config, nlg)
+    for name in wrapped:
+        rewrite(root / name / "model.safetensors", lambda tensors: {prefix + n: t for n, t in tensors.items()})
+    merged = Checkpoint(merge_alone(change(config, "run", name="wrapped"), nlg)).read_under("")
+    torch.testing.assert_close(merged, Checkpoint(plain).read_under(""), rtol=0, atol=0)
+
+
+def test_the_tensors_of_another_class_are_not_listed_by_the_dozen(own):
+    root, config = own
+    heads = {f"tasks.{i}.weight": torch.zeros(2) for i in range(40)}
+    rewrite(root / "math" / "model.safetensors", lambda tensors: tensors.update(heads))
+    with pytest.raises(InputError, match=r"with lm_head\.weight, tasks\.0\.weight, tasks\.1\.weight, 38 more outside"):
+        merge_alone(config, nlg)
 
 
 def test_bare_models_merge_among_themselves_alone(own):

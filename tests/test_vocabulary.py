@@ -80,6 +80,15 @@ def test_one_row_is_not_two_tokens(tmp_path, policy):
     assert "model.vocabulary may be union" in str(e.value) and not (tmp_path / "runs").exists()
 
 
+def test_one_token_is_not_two_rows(tmp_path):
+    """The same two tokens in another order: each sentence is of the file that it names."""
+    write(tmp_path, "base", with_tokens(), VOCABULARY)
+    write(tmp_path, "math", with_tokens("<x>", "<y>"), VOCABULARY + 2)
+    write(tmp_path, "code", with_tokens("<y>", "<x>"), VOCABULARY + 2)
+    with pytest.raises(InputError, match=r"row 41 is the token '<x>' in .*/math, '<x>' is row 42 in .*/code; model"):
+        merge_alone(config_of(tmp_path, "pad"), domain)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_union_has_a_row_for_every_token(tmp_path, tied):
     write(tmp_path, "base", with_tokens(), VOCABULARY, tied)

@@ -1,5 +1,6 @@
 """The sections `start` and `adapt`: what adaptation begins from, and how it trains."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,13 @@ class Start:
     def path(self) -> Path:
         """Where the checkpoint is."""
         return path_of(self.checkpoint)
+
+    @property
+    def mixes_models(self) -> bool:
+        """Whether whole models are mixed, Σ λᵢθᵢ with λᵢ given one by one that add up to 1, or along an arc: the base
+        is one of them where it is listed, and drops out where it is not."""
+        scale = self.hyper.get("ta", {}).get("scale") if self.method == "ta" else None
+        return self.method == "slerp" or (isinstance(scale, list) and math.isclose(sum(scale), 1))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Model:
             tokenizer.json is missing. refuse: none has more rows than the base; pad: the base's missing rows begin as
             the mean of its own; base: they are left out; union: every token of any model gets a row, which begins as
             the mean over the experts that have it, and the merged tokenizer is written.
-        dtype: NLG only: type of the merged weights. Empty: the base's.
+        dtype: NLG only: type of the merged weights, but for those that the base keeps in a wider one than the rest.
+            Empty: that of each in the base.
         tokenizers: NLG only: tasks that get a folder with that expert's tokenizer and links to the weights.
     """
 

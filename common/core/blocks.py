@@ -108,6 +108,7 @@ class BlockFamily:
     positions: name of the position embedding, of which anchors.position_embeddings adds the first rows; "" if none.
     stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
+    turned: names of the matrices that a checkpoint has as (inputs, outputs); None where that is not known.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
     part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default.
     lent: from the names of an expert's tensors to those of the base's that it has not, and is given.
@@ -126,6 +127,7 @@ class BlockFamily:
     positions: str = ""
     stored: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] = own_shapes
     pieces: Pieces = no_pieces
+    turned: Collection[str] | None = None
     vocabulary: tuple[str, ...] = ()
     part: str | None = None
     lent: Callable[[Collection[str]], Iterable[str]] = nothing_lent

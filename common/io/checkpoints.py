@@ -159,6 +159,11 @@ class Checkpoint:
         return identity([[file.name, file_hash(file)] for file in files])
 
 
+def plain_names(path: Path) -> list[str]:
+    """Names of the stored tensors of the model at a path, without the prefixes of training tools."""
+    return list(unwrapped((row.stored for row in find_model(path).rows()), path).names.values())
+
+
 def with_rows(matrix: Tensor, rows: int) -> Tensor:
     """A matrix cut to `rows` rows, or filled up to them with the mean of its own."""
     if rows <= len(matrix):

@@ -5,7 +5,7 @@ own, or an identical copy of the embedding. Stock transformers opens a head that
 config says (transformers 5, PreTrainedModel.tie_weights); so do we.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def open_experts(
     names: Callable[[str], str | None],
     vocabulary: tuple[str, ...] = (),
     arch: str = "",
+    turned: Collection[str] | None = None,
 ) -> dict[str, Checkpoint]:
     """The experts of a base, whole or adapters, such that all models have the same heads.
 
@@ -99,15 +100,17 @@ def open_experts(
         names: From a stored name to the family's.
         vocabulary: Names of the embedding and the head; of other tensors none are tied.
         arch: The base's config, if there is no file of it.
+        turned: Names of the matrices that are (inputs, outputs).
     Raises:
         InputError: if an expert does not belong to the base, or some models have a head and some have none.
     """
     if len(vocabulary) != 2:
-        return {task: open_checkpoint(path, base.path, names) for task, path in paths.items()}
+        return {task: open_checkpoint(path, base.path, names, None, turned) for task, path in paths.items()}
     config = declared_config(base.path, arch)
     state = is_tied(base, vocabulary, config)
     experts = {
-        task: open_checkpoint(path, base.path, names, vocabulary if state else None) for task, path in paths.items()
+        task: open_checkpoint(path, base.path, names, vocabulary if state else None, turned)
+        for task, path in paths.items()
     }
     states = [(base, state)]
     for expert in experts.values():

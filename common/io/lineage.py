@@ -95,9 +95,12 @@ def names_of(base: Path, config: ModelConfig | None) -> set[str]:
     return {name.casefold() for name in (*names, Path(origin).name if isinstance(origin, str) else "") if name}
 
 
-def warn_of_equals(base: Hashable, experts: Mapping[str, Hashable]) -> None:
-    """Say which experts are one model with the base or with another expert, by what identifies each."""
-    seen = {base: "the base"}
+def warn_of_equals(base: Hashable, experts: Mapping[str, Hashable], mixed: bool) -> None:
+    """Say which experts are one model with the base or with another expert, by what identifies each.
+
+    mixed: whole models are, of which the base may be one.
+    """
+    seen = {} if mixed else {base: "the base"}
     for task, expert in experts.items():
         other = seen.setdefault(expert, f"the expert of {task}")
         if other != f"the expert of {task}":

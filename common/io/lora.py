@@ -1,7 +1,7 @@
 """Experts given as LoRA adapters in peft's folders: the base's tensors plus s B A, formed as they are read."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ class LoraCheckpoint(Checkpoint):
         base: Folder or file of the base.
         names: From a stored name to the family's, as for any checkpoint.
         tied: Names of the embedding and of the output head, if the base has one tensor for both.
+        turned: The family's names of the matrices that are (inputs, outputs), whose change is (B A)ᵀ. Without it what
+            fan_in_fan_out says holds for all; peft writes that of the module adapted last, and itself goes by each.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class LoraCheckpoint(Checkpoint):
         base: Path,
         names: Callable[[str], str | None] = str,
         tied: tuple[str, ...] | None = None,
+        turned: Collection[str] | None = None,
     ):
         self.path = Path(path)
         self.settings, self.adapter = open_adapter(self.path)
-        self.base, self.family_name = Checkpoint(base, names), names
+        self.base, self.family_name, self.turned = Checkpoint(base, names), names, turned
         if tied:
             kept = tied[0] if tied[0] in self.base.shapes else tied[1]
             self.base.alias(tied[0], kept)
@@ -90,7 +93,7 @@ class LoraCheckpoint(Checkpoint):
         if entry.part is Part.B:
             self.half(entry, Part.A)
         elif entry.part is Part.A and name in self.base.shapes:
-            self.factors[name] = self.factors_of(entry)
+            self.factors[name] = self.factors_of(entry, name)
         elif name is None:  # a task's own, as in any checkpoint
             self.left_out.append(stored)
             if entry.part is Part.A and not self.base_has(stored):
@@ -124,8 +127,8 @@ class LoraCheckpoint(Checkpoint):
         """InputError naming the config in place of what an ill-typed setting raises within."""
         return interpreted(self.path / CONFIG_FILE, "adapter config with a rank and an alpha for every matrix")
 
-    def factors_of(self, entry: Entry) -> Factors:
-        """The factors that an A begins, and their scale: alpha / r, or alpha / √r with use_rslora."""
+    def factors_of(self, entry: Entry, name: str) -> Factors:
+        """The factors of a tensor that an A begins, and their scale: alpha / r, or alpha / √r with use_rslora."""
         a, b = entry.key, self.half(entry, Part.B).key
         with self.settings_read():
             rank = first_match(self.settings.get("rank_pattern"), entry.adapted, self.settings["r"])
@@ -140,7 +143,8 @@ class LoraCheckpoint(Checkpoint):
             scale = entry.times * alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
             if not math.isfinite(scale):
                 raise ValueError(f"alpha {alpha} over rank {rank} is no finite scale")
-        return Factors(b, a, scale, entry.embedding or bool(self.settings.get("fan_in_fan_out")))
+        turned = bool(self.settings.get("fan_in_fan_out")) if self.turned is None else name in self.turned
+        return Factors(b, a, scale, entry.embedding or turned)
 
     def half(self, entry: Entry, part: Part) -> Entry:
         """The other factor of the same module; InputError naming both if the adapter lacks it."""
@@ -248,7 +252,12 @@ class LoraCheckpoint(Checkpoint):
 
 
 def open_checkpoint(
-    path: Path, base: Path, names: Callable[[str], str | None] = str, tied: tuple[str, ...] | None = None
+    path: Path,
+    base: Path,
+    names: Callable[[str], str | None] = str,
+    tied: tuple[str, ...] | None = None,
+    turned: Collection[str] | None = None,
 ) -> Checkpoint:
-    """What lies at a path: the tensors of one model, or a LoRA adapter of the base, whose embedding may be `tied`."""
-    return LoraCheckpoint(path, base, names, tied) if is_adapter(path) else Checkpoint(path, names)
+    """What lies at a path: the tensors of one model, or a LoRA adapter of the base, whose embedding may be `tied` and
+    some of whose matrices `turned`."""
+    return LoraCheckpoint(path, base, names, tied, turned) if is_adapter(path) else Checkpoint(path, names)

@@ -39,16 +39,15 @@ HARMLESS = frozenset((
     # the type in which weights are stored, and how they are executed
     "dtype", "torch_dtype", "use_bfloat16", "attn_implementation", "use_flash_attn", "pretraining_tp",
     "chunk_size_feed_forward", "torchscript", "tf_legacy_loss",
-    # training
-    "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob", "classifier_dropout",
-    "embd_pdrop", "resid_pdrop", "initializer_range", "initializer_factor", "gradient_checkpointing",
-    "router_aux_loss_coef", "drop_path_rate", "layerscale_value",
+    # training, besides rates of dropout
+    "initializer_range", "initializer_factor", "gradient_checkpointing", "router_aux_loss_coef", "layerscale_value",
+    "router_jitter_noise", "input_jitter_noise", "moe_jitter_eps", "neftune_noise_alpha",
     # pretraining on masked images
     "encoder_stride", "use_mask_token",
     # a task's head, which no other task shares
     "id2label", "label2id", "num_labels", "problem_type", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_last_dropout", "summary_first_dropout",
     # tokens and generation
+    "bos_token", "eos_token", "pad_token", "unk_token", "cache_implementation",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
     "use_cache", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
@@ -60,6 +59,11 @@ HARMLESS = frozenset((
     "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "output_past", "output_router_logits",
 ))  # fmt: skip
+# Of these the fields that change what one architecture computes: PhiMoE chooses its experts within that margin.
+COMPUTING = {"phimoe": frozenset({"router_jitter_noise"})}
+# Names of rates at which training leaves something out. A truth value of such a name is no rate: with token_dropout ESM
+# scales its embeddings in every use.
+RATES = re.compile(r"dropout|pdrop$|layerdrop$|drop_path|droppath|^drop_rate$")
 # Fields of earlier releases of transformers and what they stood for where they were not written.
 EARLIER = {"position_embedding_type": "absolute", "hidden_activation": "gelu_pytorch_tanh"}
 # One function under several names.
@@ -194,13 +198,20 @@ def differences(base: ModelConfig, other: ModelConfig, computing: frozenset[str]
     computing: fields that count for this architecture though they do not for others.
     """
     counted, harmless = {}, {}
+    computing |= COMPUTING.get(base.model_type or "", frozenset())
     known_not_to = HARMLESS - computing | endless(base, other)
     for field in dict.fromkeys((*base.resolved, *other.resolved)):
         values = other.resolved.get(field), base.resolved.get(field)
         parts = set(field.split("."))
         if values[0] != values[1] and not parts & (ORIGIN | ELSEWHERE) and not field.startswith("_"):
-            (harmless if parts & known_not_to else counted)[field] = values
+            (harmless if parts & known_not_to or is_rate(field, values) else counted)[field] = values
     return counted, harmless
+
+
+def is_rate(field: str, values: tuple[Any, Any]) -> bool:
+    """Whether a field says how much is left out in training, by its name and its two values: numbers, or none."""
+    numbers = all(value is None or (isinstance(value, int | float) and value is not True) for value in values)
+    return numbers and bool(RATES.search(field.rpartition(".")[2]))
 
 
 def endless(*configs: ModelConfig) -> frozenset[str]:

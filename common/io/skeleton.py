@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from common.core.blocks import Piece, Pieces
+
+MASKS = ("bias", "masked_bias")  # how old GPT-2, GPT-Neo and GPT-BigCode call the causal masks of an attention
 
 
 def path_of(skeleton: nn.Module, module: nn.Module) -> str:
@@ -57,6 +60,11 @@ def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     return {name: [own[number] for number in numbers.tolist()] for name, numbers in stored.items()}
 
 
+def turned_weights(skeleton: nn.Module) -> frozenset[str]:
+    """Names of the matrices that a model has as (inputs, outputs), as GPT-2 does, where a linear map has the other."""
+    return frozenset(f"{path}.weight" for path, part in skeleton.named_modules() if isinstance(part, Conv1D))
+
+
 def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
     """The pieces of stored tensors as `stored_parts` gives them: equal shares of the rows."""
 
@@ -94,13 +102,17 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     """From the name of a stored tensor to that in a checkpoint as save_pretrained writes it today.
 
     One saved without any head lacks the prefix of its body; some have the model's own names, which the class renames.
-    None for what the class knows to be no weight, such as the masks that old files keep.
+    None for what is no weight though old files keep it: what the class says it ignores, buffers that it makes itself
+    and does not save, and causal masks that lie in an attention, which has no parameter of that name.
     """
     known, own = frozenset(stored_shapes(skeleton)), frozenset(n for n, p in skeleton.named_parameters() if p.ndim < 3)
     prefix = f"{skeleton.base_model_prefix}."
-    children = {name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)}
+    made = unsaved_buffers(skeleton)
+    children = {name.removeprefix(prefix).split(".")[0] for name in known | made if name.startswith(prefix)}
     buffers = [p for p in skeleton._keys_to_ignore_on_load_unexpected or () if not p.startswith("^")]
     ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *buffers]))
+    bare = (path for path, part in skeleton.named_modules() if not list(part.parameters(recurse=False)))
+    holders = {path for path in bare if list(skeleton.get_submodule(path).children())}
 
     def name_of(stored: str) -> str | None:
         bare = not stored.startswith(prefix) and stored.split(".")[0] in children
@@ -109,6 +121,14 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
             return name
         if name in own:
             return stored_name(skeleton, name)
-        return None if ignored.search(name) else name
+        module, _, last = name.rpartition(".")
+        mask = last in MASKS and module in holders
+        return None if name in made or mask or ignored.search(name) else name
 
     return name_of
+
+
+def unsaved_buffers(skeleton: nn.Module) -> frozenset[str]:
+    """Names of the buffers that a model makes itself and does not save."""
+    parts = skeleton.named_modules()
+    return frozenset(f"{path}.{name}" for path, part in parts for name in part._non_persistent_buffers_set)

@@ -21,7 +21,7 @@ NO_FLOATS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 def output_type(base: Checkpoint, fields: Mapping[str, Any], asked: str = "") -> torch.dtype:
-    """The type of the merged weights: that asked for, else what the base's config says, else most of its weights'."""
+    """The type of most merged weights: that asked for, else what the base's config says, else most of its weights'."""
     said = fields.get("dtype") or fields.get("torch_dtype")
     named = asked or (said.removeprefix("torch.") if isinstance(said, str) else "")
     return NAMES.get(named) or most_of(base.rows.values())
@@ -36,20 +36,30 @@ def most_of(rows: Iterable[Row]) -> torch.dtype:
     return FLOATS[max(sizes, key=sizes.__getitem__)] if sizes else torch.float32
 
 
-def as_stored(tensors: Mapping[str, LazyTensor], dtype: torch.dtype, base: Checkpoint) -> dict[str, Stored]:
-    """Merged tensors as they are stored in a type, each made when it is written.
+def as_stored(
+    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, base: Checkpoint, asked: bool = False
+) -> dict[str, Stored]:
+    """Merged tensors as they are stored, each made when it is written.
 
+    Each has the type that the base has it in, for some are kept in float32 in a file of bfloat16: biases of a router,
+    decays, norms. Where another `dtype` is `asked` for, or is what the base's config says though nothing is stored so,
+    it is the type of what was in that of most bytes, and of what had fewer bits than it has.
     A buffer of the base that is no floating-point tensor, such as position ids, is no weight and is the base's own,
     bit for bit. InputError, when it is made, names a tensor whose values the type cannot hold.
     """
+    own = {name: FLOATS[row.dtype] for name, row in base.rows.items() if row.dtype in FLOATS}
+    if asked or dtype not in own.values():
+        most = most_of(base.rows.values())
+        own = {name: dtype if had == most or had.itemsize < dtype.itemsize else had for name, had in own.items()}
     stored = {}
     for name, tensor in tensors.items():
         row = base.rows.get(name)
         if row and row.dtype in NO_FLOATS:
             stored[name] = Stored(row.dtype, row.shape, row.nbytes, partial(read_buffer, row))
         else:
-            parts = tuple(partial(cast, part, dtype, name) for part in tensor.parts)
-            stored[name] = stored_when_made(LazyTensor(tensor.shape, parts), dtype)
+            kept = own.get(name, dtype)
+            parts = tuple(partial(cast, part, kept, name) for part in tensor.parts)
+            stored[name] = stored_when_made(LazyTensor(tensor.shape, parts), kept)
     return stored
 
 

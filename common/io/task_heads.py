@@ -28,9 +28,14 @@ def read_task_head(
     Raises: InputError if the expert lacks one of them or has it in another shape than its class.
     """
     prefix = f"{classifier.base_model_prefix}."
+    from common.io.skeleton import turned_weights
+
     shapes = {name: tensor.shape for name, tensor in classifier.state_dict().items() if in_body(name) is None}
     full = {name.removeprefix(prefix): name for name in shapes}  # a bare base has no prefix before its pooler
-    head = open_checkpoint(expert, base, lambda stored: full.get(stored.removeprefix(prefix)) or in_body(stored))
+    turned = {in_body(name) or name for name in turned_weights(classifier)}
+    head = open_checkpoint(
+        expert, base, lambda stored: full.get(stored.removeprefix(prefix)) or in_body(stored), turned=turned
+    )
     found = {name: shape for name, shape in head.shapes.items() if name in shapes}
     require_same_shapes(found, shapes, f"the head in {expert}")
     return head.read(shapes)

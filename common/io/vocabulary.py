@@ -124,17 +124,19 @@ def new_tokens(
 def own_places(
     new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path
 ) -> dict[str, int]:
-    """The rows of new tokens where they have them in the experts; InputError if a row would be two tokens."""
+    """The rows of new tokens where they have them in the experts; InputError if a row would be two tokens, or a token
+    two rows."""
     taken = {i: (token, base_path) for token, i in base.ids.items()} if base else {}
     places = {}
     for key, owners in new.items():
         for task, row in owners.items():
-            token, path = taken.setdefault(row, (key, paths[task]))
-            if token != key or places.setdefault(key, row) != row:
+            first = places.setdefault(key, row)  # where an expert before has it
+            token, path = taken.setdefault(first, (key, paths[task]))
+            if token != key or first != row:
                 raise InputError(
-                    f"row {places.get(key, row)} is the token {token or 'for padding'!r} in {path}, "
-                    f"{key or 'padding'!r} is row {row} in {paths[task]}; model.vocabulary may be union (each token "
-                    "gets a row of its own) or base (tokens that the base lacks are left out)"
+                    f"row {first} is the token {token or 'for padding'!r} in {path}, {key or 'padding'!r} is row "
+                    f"{row} in {paths[task]}; model.vocabulary may be union (each token gets a row of its own) or base "
+                    "(tokens that the base lacks are left out)"
                 )
     return places
 
