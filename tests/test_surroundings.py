@@ -112,6 +112,56 @@ def test_what_surrounds_an_expert_comes_with_its_tokenizer(own, capsys):
     assert "code ends its answers with eos_token_id [1, 5], the base with 1" in capsys.readouterr().err
 
 
+def said_of(own_config, capsys):
+    """What a merge says on stderr, and its folder."""
+    capsys.readouterr()
+    return merge_alone(own_config, nlg), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "math", "code", "said"),
+    [
+        ("", "x", "x", "math, code have one chat template, the base, {root}/base, has none, and neither has the"),
+        ("", "x", "y", "math, code have unlike chat templates, the base, {root}/base, has none, and neither"),
+        ("", "x", "", "math has a chat template, the base, {root}/base, has none, and neither has the merged model"),
+        ("z", "x", "y", "math, code have unlike chat templates, the base, {root}/base, has another, which the merged"),
+        ("z", "z", "y", "code has a chat template, the base, {root}/base, has another, which the merged model has"),
+        ("z", "z", "z", ""),
+        ("z", "", "", ""),
+    ],
+)
+def test_chat_templates_unlike_the_bases_are_named(own, capsys, base, math, code, said):
+    """Where it is written makes no difference: a file, or the tokenizer's settings as before transformers 4.43."""
+    root, config = own
+    for name, template in zip(MODELS, (base, math, code), strict=True):
+        if template and name == "math":
+            settings = root / name / "tokenizer_config.json"
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+        elif template:
+            (root / name / "chat_template.jinja").write_text(template)
+    folder, err = said_of(config, capsys)
+    assert ("chat template" in err) == bool(said) and said.format(root=root) in err
+    assert not said or "model.tokenizers can name experts whose tokenizer" in err
+    kept = folder / "chat_template.jinja"
+    assert kept.read_text() == base if base else not kept.exists()
+    notices._said.clear()
+    beside = change(change(config, "model", tokenizers=("code",)), "run", name="beside")
+    _, err = said_of(beside, capsys)
+    assert ("beside it lies that of code, as model.tokenizers says" in err) == ("code" in said)
+
+
+def test_an_expert_that_reads_text_otherwise_is_named(own, capsys):
+    root, config = own
+    file = root / "math" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"normalizer": {"type": "Lowercase"}}))
+    (root / "code" / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": None}))  # as it was
+    _, err = said_of(config, capsys)
+    own = root / "base" / "tokenizer.json"
+    assert f"the normalizer in {file} is not the base's, {own}: the merged model reads a text as the base does" in err
+    assert err.count("the base's, ") == 1
+
+
 def test_reward_models_stay_what_they_are_and_do_not_mix(own):
     root, config = own
     causal = json.loads((root / "base" / "config.json").read_text())
