@@ -7,7 +7,13 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from common.core import notices
 from common.core.errors import InputError
@@ -160,6 +166,56 @@ def test_an_expert_that_reads_text_otherwise_is_named(own, capsys):
     own = root / "base" / "tokenizer.json"
     assert f"the normalizer in {file} is not the base's, {own}: the merged model reads a text as the base does" in err
     assert err.count("the base's, ") == 1
+
+
+def test_all_that_lies_beside_the_base_is_copied(own):
+    """But weights, code, what is large, what is of another model, and what the merge writes by itself."""
+    root, config = own
+    kept = {
+        "LICENSE": "l", "NOTICE.txt": "n", "USE_POLICY.md": "u", "audio_tokenizer_config.json": "{}", "source.spm": "s",
+        "target.spm": "t", "mm_config.json": "{}", "special_tokens.txt": "", "speech_config.json": "{}",
+    }  # fmt: skip
+    left = {
+        "README.md": "of the base", "provenance.json": "{}", "run.py": "x", "start.sh": "x", "training_args.bin": "x",
+        "model.onnx": "x", "adapter_note.json": "{}", "pytorch_model.bin.index.json": "{}", ".gitattributes": "x",
+        "large.json": " " * (2**24 + 1), "deeper/note.txt": "x",
+    }  # fmt: skip
+    for name, text in (kept | left).items():
+        (root / "base" / name).parent.mkdir(exist_ok=True)
+        (root / "base" / name).write_text(text)
+    folder = merge_alone(config, nlg)
+    assert {name: (folder / name).read_text() for name in kept} == kept
+    written = {"README.md", "provenance.json"}
+    assert not [name for name in left if (folder / name).exists() and name not in written]
+    assert not [name for name in written if (folder / name).read_text() == left[name]]
+
+
+def test_code_that_is_left_behind_is_not_named_as_if_it_were_there(own, capsys):
+    """auto_map made from_pretrained(folder, trust_remote_code=True) look for files that are never copied."""
+    root, config = own
+    for name in MODELS:
+        edit_config(root / name, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"})
+        (root / name / "configuration_x.py").write_text("raise SystemExit")
+        settings = root / name / "tokenizer_config.json"
+        own_map = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | own_map))
+    folder, err = said_of(change(config, "model", tokenizers=("code",)), capsys)
+    for place in (folder, folder / "code"):
+        assert not list(place.glob("*.py"))
+        for file in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" not in json.loads((place / file).read_text())
+        assert "is left out, for it names configuration_x.py, modeling_x.py, and code is never copied" in err
+        assert AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).config.model_type == "llama"
+        assert len(AutoTokenizer.from_pretrained(place, trust_remote_code=True)) == VOCABULARY
+
+
+def test_code_on_the_hub_is_where_it_was(own, capsys):
+    root, config = own
+    fields = {"auto_map": {"AutoConfig": "org/name--configuration_x.X"}}
+    for name in MODELS:
+        edit_config(root / name, **fields)
+    folder, err = said_of(config, capsys)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == fields["auto_map"] and "auto_map" not in err
 
 
 def test_reward_models_stay_what_they_are_and_do_not_mix(own):
