@@ -32,6 +32,11 @@ class TaskRow(Protocol):
     """A test set, one row of a domain's tasks.yaml; what else it holds is the domain's own affair."""
 
     @property
+    def hub(self) -> str:
+        """The data set of the hub that it is read from where it has no folder; empty if there is none."""
+        ...
+
+    @property
     def train_split(self) -> str | None:
         """The split that a validation cut is taken from; None where there is no training set."""
 

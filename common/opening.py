@@ -31,7 +31,7 @@ from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.engine import Demand, Files, Memory, place_for, value_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import NOTES
-from common.validation import check_choices, check_fused, check_positions, check_tokenizers
+from common.validation import check_choices, check_fused, check_positions, check_test_data, check_tokenizers
 
 _OPEN: dict[str, Experiment] = {}  # what a worker has open
 Checking = Callable[[str], AbstractContextManager[None]]
@@ -45,6 +45,13 @@ def open_experiment(config: Config, domain: Domain) -> Experiment:
     experiment = open_inputs(config, domain, lambda _: nullcontext())
     assert experiment  # what is missing has been refused
     return replace(experiment, device=prepare(config.run.device))
+
+
+def open_stage(config: Config, domain: Domain) -> Experiment:
+    """As `open_experiment`, for a stage of a run: what its models will be scored on is there too."""
+    experiment = open_experiment(config, domain)
+    check_test_data(config, domain)
+    return experiment
 
 
 def carry_out(

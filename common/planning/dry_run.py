@@ -48,7 +48,7 @@ from common.planning.cost import (
 from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
-from common.validation import check_choices
+from common.validation import check_choices, check_test_data, where_from
 
 Check = Callable[[Experiment, Domain], None]
 
@@ -112,7 +112,7 @@ def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
     tests = scored_tests(config, domain)
     for test in tests:
         folder = Path(config.eval.data).expanduser() / test
-        lines.append(f"  {'found' if folder.is_dir() else 'from hub':10} data {test}: {folder}")
+        lines.append(f"  {where_from(config, domain, test):10} data {test}: {folder}")
     unscored = [task for task in config.tasks if task not in tests.values()]
     return lines + [f"  {'not scored':10} {task}: eval.tests names no test set for it" for task in unscored]
 
@@ -172,6 +172,11 @@ def check_anchors(experiment: Experiment, domain: Domain) -> None:
         check_anchors_made(experiment, domain)
 
 
+def check_scored(experiment: Experiment, domain: Domain) -> None:
+    """There is something to score models on, if they are to be scored."""
+    check_test_data(experiment.config, domain)
+
+
 def check_export(experiment: Experiment, domain: Domain) -> None:
     """A merged model can be written with all that shall lie beside it."""
     domain.check_export(experiment.config.model)
@@ -191,8 +196,8 @@ def check_adapted(experiment: Experiment, domain: Domain) -> None:
     is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
 
 
-CONSTRUCT: tuple[Check, ...] = (check_moved_blocks, check_anchors_made)
-MERGE: tuple[Check, ...] = (check_export, check_start)
+CONSTRUCT: tuple[Check, ...] = (check_scored, check_moved_blocks, check_anchors_made)
+MERGE: tuple[Check, ...] = (check_scored, check_export, check_start)
 ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
 
 
