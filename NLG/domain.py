@@ -1,6 +1,7 @@
 """What the project knows about causal language models: their blocks (decoders.py), how they are written and scored."""
 
 from NLG.decoders import family, skeleton, token_shape
+from NLG.decoders import reading as unanchored
 from NLG.export import check_export, export
 from NLG.inputs import check_inputs
 from NLG.scoring import TASKS, metric, score
@@ -20,6 +21,7 @@ __all__ = [
     "score",
     "skeleton",
     "token_shape",
+    "unanchored",
 ]
 NAME = "nlg"
 PARTS = ("mlp", "layer")  # what can be anchored of a layer

@@ -20,7 +20,9 @@ __all__ = [
     "score",
     "skeleton",
     "token_shape",
+    "unanchored",
 ]
 NAME = "nlu"
 PARTS = ("layer",)  # what can be anchored of a layer
 PERCENT = False  # tables print fractions
+unanchored = None  # what cannot be anchored is not read either

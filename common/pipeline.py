@@ -269,7 +269,7 @@ def ta_scales(experiment: Experiment) -> list[float]:
 
 def merge_alone(config: Config, domain: Domain) -> Path:
     """The start by itself: merge in parameter space, write the checkpoint, score it."""
-    experiment = open_stage(config, domain)
+    experiment = open_stage(config, domain, anchored=False)
     domain.check_export(config.model)
     start = merge_start(experiment, domain)
     if config.run.score:

@@ -47,8 +47,8 @@ from common.validation import check_choices, check_test_data
 def compare(config: Config, domain: Domain) -> None:
     """Choose the hyperparameters of compare.search, then run the grid, once or with each of compare.seeds."""
     check_choices(config, domain)
-    check_test_data(config, domain, always=True)
     current().expect(stages_of(config))  # refuses here what it would after the search
+    check_test_data(config, domain, always=True)
     config = choose_hyperparameters(config, domain)
     runs = runs_of(config)
     for each in runs or [config]:

@@ -75,14 +75,15 @@ class Refusals(dict[str, list[str]]):
             self.setdefault(what, []).append(str(error))
 
 
-def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Plan:
+def describe(config: Config, domain: Domain, checks: Iterable[Check] = (), anchored: bool = True) -> Plan:
     """The resolved config, every input as found, refused or missing, the outputs, and what the work needs.
 
-    The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides.
+    The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides;
+    `anchored` is False of one that merges alone.
     """
     check_choices(config, domain)
     refusals = Refusals()
-    experiment = open_inputs(config, domain, refusals.noted)
+    experiment = open_inputs(config, domain, refusals.noted, anchored)
     lines = inputs(config, domain, refusals)
     if experiment:
         for check in checks:
