@@ -10,6 +10,7 @@ __all__ = [
     "NAME",
     "PARTS",
     "PERCENT",
+    "SHARDED",
     "TASKS",
     "calibration_task",
     "check_export",
@@ -25,5 +26,6 @@ __all__ = [
 ]
 NAME = "nlg"
 PARTS = ("mlp", "layer")  # what can be anchored of a layer
+SHARDED = True  # a merged model is written shard by shard
 PERCENT = False  # tables print fractions
 calibration_task = labelled_task = None  # there are no inputs for merge methods and analyses that use data

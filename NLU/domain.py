@@ -9,6 +9,7 @@ __all__ = [
     "NAME",
     "PARTS",
     "PERCENT",
+    "SHARDED",
     "TASKS",
     "calibration_task",
     "check_export",
@@ -24,5 +25,6 @@ __all__ = [
 ]
 NAME = "nlu"
 PARTS = ("layer",)  # what can be anchored of a layer
+SHARDED = False
 PERCENT = False  # tables print fractions
 unanchored = None  # what cannot be anchored is not read either

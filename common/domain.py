@@ -45,12 +45,13 @@ class Domain(Protocol):
     """A module that knows one kind of model: its blocks, its test sets, how it is written and scored.
 
     NAME: the config's domain. TASKS: test sets by name. PERCENT: tables print percent. PARTS: what can be anchored of
-    a layer, as anchors.part has it, the default first.
+    a layer, as anchors.part has it, the default first. SHARDED: a merged model is written as shards, not as one file.
     """
 
     NAME: str
     PERCENT: bool
     PARTS: tuple[str, ...]
+    SHARDED: bool
 
     @property
     def TASKS(self) -> Mapping[str, TaskRow]: ...

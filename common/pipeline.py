@@ -44,6 +44,7 @@ from common.layout import (
     block_provenance,
     fit_provenance,
     is_finished,
+    require_free,
     require_own_anchors,
 )
 from common.opening import carry_out, open_stage
@@ -174,8 +175,9 @@ def adapt(config: Config, domain: Domain) -> Path:
     """
     experiment = open_stage(config, domain)
     domain.check_export(config.model)
-    start = merge_start(experiment, domain)
     folder = RunLayout(config).adapted
+    require_free(folder, domain.SHARDED)
+    start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left

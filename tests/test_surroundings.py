@@ -19,6 +19,7 @@ from common.core import notices
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.pipeline import merge_alone
+from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
 from NLU import domain as nlu
@@ -216,6 +217,26 @@ def test_code_on_the_hub_is_where_it_was(own, capsys):
         edit_config(root / name, **fields)
     folder, err = said_of(config, capsys)
     assert json.loads((folder / "config.json").read_text())["auto_map"] == fields["auto_map"] and "auto_map" not in err
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_weights_where_the_merge_goes_are_refused_before_any_is_read(own, monkeypatch, damaged):
+    """Stock libraries would open them in the place of the merge. Shards of a merge that was killed are its own."""
+    root, config = own
+    folder = config.run.dir / "merged" / "ta"
+    folder.mkdir(parents=True)
+    (folder / "model-00001-of-00007.safetensors").write_text("left by a kill")
+    shutil.copy(root / "math" / "model.safetensors", folder)
+    if damaged:
+        (folder / "model.safetensors").write_text("junk")
+    message = f"{folder / 'model.safetensors'}" + (".*" if damaged else " lies where a merged model is to be written")
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=message) as raised:
+        patched.setattr(Checkpoint, "read", None)
+        merge_alone(config, nlg)
+    assert describe(config, nlg, MERGE).refusals == [str(raised.value)]
+    assert sorted(file.name for file in folder.iterdir()) == ["model-00001-of-00007.safetensors", "model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert AutoModelForCausalLM.from_pretrained(merge_alone(config, nlg)).config.vocab_size == VOCABULARY
 
 
 def test_reward_models_stay_what_they_are_and_do_not_mix(own):

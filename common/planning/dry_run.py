@@ -31,6 +31,7 @@ from common.layout import (
     is_finished,
     merge_settings,
     no_anchors,
+    require_free,
     require_own_anchors,
 )
 from common.opening import open_inputs
@@ -189,11 +190,13 @@ def check_start(experiment: Experiment, domain: Domain) -> None:
     if config.start.checkpoint:
         experiment.given_start()
     elif config.start.method != PRETRAINED:
+        require_free(RunLayout(config).start, domain.SHARDED)
         is_finished(RunLayout(config).start, merge_settings(experiment))
 
 
 def check_adapted(experiment: Experiment, domain: Domain) -> None:
     """An adapted model that is there already was made with these settings."""
+    require_free(RunLayout(experiment.config).adapted, domain.SHARDED)
     is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
 
 
