@@ -155,6 +155,20 @@ def test_one_adapter_at_scale_1_answers_as_peft_does(tmp_path, kind, tied, more_
     torch.testing.assert_close(logits(scored), logits(merged), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trained", "stays"), [("embed_tokens", HEAD), ("lm_head", EMBEDDING)])
+def test_of_a_tied_pair_what_is_not_trained_stays_the_bases(tmp_path, trained, stays):
+    """As the adapter computes; peft's merge_and_unload moves both, which is another model."""
+    base = write_base(tmp_path, tied=True)
+    expected = write_trained_adapter(tmp_path, 0, target_modules=[trained])
+    merged = opened(merge_alone(config_of(tmp_path, "expert"), domain))
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(merged.state_dict()[stays], base.state_dict()[EMBEDDING], atol=1e-6, rtol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    unloaded = PeftModel.from_pretrained(plain, tmp_path / "expert").merge_and_unload()
+    assert (logits(unloaded) - expected).abs().max() > 0.1
+
+
 def rewrite(folder: Path, **tensors: torch.Tensor | None) -> None:
     file = folder / "model.safetensors"
     names = {"head": HEAD, "embedding": EMBEDDING}
