@@ -99,6 +99,23 @@ def family(model: Model, part: str = "mlp") -> BlockFamily:
     Raises: InputError if its layers have no MLP of their own, a module that takes a token of width D to one; or of
         whole layers, if one is not a twice differentiable function of its hidden states.
     """
+    reading(model)
+    other = next(one for one in ANCHORED if one != part)
+    try:
+        return anchored(model, part)
+    except InputError as error:
+        try:
+            anchored(model, other)
+        except InputError:
+            raise InputError(
+                f"{error}; nor can anchors.part be {other}, so the architecture is for scripts/merge.py alone, which "
+                "anchors nothing"
+            ) from error
+        raise InputError(f"{error}; anchors.part {other} anchors {ANCHORED[other]}") from error
+
+
+def anchored(model: Model, part: str) -> BlockFamily:
+    """The family with one part of its layers anchored; InputError as `family`, whatever else could be."""
     found, root, where = reading(model), skeleton(model), config_text(model)[1]
     return (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
 
@@ -145,13 +162,13 @@ def with_mlps(found: BlockFamily, root: nn.Module, where: str, width: int) -> Bl
             children = ", ".join(name for name, _ in layer.named_children())
             raise InputError(
                 f"{where}: a {kind} is made of {children}: there is no MLP among them ({', '.join(MLPS)}), which is "
-                "what is anchored of a language model; anchors.part layer anchors the layer as a whole"
+                "what is anchored of a language model"
             )
         for name, mlp in mlps(layer):
             if not hasattr(mlp, "experts") and not keeps_width(mlp, width):
                 raise InputError(
                     f"{where}: the {name} of a {kind} does not take a token of width {width} to one: it is none that "
-                    "can be anchored; anchors.part layer anchors the layer as a whole"
+                    "can be anchored"
                 )
     mixture = mixture_of(root, found.path)
 
@@ -167,10 +184,12 @@ def with_layers(found: BlockFamily, root: nn.Module, where: str, width: int) -> 
     does, and if it routes tokens to experts."""
     for name, part in root.get_submodule(found.path).named_modules():
         if is_routed(name, part):
+            kind = f"{where}: a layer of {type(root).__name__}"
+            if not name.endswith(".experts"):
+                raise InputError(f"{kind} holds stacks of matrices ({name}), which are not anchored together")
             raise InputError(
-                f"{where}: a layer of {type(root).__name__} has experts ({name}); which of them answer a token is no "
-                "function with a derivative, and one that no anchor comes to matches nothing: anchors.part mlp anchors "
-                "each by itself"
+                f"{kind} has experts ({name}); which of them answer a token is no function with a derivative, and one "
+                "that no anchor comes to matches nothing"
             )
     calls = LayerCalls(root.get_decoder(), layers_of(root.get_decoder()), where)
     found = replace(found, part="layer", parts=straight(whole_layer), call=calls)
@@ -229,6 +248,7 @@ def body(model: Model) -> tuple[str, ...]:
     return beginnings(skeleton(model))
 
 
+ANCHORED = {"mlp": "the MLP of each layer, or every expert by itself", "layer": "the layer as a whole"}
 MLPS = ("mlp", "feed_forward", "ffn")
 
 

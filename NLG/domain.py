@@ -1,6 +1,7 @@
 """What the project knows about causal language models: their blocks (decoders.py), how they are written and scored."""
 
 from NLG.decoders import family, skeleton, token_shape
+from NLG.decoders import reading as unanchored
 from NLG.export import check_export, export
 from NLG.inputs import check_inputs
 from NLG.scoring import TASKS, metric, score
@@ -9,6 +10,7 @@ __all__ = [
     "NAME",
     "PARTS",
     "PERCENT",
+    "SHARDED",
     "TASKS",
     "calibration_task",
     "check_export",
@@ -20,8 +22,10 @@ __all__ = [
     "score",
     "skeleton",
     "token_shape",
+    "unanchored",
 ]
 NAME = "nlg"
 PARTS = ("mlp", "layer")  # what can be anchored of a layer
+SHARDED = True  # a merged model is written shard by shard
 PERCENT = False  # tables print fractions
 calibration_task = labelled_task = None  # there are no inputs for merge methods and analyses that use data

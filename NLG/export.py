@@ -11,7 +11,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
 from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
 from common.io.unstacked import stacked
 from NLG.decoders import architecture, body, config_text, reading, skeleton
@@ -52,7 +52,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
     write_generation(model.path("base"), folder, {})
-    copy_tokenizer(model.path("base"), folder)
+    copy_surroundings(model.path("base"), folder)
     for task in model.tokenizers:
         write_expert_surroundings(model, task, text, changes, folder / task)
     publish_shards(folder)

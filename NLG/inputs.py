@@ -15,6 +15,7 @@ from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
 from common.io.model_files import shortened
 from common.io.skeleton import stored_shapes
+from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
 
 GENERATION_FILE = "generation_config.json"
@@ -48,6 +49,9 @@ def check_inputs(config: Config) -> None:
         if not is_adapter(other):
             check_head(config.model, base, other)
     check_ends(config.model, others)
+    experts = {task: other for task, other in others.items() if task in config.tasks}
+    warn_of_templates(path, experts, config.model.tokenizers)
+    warn_of_reading(path, experts, config.model.tokenizers, "model.tokenizers")
 
 
 def head_of(model: Model, path: Path) -> frozenset[str]:

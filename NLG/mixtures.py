@@ -44,7 +44,10 @@ def layout_of(skeleton: PreTrainedModel, layer: str, experts: nn.Module, path: s
     Raises: InputError if the module is none that transformers computes by its common kernels.
     """
     if not hasattr(experts, "has_gate") or getattr(experts, "has_post_expert_norm", False):
-        raise InputError(f"{layer}.{path} is a {type(experts).__name__}, whose experts cannot be taken apart")
+        raise InputError(
+            f"{layer}.{path} is a {type(experts).__name__}, whose experts cannot be taken apart: such models are not "
+            "merged here"
+        )
     first = f"{layer}.{path}.{into_name(experts)}"
     meta = torch.empty(experts.get_parameter(into_name(experts)).shape, device="meta")
     stored = [name.removeprefix(f"{layer}.") for name in revert_weight_conversion(skeleton, {first: meta})]

@@ -9,6 +9,7 @@ __all__ = [
     "NAME",
     "PARTS",
     "PERCENT",
+    "SHARDED",
     "TASKS",
     "calibration_task",
     "check_export",
@@ -20,7 +21,10 @@ __all__ = [
     "score",
     "skeleton",
     "token_shape",
+    "unanchored",
 ]
 NAME = "nlu"
 PARTS = ("layer",)  # what can be anchored of a layer
+SHARDED = False
 PERCENT = False  # tables print fractions
+unanchored = None  # what cannot be anchored is not read either

@@ -19,6 +19,7 @@ from common.io.layer_calls import LayerCalls
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 from common.io.skeleton import layers_of, stored_shapes, turned_weights
+from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
 POOLER = "pooler."
@@ -48,6 +49,8 @@ def check_inputs(config: Config) -> None:
     base = resolve(read_config(file), str(file))
     root = skeleton(model)
     compare_models(model.path("base"), base, other_models(config), computing(root))
+    experts = {task: path for task, path in other_models(config).items() if task in config.tasks}
+    warn_of_reading(model.path("base"), experts, model.heads, "model.heads")
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
 

@@ -15,7 +15,7 @@ from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
 from common.io.task_heads import with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
@@ -48,7 +48,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     merged = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
     write_stored(folder / "model.safetensors", merged)
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
-    copy_tokenizer(model.path("base"), folder)
+    copy_surroundings(model.path("base"), folder)
     copy_files(model.path("base"), folder, [GENERATION_FILE])
     for task in model.heads:
         own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}

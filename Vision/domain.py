@@ -36,7 +36,9 @@ if TYPE_CHECKING:  # an import of a second, which commands that read no examples
     import datasets
 
 NAME = "vision"
+SHARDED = False
 PERCENT = True  # tables print percent
+unanchored = None  # what cannot be anchored is not read either
 PARTS = ("layer",)  # what can be anchored of a layer
 
 

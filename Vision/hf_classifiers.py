@@ -11,12 +11,12 @@ from common.config import Config, Model
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
-from common.io.checkpoints import Checkpoint, copy_files
+from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import write_edited
+from common.io.surroundings import copy_settings, copy_surroundings, write_edited
 from common.io.task_heads import read_task_head, with_pooler, write_task_head
 from common.io.unstacked import stacked
 from Vision.hf_backbones import POOLER, architecture, family, names_within, skeleton
@@ -137,6 +137,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     merged = as_stored(stacked(kept, stored_shapes(root), family(model).pieces), dtype, base)
     write_stored(folder / "model.safetensors", merged)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
+    copy_surroundings(base.folder, folder)
     for task in model.heads:
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)
         own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
@@ -155,4 +156,4 @@ def write_surroundings(
     if labelled:
         changes |= {"id2label": {str(i): n for i, n in labelled.id2label.items()}, "label2id": labelled.label2id}
     write_edited(text, folder / CONFIG_FILE, changes)
-    copy_files(source, folder, PROCESSORS)
+    copy_settings(source, folder, PROCESSORS)

@@ -23,7 +23,7 @@ from common.core.notices import warn
 from common.core.task_vectors import LazyTensor
 from common.domain import other_models
 from common.io.adapters import is_adapter
-from common.io.checkpoints import Checkpoint, copy_files
+from common.io.checkpoints import Checkpoint
 from common.io.hub import is_stand_in
 from common.io.lineage import check_lineage
 from common.io.model_config import (
@@ -40,7 +40,7 @@ from common.io.model_config import (
 from common.io.shards import write_stored
 from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import copy_tokenizer, write_edited
+from common.io.surroundings import copy_settings, copy_surroundings, write_edited
 from common.io.unstacked import unstacked
 from Vision.clip_config import clip_file
 from Vision.hf_files import BLANK, PROCESSORS, TWO_TOWERS, Pixels, image_config, own_config
@@ -261,7 +261,6 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     write_stored(folder / "model.safetensors", stored)
     changes = dtype_field(parse(written, "config.json"), str(dtype).removeprefix("torch."))
     write_edited(written, folder / "config.json", changes)
-    copy_tokenizer(source, folder)
-    copy_files(source, folder, PROCESSORS)
+    copy_surroundings(source, folder)
     if source != model.path("base"):
-        copy_files(model.path("base"), folder, PROCESSORS)
+        copy_settings(model.path("base"), folder, PROCESSORS)

@@ -21,7 +21,7 @@ from common.io.checkpoints import Checkpoint, write_text
 from common.io.shards import require_names, write_stored
 from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
-from common.io.surroundings import copy_tokenizer
+from common.io.surroundings import copy_surroundings
 from Vision.clip_config import check_inputs as check_configs
 from Vision.clip_config import clip_file, config_text, of_transformers
 from Vision.hf_files import Pixels, image_config
@@ -187,4 +187,4 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     write_stored(folder / "open_clip_model.safetensors", stored)
     write_text(folder / "open_clip_config.json", surroundings)  # a weight that is refused leaves nothing
     if text.path.is_dir():
-        copy_tokenizer(text.path, folder)
+        copy_surroundings(text.path, folder)

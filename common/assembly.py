@@ -34,6 +34,7 @@ from common.layout import (
     is_finished,
     merge_provenance,
     read_provenance,
+    require_free,
     with_same_rest,
 )
 from common.merging.starts import by_part, chain_of, merge, survey
@@ -54,6 +55,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     if method == PRETRAINED or experiment.config.start.checkpoint:
         return opened_start(experiment)
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
+    require_free(folder, domain.SHARDED)
     if not is_finished(folder, provenance):
         data = chain_of(method).row.data
         if data or not asks_for_workers(experiment.config.run):

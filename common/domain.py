@@ -32,6 +32,11 @@ class TaskRow(Protocol):
     """A test set, one row of a domain's tasks.yaml; what else it holds is the domain's own affair."""
 
     @property
+    def hub(self) -> str:
+        """The data set of the hub that it is read from where it has no folder; empty if there is none."""
+        ...
+
+    @property
     def train_split(self) -> str | None:
         """The split that a validation cut is taken from; None where there is no training set."""
 
@@ -40,12 +45,13 @@ class Domain(Protocol):
     """A module that knows one kind of model: its blocks, its test sets, how it is written and scored.
 
     NAME: the config's domain. TASKS: test sets by name. PERCENT: tables print percent. PARTS: what can be anchored of
-    a layer, as anchors.part has it, the default first.
+    a layer, as anchors.part has it, the default first. SHARDED: a merged model is written as shards, not as one file.
     """
 
     NAME: str
     PERCENT: bool
     PARTS: tuple[str, ...]
+    SHARDED: bool
 
     @property
     def TASKS(self) -> Mapping[str, TaskRow]: ...
@@ -63,6 +69,11 @@ class Domain(Protocol):
         """How the base is taken apart into blocks, one of PARTS of each layer; InputError if its architecture cannot be
         told or anchored."""
         ...
+
+    @property
+    def unanchored(self) -> Callable[[Model], BlockFamily] | None:
+        """How the base is read where nothing of it can be anchored, which is enough to merge it; None where a domain
+        reads nothing else than what it anchors."""
 
     def skeleton(self, model: Model) -> nn.Module: ...
     def check_inputs(self, config: Config) -> None: ...

@@ -10,10 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common.config import Config
-from common.core.blocks import BlockFamily, BlockModule
+from common.core.blocks import NOTHING, BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.core.task_vectors import require_same_shapes
@@ -27,24 +28,35 @@ from common.io.matched import Matching
 from common.io.sentence_modules import compare_modules
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
+from common.merging.registry import METHODS
 from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.engine import Demand, Files, Memory, place_for, value_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import NOTES
-from common.validation import check_choices, check_fused, check_positions, check_tokenizers
+from common.validation import check_choices, check_fused, check_positions, check_test_data, check_tokenizers
 
 _OPEN: dict[str, Experiment] = {}  # what a worker has open
 Checking = Callable[[str], AbstractContextManager[None]]
 """checking(input): a context for one check of that input. In a dry run it notes the InputError, and others follow."""
 
 
-def open_experiment(config: Config, domain: Domain) -> Experiment:
-    """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work."""
+def open_experiment(config: Config, domain: Domain, anchored: bool = True) -> Experiment:
+    """Open and compare all inputs, headers only. Raises InputError at the first thing that cannot work.
+
+    anchored: False where nothing is done but merging in weight space, so that nothing need be anchorable.
+    """
     check_choices(config, domain)
     remove_leftovers(config.run.dir / NOTES)
-    experiment = open_inputs(config, domain, lambda _: nullcontext())
+    experiment = open_inputs(config, domain, lambda _: nullcontext(), anchored)
     assert experiment  # what is missing has been refused
     return replace(experiment, device=prepare(config.run.device))
+
+
+def open_stage(config: Config, domain: Domain, anchored: bool = True) -> Experiment:
+    """As `open_experiment`, for a stage of a run: what its models will be scored on is there too."""
+    experiment = open_experiment(config, domain, anchored)
+    check_test_data(config, domain)
+    return experiment
 
 
 def carry_out(
@@ -94,7 +106,7 @@ def unit_of_worker(
     """One unit, in a process that has opened the experiment for this call of `carry_out` and keeps it open."""
     if call not in _OPEN:
         _OPEN.clear()
-        _OPEN[call] = open_experiment(config, module_of(config.domain))
+        _OPEN[call] = open_experiment(config, module_of(config.domain), anchored=False)  # else it was refused before
     experiment, units = _OPEN[call], Units(stage=stage)
     with threads_for(experiment.largest_product):
         each(experiment, [unit], units, *arguments)
@@ -114,8 +126,30 @@ def opening(checking: Checking, what: str, path: Path) -> Iterator[None]:
             raise
 
 
-def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experiment | None:
-    """Open and compare base and experts, headers only, and choose no device yet.
+def family_of(config: Config, domain: Domain, part: str, anchored: bool) -> BlockFamily:
+    """How the base is taken apart; where nothing of it can be anchored, and nothing need be, how it is read.
+
+    Raises: InputError if it cannot be; if stacks of matrices are not taken apart, and start.method is of matrices.
+    """
+    try:
+        return domain.family(config.model, part)
+    except InputError as error:
+        if anchored or not domain.unanchored:
+            raise
+        found, method = domain.unanchored(config.model), config.start.method
+        stacks = (n for n, p in domain.skeleton(config.model).named_parameters() if p.ndim > 2 and 1 not in p.shape)
+        name = next(stacks, "")
+        by_weight = [row for row, of in METHODS.items() if of.by_weight]
+        if name and method not in by_weight:
+            raise InputError(
+                f"{error}; {name} is a stack of matrices that is merged as it is, which {method} is not for: choose "
+                f"start.method from {', '.join(by_weight)}, which work on each weight"
+            ) from error
+        return replace(found, part=NOTHING)
+
+
+def open_inputs(config: Config, domain: Domain, checking: Checking, anchored: bool = True) -> Experiment | None:
+    """Open and compare base and experts, headers only, and choose no device yet; `anchored` as `open_experiment`.
 
     Returns: None where a check was refused without which there is no experiment, if `checking` let it go on.
     """
@@ -129,7 +163,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
     if base or config.model.arch:
         with opening(checking, "model", path):
             part = anchored_part(config, domain)
-            family = domain.family(config.model, part)
+            family = family_of(config, domain, part, anchored)
             modules = family.modules(domain.skeleton(config.model))
             tokens, width = domain.token_shape(config.model, part)
     if base and modules:
@@ -141,7 +175,10 @@ def open_inputs(config: Config, domain: Domain, checking: Checking) -> Experimen
         check_fused(config, modules)
     if base:
         with checking("base"):
-            check_blocks(unstacked(base, family.pieces), modules)
+            if family.part == NOTHING:
+                require_stored(base, family, domain.skeleton(config.model))
+            else:
+                check_blocks(unstacked(base, family.pieces), modules)
     experts = open_all_experts(config, domain, family, base, checking)
     if not base:
         return None
@@ -172,6 +209,12 @@ def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
     for prefix, module in modules:
         expected = {prefix + name: p.shape for name, p in module.named_parameters()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
+
+
+def require_stored(base: Checkpoint, family: BlockFamily, skeleton: nn.Module) -> None:
+    """InputError if the base lacks a tensor of a layer, or has it in another shape, as transformers stores them."""
+    expected = {n: shape for n, shape in family.stored(skeleton).items() if n.startswith(family.prefixes)}
+    require_same_shapes({n: s for n, s in base.shapes.items() if n in expected}, expected, str(base.path))
 
 
 def open_all_experts(

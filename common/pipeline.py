@@ -44,9 +44,10 @@ from common.layout import (
     block_provenance,
     fit_provenance,
     is_finished,
+    require_free,
     require_own_anchors,
 )
-from common.opening import carry_out, open_experiment
+from common.opening import carry_out, open_stage
 from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
 from common.run.progress import UnitBar, Units
@@ -60,7 +61,7 @@ def construct(config: Config, domain: Domain) -> None:
     InputError if there are anchors made elsewhere.
     """
     require_own_anchors(config)
-    experiment = open_experiment(config, domain)
+    experiment = open_stage(config, domain)
     experiment.require_moved_blocks()
     bar, layout = UnitBar("construct", len(experiment.blocks) * len(config.tasks)), RunLayout(config)
     with record_stage(config, f"construct {config.anchors.init}", bar), bar:
@@ -174,10 +175,11 @@ def adapt(config: Config, domain: Domain) -> Path:
 
     Returns: the folder of the merged checkpoint, which stock libraries open.
     """
-    experiment = open_experiment(config, domain)
+    experiment = open_stage(config, domain)
     domain.check_export(config.model)
-    start = merge_start(experiment, domain)
     folder = RunLayout(config).adapted
+    require_free(folder, domain.SHARDED)
+    start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
         remove_blocks(folder)  # which a kill can have left
@@ -271,7 +273,7 @@ def ta_scales(experiment: Experiment) -> list[float]:
 
 def merge_alone(config: Config, domain: Domain) -> Path:
     """The start by itself: merge in parameter space, write the checkpoint, score it."""
-    experiment = open_experiment(config, domain)
+    experiment = open_stage(config, domain, anchored=False)
     domain.check_export(config.model)
     start = merge_start(experiment, domain)
     if config.run.score:

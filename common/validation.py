@@ -17,6 +17,7 @@ from common.io.matched import Matching
 from common.merging.registry import every_row, method_choices
 from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
 
+MISSING = "MISSING"
 POSITIVE = {
     "anchors": ("number", "chunk", "tokens", "scale", "lr", "stop_loss", "patience"),
     "eval": ("batch_size", "limit"),
@@ -66,6 +67,24 @@ def check_tests(config: Config, domain: Domain) -> None:
     for task in config.eval.tests:
         if task not in config.tasks:
             raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
+
+
+def check_test_data(config: Config, domain: Domain, always: bool = False) -> None:
+    """Whatever models are scored on has a folder, or a data set on the hub; where run.score is off only if `always`."""
+    for test in scored_tests(config, domain) if config.run.score or always else ():
+        if where_from(config, domain, test) == MISSING:
+            folder = Path(config.eval.data).expanduser() / test
+            raise InputError(
+                f"no data for {test}: there is no folder {folder}, which would do, and tasks.yaml names no data set of "
+                "the hub for it; run.score false leaves the scores out"
+            )
+
+
+def where_from(config: Config, domain: Domain, test: str) -> str:
+    """Whether the examples of a test set are found in a folder, come from the hub, or are missing."""
+    if (Path(config.eval.data).expanduser() / test).is_dir():
+        return "found"
+    return "from hub" if domain.TASKS[test].hub else MISSING
 
 
 def check_language_options(config: Config, domain: Domain) -> None:

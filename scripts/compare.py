@@ -29,17 +29,26 @@ from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
 from common.opening import open_experiment
 from common.pipeline import adapt, adapt_blocks, construct, merge_alone
-from common.planning.dry_run import Plan, check_adapted, check_anchors_made, check_export, check_start, describe
+from common.planning.dry_run import (
+    Plan,
+    check_adapted,
+    check_anchors_made,
+    check_export,
+    check_scored,
+    check_start,
+    describe,
+)
 from common.report.page import write_page
 from common.report.reading import REPORT, read_run
 from common.run.stages import current, named
-from common.validation import check_choices
+from common.validation import check_choices, check_test_data
 
 
 def compare(config: Config, domain: Domain) -> None:
     """Choose the hyperparameters of compare.search, then run the grid, once or with each of compare.seeds."""
     check_choices(config, domain)
     current().expect(stages_of(config))  # refuses here what it would after the search
+    check_test_data(config, domain, always=True)
     config = choose_hyperparameters(config, domain)
     runs = runs_of(config)
     for each in runs or [config]:
@@ -163,7 +172,7 @@ def given_start(config: Config) -> str:
 
 def plan(config: Config, domain: Domain) -> Plan:
     """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
-    one_run, grids = describe(config, domain, [check_export]), candidates(config, domain)
+    one_run, grids = describe(config, domain, [check_scored, check_export]), candidates(config, domain)
     if grids:
         check_choices(held_out(config), domain)
     lines = [

@@ -43,5 +43,5 @@ if __name__ == "__main__":
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-    run(merge_alone, None, __doc__, partial(describe, checks=MERGE), config=read)
+    run(merge_alone, None, __doc__, partial(describe, checks=MERGE, anchored=False), config=read)
     leave(0)

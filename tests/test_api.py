@@ -183,6 +183,33 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
             call()
 
 
+@pytest.mark.parametrize("who", ["base", "math"])
+def test_a_generation_config_that_is_not_to_be_saved_is_kept(llamas, who):
+    """Transformers refuses to save a temperature without sampling, though it opens files with it."""
+    _, modules = llamas
+    own = modules[who].generation_config
+    own.do_sample, own.temperature, own.top_p = False, 0.6, 0.9
+    base, experts = split(modules)
+    merged = merge(base, experts, "average")
+    expected = (0.6, 0.9) if who == "base" else (base.generation_config.temperature, base.generation_config.top_p)
+    assert (merged.generation_config.temperature, merged.generation_config.top_p) == expected
+    assert modules[who].generation_config is own and own.temperature == 0.6
+
+
+def test_refusals_name_modules_as_they_were_given(llamas):
+    paths, modules = llamas
+    base, experts = split(modules)
+    experts["math"].config.rms_norm_eps = 0.5
+    with pytest.raises(InputError) as raised:
+        merge(base, experts, "average")
+    said = str(raised.value)
+    assert said.startswith("experts['math']/config.json: rms_norm_eps is 0.5, the base's is 1e-06 (base/config.json)")
+    with pytest.raises(InputError) as raised:
+        merge(paths["base"], experts | {"code": paths["code"]}, "average", folder=paths["base"].parent / "run")
+    said = str(raised.value)
+    assert said.startswith("experts['math']/config.json: ") and f"({paths['base'] / 'config.json'})" in said
+
+
 def test_the_domain_is_found_or_asked_for(llamas, nlu_inputs, pico_inputs, tmp_path):
     paths, modules = llamas
     assert domain_of(modules["base"]) == domain_of(str(paths["base"])) == "nlg"

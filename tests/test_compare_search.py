@@ -72,8 +72,10 @@ def test_what_cannot_work_is_refused_before_anything_is_opened(pico_config, fiel
 
 
 def test_language_models_have_nothing_to_cut_from(tmp_path):
-    """The pico inputs do not exist: the refusal comes before anything is read."""
+    """The pico inputs do not exist but for the folders of data: the refusal comes before anything is read."""
     config = pico_nlg_config(tmp_path / "nowhere", tmp_path)
+    for test in config.tests:
+        (tmp_path / "nowhere" / "data" / test).mkdir(parents=True)
     message = "eval.split is validation_cut, but arithmetic has no training set to cut from"
     for refused in (
         change(config, "eval", split="validation_cut"),

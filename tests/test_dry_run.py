@@ -13,6 +13,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint, write_tensors
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import ADAPT, CONSTRUCT, MERGE, describe
+from compare import compare
 from helpers import change, command, rewrite
 from NLG import domain as nlg
 from pico_vision import PICO_TASKS
@@ -106,6 +107,23 @@ def test_nothing_is_written_and_the_status_is_that_of_the_run(own, tmp_path):
     assert done.stderr == f"error: there is no checkpoint at {root / 'SVHN' / 'finetuned.safetensors'}\n"
     done = command("scripts/merge.py", "--config", file, "--dry-run", "--tasks", json.dumps(["MNIST"]))
     assert (done.returncode, done.stderr) == (0, "") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_without_data_is_refused_before_any_work(own, tmp_path, monkeypatch):
+    """It is in no folder, and its row of tasks.yaml names no data set of the hub."""
+    config, _ = own
+    row = replace(domain.TASKS["SVHN"], hub="")
+    monkeypatch.setattr(domain, "TASKS", {**domain.TASKS, "SVHN": row})
+    config = change(change(config, "eval", data=str(tmp_path / "none")), "run", score=True)
+    for stage, checks in ((construct, CONSTRUCT), (merge_alone, MERGE), (adapt, ADAPT)):
+        sentence, *_ = refused_alike(config, stage, checks)
+        assert sentence.startswith(f"no data for SVHN: there is no folder {tmp_path / 'none' / 'SVHN'}, which would do")
+        text = describe(config, domain, checks).text
+        assert "MISSING    data SVHN" in text and "from hub   data MNIST" in text
+    with pytest.raises(InputError, match="no data for SVHN"):
+        compare(config, domain)
+    assert not config.run.dir.exists()
+    assert describe(change(config, "run", score=False), domain, MERGE).refusals == []
 
 
 def test_a_task_of_ones_own_is_merged_and_not_scored(own, capsys):

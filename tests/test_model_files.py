@@ -297,7 +297,11 @@ NOTHING = {
     "a pickle": (touch("pytorch_model.bin"), "convert_checkpoint.py makes safetensors of pytorch_model.bin"),
     "pickled shards": (touch("pytorch_model.bin.index.json"), "NLG/split_model.py"),
     "DeepSpeed's": (touch("zero_to_fp32.py", "latest"), r"zero_to_fp32.py \. OUT"),
-    "distributed": (touch(".metadata", "__0_0.distcp"), "accelerate merge-weights"),
+    "distributed": (touch(".metadata", "__0_0.distcp"), "is a distributed checkpoint .*accelerate merge-weights"),
+    "FSDP's": (
+        touch("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"),
+        r"pytorch_model_fsdp_0 is a distributed .*`accelerate merge-weights \S*model_fsdp_0 OUT` .*checkpoint.py$",
+    ),
     "GGUF": (touch("pico-q4.gguf"), "pico-q4.gguf is a GGUF file"),
     "a run with checkpoints": (
         touch("checkpoint-20/model.safetensors", "checkpoint-9/pytorch_model.bin", "logs/events"),

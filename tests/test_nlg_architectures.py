@@ -17,11 +17,11 @@ from common.io.skeleton import canonical_names
 from common.io.unstacked import Unstacked
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
-from common.planning.dry_run import describe
+from common.planning.dry_run import CONSTRUCT, MERGE, describe
 from helpers import assert_same_in_bf16, change, rewrite
 from NLG import domain
 from NLG.decoders import opener_of
-from pico_decoders import DECODERS, fields_of
+from pico_decoders import DECODERS, MERGED_ALONE, fields_of
 from pico_nlg import PICO, PICO_TASKS, pico_config, pico_tokenizer, save
 
 
@@ -169,6 +169,34 @@ def test_what_cannot_be_anchored_is_refused_by_its_class(kind, message, tmp_path
     config = change(config_of(tmp_path), "model", expert="{task}.safetensors")
     with pytest.raises(InputError, match=message):
         construct(config, domain)
+
+
+@pytest.mark.parametrize("kind", [*MERGED_ALONE, "opt"])
+def test_what_cannot_be_anchored_is_merged_all_the_same(kind, tmp_path):
+    """The mean of the stock models' tensors, in a folder that stock transformers opens; and no circle of hints."""
+    models, config = write_models(tmp_path, kind), change(config_of(tmp_path), "start", method="average", hyper={})
+    with pytest.raises(InputError) as raised:
+        construct(config, domain)
+    said = str(raised.value)
+    assert ("anchors.part layer anchors the layer as a whole" in said) == (kind == "opt")
+    assert ("nor can anchors.part be layer, so the architecture is for scripts/merge.py alone" in said) == (
+        kind != "opt"
+    )
+    assert describe(config, domain, MERGE, anchored=False).refusals == []
+    assert describe(config, domain, CONSTRUCT).refusals[:1] == [said]
+    merged = stock(merge_alone(config, domain)).state_dict()
+    mean = {n: sum(models[t].state_dict()[n] for t in PICO_TASKS) / 2 for n in models["base"].state_dict()}
+    assert merged.keys() == mean.keys()
+    for name, tensor in mean.items():
+        torch.testing.assert_close(merged[name], tensor.to(merged[name]), atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_stacks_that_are_merged_as_they_are_need_a_method_of_weights(tmp_path):
+    write_models(tmp_path, "granitemoe")
+    config = change(config_of(tmp_path), "start", method="tsv", hyper={})
+    with pytest.raises(InputError, match=r"stack of matrices .* which tsv is not for: .* from average, ta, ties,"):
+        merge_alone(config, domain)
+    assert not config.run.dir.exists()
 
 
 def test_the_dry_run_says_what_was_found(tmp_path):

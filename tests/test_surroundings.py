@@ -7,12 +7,19 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from common.core import notices
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.pipeline import merge_alone
+from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
 from NLU import domain as nlu
@@ -112,6 +119,126 @@ def test_what_surrounds_an_expert_comes_with_its_tokenizer(own, capsys):
     assert json.loads((folder / "config.json").read_text()) == base
     assert json.loads((folder / "code" / "config.json").read_text()) == base | {"eos_token_id": 5, "pad_token_id": 3}
     assert "code ends its answers with eos_token_id [1, 5], the base with 1" in capsys.readouterr().err
+
+
+def said_of(own_config, capsys):
+    """What a merge says on stderr, and its folder."""
+    capsys.readouterr()
+    return merge_alone(own_config, nlg), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "math", "code", "said"),
+    [
+        ("", "x", "x", "math, code have one chat template, the base, {root}/base, has none, and neither has the"),
+        ("", "x", "y", "math, code have unlike chat templates, the base, {root}/base, has none, and neither"),
+        ("", "x", "", "math has a chat template, the base, {root}/base, has none, and neither has the merged model"),
+        ("z", "x", "y", "math, code have unlike chat templates, the base, {root}/base, has another, which the merged"),
+        ("z", "z", "y", "code has a chat template, the base, {root}/base, has another, which the merged model has"),
+        ("z", "z", "z", ""),
+        ("z", "", "", ""),
+    ],
+)
+def test_chat_templates_unlike_the_bases_are_named(own, capsys, base, math, code, said):
+    """Where it is written makes no difference: a file, or the tokenizer's settings as before transformers 4.43."""
+    root, config = own
+    for name, template in zip(MODELS, (base, math, code), strict=True):
+        if template and name == "math":
+            settings = root / name / "tokenizer_config.json"
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+        elif template:
+            (root / name / "chat_template.jinja").write_text(template)
+    folder, err = said_of(config, capsys)
+    assert ("chat template" in err) == bool(said) and said.format(root=root) in err
+    assert not said or "model.tokenizers can name experts whose tokenizer" in err
+    kept = folder / "chat_template.jinja"
+    assert kept.read_text() == base if base else not kept.exists()
+    notices._said.clear()
+    beside = change(change(config, "model", tokenizers=("code",)), "run", name="beside")
+    _, err = said_of(beside, capsys)
+    assert ("beside it lies that of code, as model.tokenizers says" in err) == ("code" in said)
+
+
+def test_an_expert_that_reads_text_otherwise_is_named(own, capsys):
+    root, config = own
+    file = root / "math" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"normalizer": {"type": "Lowercase"}}))
+    (root / "code" / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": None}))  # as it was
+    _, err = said_of(config, capsys)
+    own = root / "base" / "tokenizer.json"
+    assert f"the normalizer in {file} is not the base's, {own}: the merged model reads a text as the base does" in err
+    assert err.count("the base's, ") == 1
+
+
+def test_all_that_lies_beside_the_base_is_copied(own):
+    """But weights, code, what is large, what is of another model, and what the merge writes by itself."""
+    root, config = own
+    kept = {
+        "LICENSE": "l", "NOTICE.txt": "n", "USE_POLICY.md": "u", "audio_tokenizer_config.json": "{}", "source.spm": "s",
+        "target.spm": "t", "mm_config.json": "{}", "special_tokens.txt": "", "speech_config.json": "{}",
+    }  # fmt: skip
+    left = {
+        "README.md": "of the base", "provenance.json": "{}", "run.py": "x", "start.sh": "x", "training_args.bin": "x",
+        "model.onnx": "x", "adapter_note.json": "{}", "pytorch_model.bin.index.json": "{}", ".gitattributes": "x",
+        "large.json": " " * (2**24 + 1), "deeper/note.txt": "x",
+    }  # fmt: skip
+    for name, text in (kept | left).items():
+        (root / "base" / name).parent.mkdir(exist_ok=True)
+        (root / "base" / name).write_text(text)
+    folder = merge_alone(config, nlg)
+    assert {name: (folder / name).read_text() for name in kept} == kept
+    written = {"README.md", "provenance.json"}
+    assert not [name for name in left if (folder / name).exists() and name not in written]
+    assert not [name for name in written if (folder / name).read_text() == left[name]]
+
+
+def test_code_that_is_left_behind_is_not_named_as_if_it_were_there(own, capsys):
+    """auto_map made from_pretrained(folder, trust_remote_code=True) look for files that are never copied."""
+    root, config = own
+    for name in MODELS:
+        edit_config(root / name, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"})
+        (root / name / "configuration_x.py").write_text("raise SystemExit")
+        settings = root / name / "tokenizer_config.json"
+        own_map = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | own_map))
+    folder, err = said_of(change(config, "model", tokenizers=("code",)), capsys)
+    for place in (folder, folder / "code"):
+        assert not list(place.glob("*.py"))
+        for file in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" not in json.loads((place / file).read_text())
+        assert "is left out, for it names configuration_x.py, modeling_x.py, and code is never copied" in err
+        assert AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).config.model_type == "llama"
+        assert len(AutoTokenizer.from_pretrained(place, trust_remote_code=True)) == VOCABULARY
+
+
+def test_code_on_the_hub_is_where_it_was(own, capsys):
+    root, config = own
+    fields = {"auto_map": {"AutoConfig": "org/name--configuration_x.X"}}
+    for name in MODELS:
+        edit_config(root / name, **fields)
+    folder, err = said_of(config, capsys)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == fields["auto_map"] and "auto_map" not in err
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_weights_where_the_merge_goes_are_refused_before_any_is_read(own, monkeypatch, damaged):
+    """Stock libraries would open them in the place of the merge. Shards of a merge that was killed are its own."""
+    root, config = own
+    folder = config.run.dir / "merged" / "ta"
+    folder.mkdir(parents=True)
+    (folder / "model-00001-of-00007.safetensors").write_text("left by a kill")
+    shutil.copy(root / "math" / "model.safetensors", folder)
+    if damaged:
+        (folder / "model.safetensors").write_text("junk")
+    message = f"{folder / 'model.safetensors'}" + (".*" if damaged else " lies where a merged model is to be written")
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=message) as raised:
+        patched.setattr(Checkpoint, "read", None)
+        merge_alone(config, nlg)
+    assert describe(config, nlg, MERGE).refusals == [str(raised.value)]
+    assert sorted(file.name for file in folder.iterdir()) == ["model-00001-of-00007.safetensors", "model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert AutoModelForCausalLM.from_pretrained(merge_alone(config, nlg)).config.vocab_size == VOCABULARY
 
 
 def test_reward_models_stay_what_they_are_and_do_not_mix(own):

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
@@ -20,7 +20,7 @@ from common.opening import open_experiment
 from common.pipeline import merge_alone
 from NLG import domain
 from NLG.scoring import open_model
-from pico_nlg import VOCABULARY, pico_model, pico_tokenizer, save
+from pico_nlg import PICO, VOCABULARY, pico_model, pico_tokenizer, save
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -45,6 +45,48 @@ KINDS = {
     ),
     "neither": ({"target_modules": ["q_proj", "down_proj"]}, True),
 }
+
+
+SEEING = {
+    "llava": ({"model_type": "qwen2"}, {"model_type": "clip_vision_model"}, {"image_token_index": 3}),
+    "paligemma": ({"model_type": "gemma"}, {"model_type": "siglip_vision_model"}, {"image_token_index": 3}),
+    "idefics3": ({"model_type": "llama"}, {}, {"image_token_id": 3, "scale_factor": 2}),
+    "qwen2_vl": (
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}},
+        {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        {},
+    ),
+}
+
+
+def write_seeing(root: Path, kind: str) -> None:
+    """A base and two experts of a pico model that sees images, its head not tied."""
+    text, eye, more = SEEING[kind]
+    eye = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2} | eye
+    fields = {
+        "text_config": PICO | text | {"tie_word_embeddings": False},
+        "vision_config": {"image_size": 16, "patch_size": 8, "projection_dim": 16} | eye,
+        "tie_word_embeddings": False,
+    }
+    config = AutoConfig.for_model(kind, **fields | more)
+    for name in ("base", "a", "b"):
+        AutoModelForImageTextToText.from_config(config).save_pretrained(root / name)
+
+
+@pytest.mark.parametrize("lost", ["a", "base", "all"])
+@pytest.mark.parametrize("kind", SEEING)
+def test_a_model_that_sees_and_lost_its_head_is_refused(tmp_path, kind, lost):
+    """As any language model; stock transformers would draw a head at random."""
+    write_seeing(tmp_path, kind)
+    for name in ("base", "a", "b") if lost == "all" else (lost,):
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        save_file({n: t for n, t in load_file(file).items() if "lm_head" not in n}, file, {"format": "pt"})
+    config = config_of(tmp_path, "a", "b")
+    config = replace(config, model=replace(config.model, family="auto"))
+    who = "base" if lost == "all" else lost
+    with pytest.raises(InputError, match=rf"{who} has no tensor \S*lm_head.weight, and its config.json says .* lost"):
+        merge_alone(config, domain)
+    assert not config.run.dir.exists()
 
 
 def config_of(root: Path, *tasks: str, scale: float = 1.0, **model) -> Config:
@@ -111,6 +153,20 @@ def test_one_adapter_at_scale_1_answers_as_peft_does(tmp_path, kind, tied, more_
     assert (HEAD in load_file(next(folder.glob("model-*.safetensors")))) != (tied and stays_one)
     scored = open_model(tmp_path / "expert", tmp_path / "base", torch.float32)
     torch.testing.assert_close(logits(scored), logits(merged), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trained", "stays"), [("embed_tokens", HEAD), ("lm_head", EMBEDDING)])
+def test_of_a_tied_pair_what_is_not_trained_stays_the_bases(tmp_path, trained, stays):
+    """As the adapter computes; peft's merge_and_unload moves both, which is another model."""
+    base = write_base(tmp_path, tied=True)
+    expected = write_trained_adapter(tmp_path, 0, target_modules=[trained])
+    merged = opened(merge_alone(config_of(tmp_path, "expert"), domain))
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(merged.state_dict()[stays], base.state_dict()[EMBEDDING], atol=1e-6, rtol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    unloaded = PeftModel.from_pretrained(plain, tmp_path / "expert").merge_and_unload()
+    assert (logits(unloaded) - expected).abs().max() > 0.1
 
 
 def rewrite(folder: Path, **tensors: torch.Tensor | None) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.config import Config
+from common.core import notices
 from common.core.errors import InputError
 from common.layout import inputs_of
 from common.opening import open_experiment
@@ -130,6 +131,39 @@ def test_a_token_in_a_row_that_the_base_has_spare(tmp_path, policy, moved):
         torch.testing.assert_close(merged[name][41], expected, atol=1e-6, rtol=1e-6)
         spare = base[name][42:] + 0.5 * (math[name][42:] - base[name][42:]) + 0.5 * (code[name][42:] - base[name][42:])
         torch.testing.assert_close(merged[name][42:], spare, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["refuse", "pad"])
+def test_tokens_in_spare_rows_join_the_merged_tokenizer(tmp_path, policy):
+    """In their own rows, whatever the order of the experts; the rows are merged as ever."""
+    write(tmp_path, "base", with_tokens(), 64)
+    write(tmp_path, "math", with_tokens("<|im_start|>", "<|im_end|>"), 64)
+    write(tmp_path, "code", with_tokens("<|im_start|>"), 64)
+    folder = merge_alone(config_of(tmp_path, policy), domain)
+    tokenizer, (base, math, code) = AutoTokenizer.from_pretrained(folder), models(tmp_path)
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [41, 42] and len(tokenizer) == 43
+    assert tokenizer("a<|im_end|>b")["input_ids"] == [3, 42, 4]
+    expected = base[NAMES[0]][41] + 0.5 * (math[NAMES[0]][41] + code[NAMES[0]][41] - 2 * base[NAMES[0]][41])
+    torch.testing.assert_close(weights(folder)[NAMES[0]][41], expected, atol=1e-6, rtol=1e-6)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "llama" / "base")) == 41
+
+
+def test_tokens_that_cannot_join_the_merged_tokenizer_are_named(tmp_path, capsys, monkeypatch):
+    """Math's are numbered from 43 on: the tokenizers library would number them from 41 on."""
+    monkeypatch.setattr(notices, "_said", set())
+    write(tmp_path, "base", with_tokens(), 64)
+    write(tmp_path, "math", with_tokens("<a>", "<b>", "<c>", "<d>"), 64)
+    write(tmp_path, "code", with_tokens(), 64)
+    file = tmp_path / "llama" / "math" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    whole["added_tokens"] = [row for row in whole["added_tokens"] if row["content"] not in ("<a>", "<b>")]
+    file.write_text(json.dumps(whole))
+    settings = file.with_name("tokenizer_config.json")
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "added" not in k}))
+    folder = merge_alone(config_of(tmp_path, "refuse"), domain)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 41
+    err = capsys.readouterr().err
+    assert "rows are merged of '<c>', '<d>', tokens of math, which the merged model's tokenizer does not know" in err
 
 
 def test_rows_in_another_order_are_matched_by_token(tmp_path):

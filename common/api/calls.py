@@ -19,6 +19,7 @@ from common.api.modules import (
     domain_of,
     like_base,
     model_section,
+    named_as_given,
     require_model,
 )
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
@@ -144,7 +145,7 @@ def prepared(
     keeper = None if folder else TemporaryDirectory(prefix="fda-run-")
     place = Path(folder or keeper.name).expanduser()  # type: ignore[union-attr]
     run = replace(sections.pop("run"), name=place.name, root=str(place.parent))
-    with TemporaryDirectory(prefix="fda-models-") as models:
+    with TemporaryDirectory(prefix="fda-models-") as models, named_as_given(base, experts, Path(models)):
         section = model_section(base, experts, options, Path(models))
         parts = {"anchors": Anchors(), "start": Start(), "adapt": Adapt(), "eval": Eval(), "compare": Compare()}
         config = Config(name, section, list(experts), run=run, **parts | sections)  # type: ignore[arg-type]

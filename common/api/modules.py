@@ -1,6 +1,8 @@
 """Models in memory as checkpoints and back, and which domain a model is of."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from open_clip import CLIP, CustomTextCLIP
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as classes
 
 from common.config import Model
@@ -24,6 +26,7 @@ from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 ModelLike = nn.Module | str | Path
 """A model of transformers or open_clip in memory, or where one is, as model.base of a config says it."""
 
+GENERATION_FILE = "generation_config.json"
 OF_OPEN_CLIP = (CLIP, CustomTextCLIP)
 HELD = {  # by the name of a class that wraps a model: where the model in it is
     "PeftModel": "merge_and_unload()",
@@ -52,10 +55,7 @@ def model_section(base: ModelLike, experts: Mapping[str, ModelLike], options: Mo
             "base: a model of open_clip does not say its architecture; model=Model(arch=...) names it, as in "
             "ViT-B-32-quickgelu, or base can be the folder that it was loaded from"
         )
-    places = {
-        task: written(expert, folder / str(i) / (for_task("{slug}", task) or "expert"))
-        for i, (task, expert) in enumerate(experts.items())
-    }
+    places = {task: written(expert, place_of(folder, i, task)) for i, (task, expert) in enumerate(experts.items())}
     return replace(options, base=written(base, folder / "base"), experts=places)
 
 
@@ -64,10 +64,53 @@ def written(model: ModelLike, folder: Path) -> str:
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        save_module(model, folder)
     else:
         write_tensors(folder / OPEN_CLIP_FILES[0], model.state_dict())
     return str(folder)
+
+
+def save_module(model: PreTrainedModel, folder: Path) -> None:
+    """Save a module with its generation config as it is: transformers opens files with values that it refuses to save.
+
+    Raises: InputError if transformers cannot save the module all the same.
+    """
+    own = getattr(model, "generation_config", None)
+    try:
+        if own is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{folder}: transformers cannot save this {type(model).__name__}: {said}") from error
+    finally:
+        if own is not None:
+            model.generation_config = own
+    if own is not None and (folder / GENERATION_FILE).is_file():
+        own.to_json_file(folder / GENERATION_FILE)
+
+
+@contextmanager
+def named_as_given(base: ModelLike, experts: Mapping[str, ModelLike], folder: Path) -> Iterator[None]:
+    """In this block an InputError names a module by its argument, and not by the place below `folder` that it is saved
+    in, which its owner never saw."""
+    try:
+        yield
+    except InputError as error:
+        models = dict(experts) if isinstance(experts, Mapping) else {}
+        given = [
+            (f"experts[{task!r}]", each, place_of(folder, i, task)) for i, (task, each) in enumerate(models.items())
+        ]
+        said = str(error)
+        for name, model, place in (*given, ("base", base, folder / "base")):
+            if isinstance(model, nn.Module):
+                said = re.sub(rf"{re.escape(str(place))}(?![\w.-])", lambda _, name=name: name, said)
+        raise InputError(said) from error
+
+
+def place_of(folder: Path, number: int, task: str) -> Path:
+    """Where the expert of a task is saved below a folder."""
+    return folder / str(number) / (for_task("{slug}", task) or "expert")
 
 
 def require_model(model: object, what: str) -> None:

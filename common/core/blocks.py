@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.core.task_vectors import Params
 
+NOTHING = ""  # the part of a layer that is anchored where none can be
 NUMBERS = ("layer_idx", "layer_number", "training")  # attributes that change nothing of a block by itself
 Parts = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
 """From a layer to (path within it, module) of what is anchored of it."""
@@ -110,7 +111,8 @@ class BlockFamily:
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
     turned: names of the matrices that a checkpoint has as (inputs, outputs); None where that is not known.
     vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
-    part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default.
+    part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default,
+        NOTHING where nothing can be.
     lent: from the names of an expert's tensors to those of the base's that it has not, and is given.
     """
 

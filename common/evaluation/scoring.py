@@ -43,7 +43,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         print(f"not scored, as eval.tests names no test set for it: {', '.join(unscored)}")
     if not tests:
         return
-    experiment, layout = open_experiment(config, domain), RunLayout(config)
+    experiment, layout = open_experiment(config, domain, anchored=False), RunLayout(config)
     rows = results_of(config)
     make_same_rests(experiment, domain)
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}

@@ -16,7 +16,6 @@ FOREIGN = {
     "consolidated.safetensors": "Mistral's own format; transformers' convert_mistral_weights_to_hf.py reads it",
     "zero_to_fp32.py": "of a DeepSpeed checkpoint; `python zero_to_fp32.py . OUT --safe_serialization` makes weights",
     "mp_rank_00_model_states.pt": "a part of a DeepSpeed checkpoint; zero_to_fp32.py beside this folder makes weights",
-    ".metadata": "of a distributed checkpoint of PyTorch; `accelerate merge-weights FOLDER OUT` makes weights of it",
 }
 
 
@@ -70,6 +69,14 @@ def hints(folder: Path) -> Iterator[str]:
         inside = [snapshot for model in cached for snapshot in snapshots_in(model)]
         yield f"it is a cache of the hub, name a snapshot in it{f' such as {inside[0]}' if inside else ''}"
     yield from hints_of_files(folder)
+    below = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: ("model" not in p.name, p.name))
+    distributed = [each for each in (folder, *below) if is_distributed(each)]  # beside the model its optimizer's
+    for each in distributed[:1]:
+        yield (
+            f"{each} is a distributed checkpoint of PyTorch, as FSDP saves it: `accelerate merge-weights {each} OUT` "
+            "makes weights of it, or `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{each} OUT.pt` a pickle for scripts/convert_checkpoint.py"
+        )
     if not snapshots and not cached:
         below = sorted(p.name for p in folder.iterdir() if p.is_dir() and holds_weights(p))
         if below:
@@ -104,7 +111,12 @@ def hints_of_files(folder: Path) -> Iterator[str]:
     yield from (f"{name} is {what}" for name, what in FOREIGN.items() if (folder / name).exists())
 
 
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds what torch.distributed.checkpoint writes: a part of each process."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.distcp", ".metadata"))
+
+
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds weights under a name that stock libraries use."""
-    patterns = ("*model*.safetensors", "pytorch_model*.bin", "adapter_config.json", "*.distcp")
+    """Whether a folder holds weights under a name that stock libraries open, here or once they are converted."""
+    patterns = ("*model*.safetensors", "pytorch_model*.bin", "adapter_config.json")
     return any(next(folder.glob(pattern), None) for pattern in patterns)

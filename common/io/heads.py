@@ -17,7 +17,7 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.headers import opened
 from common.io.lora import open_checkpoint
-from common.io.model_config import parse, read_config
+from common.io.model_config import known_config, parse, read_config
 
 CONFIG_FILE = "config.json"
 ROWS = 4096  # of an embedding and a head that are compared at a time
@@ -30,12 +30,13 @@ def declared_config(folder: Path, text: str = "") -> dict[str, Any]:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """tie_word_embeddings, which is the class's own where the config leaves it out; None if there is no config."""
+    """tie_word_embeddings as transformers takes it: the class's own where the config leaves it out, of some models that
+    see images that of their text; None if there is no config."""
     from transformers import CONFIG_MAPPING
 
-    if "tie_word_embeddings" in config or config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in CONFIG_MAPPING:
         return config.get("tie_word_embeddings")
-    return CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings
+    return bool(getattr(known_config(config, CONFIG_FILE), "tie_word_embeddings", False))
 
 
 def says_headless(config: Mapping[str, Any]) -> str:
@@ -43,7 +44,11 @@ def says_headless(config: Mapping[str, Any]) -> str:
     from transformers.models.auto import modeling_auto as classes
 
     named = config.get("architectures") or []
-    kinds = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    kinds = (
+        classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
     return "" if any(set(named) & set(kind.values()) for kind in kinds) else "".join(named[:1])
 
 

@@ -25,7 +25,19 @@ from common.io.tokenizer_files import MODULE_FILES, MODULES_FILE
 
 SCHEME = "hf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NOT_READ = (*PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors", ".md", ".png", ".jpg", ".tflite", ".ot")
+NOT_READ = (
+    *PICKLES,
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".safetensors",
+    "README.md",
+    ".png",
+    ".jpg",
+    ".tflite",
+    ".ot",
+)
 FIRST = 2**17  # bytes of a file in which most headers end
 _STATE = {"headers_only": False}
 

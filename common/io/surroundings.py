@@ -1,12 +1,47 @@
-"""What surrounds the weights of a merged model: the base's own files, with no more changed than must be."""
+"""What surrounds the weights of a merged model: the base's own files, with no more changed than must be.
 
-from collections.abc import Mapping
+Code is never copied, so a field auto_map that names some beside the weights is left out; transformers opens what is
+merged here by classes of its own.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.io.checkpoints import copy_files, write_text
-from common.io.model_config import edited
-from common.io.tokenizer_files import TOKENIZER_FILES, matching
+from common.core.notices import warn
+from common.io.checkpoints import BESIDE, copy_files, write_text
+from common.io.model_config import edited, read_text
+from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, matching
+
+AUTO_MAP = "auto_map"
+ELSEWHERE = "--"  # in an auto_map: what is before it is a place on the hub, from which the code is fetched
+LARGEST = 2**24  # bytes of what is copied for no other reason than that it is there
+# Of the base's folder: weights and code, by their endings; then what is written or copied by others, and what says that
+# there is an adapter, shards or a merge.
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".tflite", ".ot",
+    ".npy", ".npz", ".pkl", ".pickle", ".joblib", ".zip", ".tar", ".gz",
+)  # fmt: skip
+CODE = (".py", ".pyc", ".sh", ".so", ".ipynb", ".js", ".cpp", ".cu")
+NOT_COPIED = (
+    *BESIDE, *TOKENIZER_FILES, *SENTENCE_FILES, "README.md", "adapter_*", "*.index.json", "provenance.json",
+    "adaptation.json", ".*",
+)  # fmt: skip
+
+
+def copy_surroundings(source: Path, target: Path) -> None:
+    """Copy the tokenizer of the base's folder, and all else that lies there and is neither weights nor code nor large:
+    licences, terms of use, what some tool may look for."""
+    copy_tokenizer(source, target)
+    copy_files(source, target, rest_of(source))
+
+
+def rest_of(folder: Path) -> list[str]:
+    """Names of the files in a folder that are nothing in particular, in order."""
+    known = set(matching(folder, NOT_COPIED))
+    small = {name for name in matching(folder, ["*"]) if (folder / name).stat().st_size <= LARGEST}
+    return sorted(name for name in small - known if not name.lower().endswith((*WEIGHTS, *CODE)))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -15,9 +50,34 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in matching(target, TOKENIZER_FILES):
         if name not in wanted:
             (target / name).unlink()
-    copy_files(source, target, wanted)
+    copy_settings(source, target, wanted)
+
+
+def copy_settings(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that exist, each as it is but for the code that it names."""
+    for name in names:
+        file = source / name
+        if name.endswith("config.json") and file.is_file() and f'"{AUTO_MAP}"'.encode() in file.read_bytes():
+            write_edited(read_text(file), target / name, {})
+        else:
+            copy_files(source, target, [name])
 
 
 def write_edited(text: str, target: Path, changes: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> None:
-    """Write a JSON text with some fields changed or dropped, and otherwise as it is."""
+    """Write a JSON text with some fields changed or dropped, those that name code left out, and otherwise as it is."""
+    code = code_beside(json.loads(text))
+    if code:
+        warn(
+            f"{target}: {AUTO_MAP} is left out, for it names {', '.join(code)}, and code is never copied; transformers "
+            "opens the merged model by its own classes"
+        )
+        dropped = (*dropped, AUTO_MAP)
     write_text(target, edited(text, changes, dropped))
+
+
+def code_beside(fields: Any) -> list[str]:
+    """Names of the Python files beside a model that the auto_map of its settings names, in order."""
+    named = fields.get(AUTO_MAP) if isinstance(fields, dict) else None
+    classes = [one for each in (named or {}).values() for one in (each if isinstance(each, list) else [each])]
+    beside = (name for name in classes if isinstance(name, str) and ELSEWHERE not in name)
+    return sorted({f"{name.rpartition('.')[0]}.py" for name in beside})

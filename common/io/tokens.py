@@ -59,8 +59,8 @@ def read_tokens(folder: Path) -> Tokens | None:
         ) from error
 
 
-def write_with_more(source: Path, folder: Path, more: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
-    """Write the tokenizer of `source` with more tokens, {token: (number, its description)}, into `folder`.
+def with_more(source: Path, more: Mapping[str, tuple[int, Mapping[str, Any]]]) -> str:
+    """The text of the tokenizer.json of `source` with more tokens, {token: (number, its description)}.
 
     InputError if the tokenizers library would number them otherwise.
     """
@@ -75,7 +75,12 @@ def write_with_more(source: Path, folder: Path, more: Mapping[str, tuple[int, Ma
             raise InputError(
                 f"{source / FAST} leaves numbers out, so that {token!r} would be {opened.token_to_id(token)}"
             )
-    write_text(folder / FAST, text)
+    return text
+
+
+def write_with_more(source: Path, folder: Path, more: Mapping[str, tuple[int, Mapping[str, Any]]]) -> None:
+    """Write the tokenizer of `source` with more tokens into `folder`; as `with_more`."""
+    write_text(folder / FAST, with_more(source, more))
     if (source / SETTINGS).is_file():
         settings = read_json(source / SETTINGS)
         if "added_tokens_decoder" in settings:

@@ -3,6 +3,7 @@
 The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there: its task
 vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
     refuse  base and experts have equally many rows; a token of experts alone has the row that it has there
+            and joins the base's tokenizer, as with pad
     pad     as many rows as the largest model has; what the base lacks begins as the mean of its rows
     base    the base's rows; what the base lacks is left out
     union   a row for every token of any model, behind the base's; it begins as the mean of those that experts have
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.matched import JoinedBase, MatchedExpert, Matching
-from common.io.tokens import FAST, Tokens, read_tokens
+from common.io.tokens import FAST, Tokens, read_tokens, with_more
 
+SHOWN = 4  # of the tokens that a sentence names
 PADDING = ""  # stands for the padding token that the base lacks, by whatever name
 
 
@@ -49,10 +52,12 @@ def match_vocabularies(
         require_tokenizers(base.path, own, tokens, paths)
         places = {key: max(own.ids.values()) + 1 + i for i, key in enumerate(new)} if own else {}
         more = described(new, places, tokens, paths)
+        with_more(base.path, more)
         rows = max([sizes[base], *(place + 1 for place in places.values())])
     else:
         rows = max(sizes.values()) if policy == "pad" else sizes[base]
         places = own_places(new, own, paths, base.path)
+        more = taken_over(base.path, new, places, tokens, paths)
     own_rows = {
         task: {key: owners[task] for key, owners in new.items() if task in owners and owners[task] < counts[task]}
         for task in experts
@@ -60,7 +65,7 @@ def match_vocabularies(
     sources = {task: source_of(rows, counts[task], own, tokens[task], own_rows[task], places) for task in experts}
     moved = {task: moved_token(own, tokens[task], own_rows[task], places) for task in experts}
     matching = Matching(rows, sources, more, {task: token for task, token in moved.items() if token})
-    if more:
+    if policy == "union" and more:
         base = JoinedBase(base, experts, names, matching)
     else:
         base.resize({name: rows for name in names})
@@ -158,8 +163,8 @@ def described(
 ) -> dict[str, tuple[int, Mapping[str, Any]]]:
     """{token: (row, description)} of new tokens; InputError if one is more than an added token."""
     more = {}
-    for key, owners in new.items():
-        task = next(iter(owners))
+    for key in places:
+        task = next(iter(new[key]))
         own = tokens[task]
         assert own
         token = own.padding if key == PADDING else key
@@ -170,6 +175,35 @@ def described(
             )
         more[token] = (places[key], own.added[token])
     return more
+
+
+def taken_over(
+    base: Path,
+    new: Mapping[str, Mapping[str, int]],
+    places: Mapping[str, int],
+    tokens: Mapping[str, Tokens | None],
+    paths: Mapping[str, Path],
+) -> dict[str, tuple[int, Mapping[str, Any]]]:
+    """{token: (row, description)} of new tokens in the rows that they have in the experts, which join the base's
+    tokenizer; none, with a warning, if it cannot have one of them there."""
+    if not places:
+        return {}
+    try:
+        if not (base / FAST).is_file():
+            raise InputError(f"{base} has no {FAST}")
+        more = described(new, dict(sorted(places.items(), key=lambda place: place[1])), tokens, paths)
+        with_more(base, more)
+        return more
+    except InputError as error:
+        named = [repr(key) for key in places if key != PADDING]
+        if named:
+            warn(
+                f"rows are merged of {', '.join(named[:SHOWN])}{', ...' if len(named) > SHOWN else ''}, tokens of "
+                f"{', '.join(dict.fromkeys(task for owners in new.values() for task in owners))}, which the merged "
+                f"model's tokenizer does not know, for it is the base's: {error}; model.tokenizers gives an expert's "
+                "tokenizer a folder beside the merged model"
+            )
+        return {}
 
 
 def source_of(

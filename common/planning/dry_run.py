@@ -31,6 +31,7 @@ from common.layout import (
     is_finished,
     merge_settings,
     no_anchors,
+    require_free,
     require_own_anchors,
 )
 from common.opening import open_inputs
@@ -48,7 +49,7 @@ from common.planning.cost import (
 from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
-from common.validation import check_choices
+from common.validation import check_choices, check_test_data, where_from
 
 Check = Callable[[Experiment, Domain], None]
 
@@ -75,14 +76,15 @@ class Refusals(dict[str, list[str]]):
             self.setdefault(what, []).append(str(error))
 
 
-def describe(config: Config, domain: Domain, checks: Iterable[Check] = ()) -> Plan:
+def describe(config: Config, domain: Domain, checks: Iterable[Check] = (), anchored: bool = True) -> Plan:
     """The resolved config, every input as found, refused or missing, the outputs, and what the work needs.
 
-    The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides.
+    The inputs are opened and compared by what opens them for a run; `checks` are those of the command besides;
+    `anchored` is False of one that merges alone.
     """
     check_choices(config, domain)
     refusals = Refusals()
-    experiment = open_inputs(config, domain, refusals.noted)
+    experiment = open_inputs(config, domain, refusals.noted, anchored)
     lines = inputs(config, domain, refusals)
     if experiment:
         for check in checks:
@@ -112,7 +114,7 @@ def inputs(config: Config, domain: Domain, refusals: Refusals) -> list[str]:
     tests = scored_tests(config, domain)
     for test in tests:
         folder = Path(config.eval.data).expanduser() / test
-        lines.append(f"  {'found' if folder.is_dir() else 'from hub':10} data {test}: {folder}")
+        lines.append(f"  {where_from(config, domain, test):10} data {test}: {folder}")
     unscored = [task for task in config.tasks if task not in tests.values()]
     return lines + [f"  {'not scored':10} {task}: eval.tests names no test set for it" for task in unscored]
 
@@ -172,6 +174,11 @@ def check_anchors(experiment: Experiment, domain: Domain) -> None:
         check_anchors_made(experiment, domain)
 
 
+def check_scored(experiment: Experiment, domain: Domain) -> None:
+    """There is something to score models on, if they are to be scored."""
+    check_test_data(experiment.config, domain)
+
+
 def check_export(experiment: Experiment, domain: Domain) -> None:
     """A merged model can be written with all that shall lie beside it."""
     domain.check_export(experiment.config.model)
@@ -183,16 +190,18 @@ def check_start(experiment: Experiment, domain: Domain) -> None:
     if config.start.checkpoint:
         experiment.given_start()
     elif config.start.method != PRETRAINED:
+        require_free(RunLayout(config).start, domain.SHARDED)
         is_finished(RunLayout(config).start, merge_settings(experiment))
 
 
 def check_adapted(experiment: Experiment, domain: Domain) -> None:
     """An adapted model that is there already was made with these settings."""
+    require_free(RunLayout(experiment.config).adapted, domain.SHARDED)
     is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
 
 
-CONSTRUCT: tuple[Check, ...] = (check_moved_blocks, check_anchors_made)
-MERGE: tuple[Check, ...] = (check_export, check_start)
+CONSTRUCT: tuple[Check, ...] = (check_scored, check_moved_blocks, check_anchors_made)
+MERGE: tuple[Check, ...] = (check_scored, check_export, check_start)
 ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
 
 

@@ -51,7 +51,7 @@ class LivePage:
         """Measure the task vectors; a sentence if they are left out."""
         self.measured = True
         with quietly("the task vectors were not measured"):
-            left_out = measure(open_experiment(self.config, self.domain), self.config.run.report == "full")
+            left_out = measure(open_experiment(self.config, self.domain, False), self.config.run.report == "full")
             return f"Task vectors {left_out}." if left_out else ""
         return "Task vectors could not be measured."
 
