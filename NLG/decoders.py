@@ -20,7 +20,16 @@ from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_b
 from common.core.errors import InputError
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
-from common.io.skeleton import beginnings, canonical_names, layers_of, path_of, stored_name, stored_path, stored_shapes
+from common.io.skeleton import (
+    beginnings,
+    canonical_names,
+    layers_of,
+    path_of,
+    stored_name,
+    stored_path,
+    stored_shapes,
+    token_axes,
+)
 from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
 
 
@@ -114,6 +123,7 @@ def reading(model: Model) -> BlockFamily:
         names=canonical_names(root),
         stored=stored_shapes,
         vocabulary=(embedding, head),
+        by_token=token_axes(root),
         pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
     )
 

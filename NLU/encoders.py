@@ -18,7 +18,7 @@ from common.domain import other_models
 from common.io.layer_calls import LayerCalls
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
-from common.io.skeleton import layers_of, stored_shapes
+from common.io.skeleton import layers_of, stored_shapes, token_axes
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
 POOLER = "pooler."
@@ -117,6 +117,7 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
         before_head=POOLER,
         null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
         positions=positions if positions in stored else "",
+        by_token=token_axes(root),
     )
 
 

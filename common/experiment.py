@@ -15,7 +15,7 @@ from common.core.fused import fuse, fused_block, fused_tensors
 from common.core.task_vectors import Params, require_same_shapes, subtract
 from common.fda.adaptation import shortened
 from common.fda.anchors import SCALES
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, with_size
 from common.io.heads import open_like
 from common.io.matched import Matching
 from common.io.tensors import WHOLE, in_rows
@@ -165,8 +165,8 @@ class Experiment:
         path = self.config.start.path
         start = unstacked(open_like(self.base, path, self.family.names, self.family.vocabulary), self.family.pieces)
         if self.config.model.vocabulary != "refuse":
-            names = [name for name in self.family.vocabulary if name in self.base.shapes]
-            start.resize({name: self.base.shapes[name][0] for name in names})
+            axes = {n: axis for n, axis in self.family.by_token.items() if n in start.shapes and n in self.base.shapes}
+            start.resize({n: with_size(start.shapes[n], axis, self.base.shapes[n][axis]) for n, axis in axes.items()})
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
         return start

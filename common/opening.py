@@ -225,7 +225,8 @@ def compare_experts(
             warn(f"the expert of {task}, {experts[task].path}, has no {name}; it is taken to be the base's")
     matching = Matching(0)
     with checking("model.vocabulary"):
-        base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)
+        policy = config.model.vocabulary if config.domain == "nlg" else ""  # check_choices: no other has the choice
+        base, experts, matching = match_vocabularies(family.by_token, base, experts, policy)
         check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):

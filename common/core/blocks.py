@@ -108,7 +108,9 @@ class BlockFamily:
     positions: name of the position embedding, of which anchors.position_embeddings adds the first rows; "" if none.
     stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
-    vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
+    vocabulary: the embedding and the head over its tokens, which a model may have as one tensor; () without a head.
+    by_token: {name: axis} of all tensors with a row for every token, the embedding first, and along which axis they
+        have them; base and experts may differ in their number.
     part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default.
     lent: from the names of an expert's tensors to those of the base's that it has not, and is given.
     """
@@ -127,6 +129,7 @@ class BlockFamily:
     stored: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] = own_shapes
     pieces: Pieces = no_pieces
     vocabulary: tuple[str, ...] = ()
+    by_token: Mapping[str, int] = field(default_factory=dict)
     part: str | None = None
     lent: Callable[[Collection[str]], Iterable[str]] = nothing_lent
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,28 @@ def stored_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def stored_name(skeleton: PreTrainedModel, name: str) -> str:
     """How a checkpoint names a tensor of the model that is stored as it is, such as the head."""
     return next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1, device="meta")})))
+
+
+SIZES = ("vocab_size", "vocab_size_per_layer_input")  # fields of a config that count the tokens of a tokenizer
+
+
+def token_axes(skeleton: PreTrainedModel) -> dict[str, int]:
+    """{name in a checkpoint: axis} of all tensors with a row for every token, the embedding first: what has another
+    size along that axis in a model of twice the vocabulary."""
+    config = deepcopy(skeleton.config)
+    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+        for field in SIZES:
+            if hasattr(part, field):
+                setattr(part, field, 2 * getattr(part, field))
+    with torch.device("meta"):
+        larger = type(skeleton)(config).state_dict()
+    embedding = f"{path_of(skeleton, skeleton.get_input_embeddings())}.weight"
+    axes: dict[str, int] = {}
+    for name, tensor in sorted(skeleton.state_dict().items(), key=lambda item: item[0] != embedding):
+        sizes = zip(tensor.shape, larger[name].shape, strict=True)
+        longer = [axis for axis, (size, more) in enumerate(sizes) if size != more]
+        axes |= {stored_name(skeleton, name): axis for axis in longer}
+    return axes
 
 
 def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:

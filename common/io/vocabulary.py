@@ -1,7 +1,8 @@
 """Vocabularies that differ: rows of embeddings and heads are matched by token, so that one row means one token.
 
-The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there: its task
-vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
+Rows are those of the embedding, and what other tensors have along their axis of tokens: a head, its bias, a second
+embedding. The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there:
+its task vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
     refuse  base and experts have equally many rows; a token of experts alone has the row that it has there
     pad     as many rows as the largest model has; what the base lacks begins as the mean of its rows
     base    the base's rows; what the base lacks is left out
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.io.adapters import is_adapter
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, with_size
 from common.io.matched import JoinedBase, MatchedExpert, Matching
 from common.io.tokens import FAST, Tokens, read_tokens
 
@@ -28,17 +29,28 @@ PADDING = ""  # stands for the padding token that the base lacks, by whatever na
 
 
 def match_vocabularies(
-    names: Sequence[str], base: Checkpoint, experts: Mapping[str, Checkpoint], policy: str
+    axes: Mapping[str, int], base: Checkpoint, experts: Mapping[str, Checkpoint], policy: str
 ) -> tuple[Checkpoint, dict[str, Checkpoint], Matching]:
     """Base and experts with the same rows for the same tokens, and how they were matched.
 
-    names: tensors with a row for every token, the embedding first. InputError if the policy cannot have it so.
+    Args:
+        axes: {tensor: its axis of tokens}, the embedding first. One of other than the embedding's size keeps it.
+        policy: model.vocabulary; "" where there is no such choice, which refuses without naming it.
+    Raises: InputError if the policy cannot have it so.
     """
-    sizes = {model: row_count(names, model) for model in (base, *experts.values())}
-    if not all(sizes.values()):  # another tensor than a matrix: what compares shapes says so
+    models = (base, *experts.values())
+    axes = {name: axis for name, axis in axes.items() if name in base.shapes}
+    if not axes or not all(are_comparable(axes, base, model) for model in models):  # what compares shapes says so
+        return base, dict(experts), Matching(0)
+    count = base.shapes[next(iter(axes))][next(iter(axes.values()))]
+    joint = {name: axis for name, axis in axes.items() if base.shapes[name][axis] == count}
+    require_kept_sizes({name: axis for name, axis in axes.items() if name not in joint}, base, models)
+    sizes = {model: row_count(joint, model) for model in models}
+    if not all(sizes.values()) or (not policy and len(set(sizes.values())) > 1):  # as above
         return base, dict(experts), Matching(0)
     if policy == "refuse":
         require_equal_sizes(base, sizes)
+    names = list(axes)
     own = read_tokens(base.path)
     tokens = {task: tokens_of_expert(expert, own, names) for task, expert in experts.items()}
     counts = {task: sizes[expert] for task, expert in experts.items()}
@@ -52,7 +64,7 @@ def match_vocabularies(
         rows = max([sizes[base], *(place + 1 for place in places.values())])
     else:
         rows = max(sizes.values()) if policy == "pad" else sizes[base]
-        places = own_places(new, own, paths, base.path)
+        places = own_places(new, own, paths, base.path, policy)
     own_rows = {
         task: {key: owners[task] for key, owners in new.items() if task in owners and owners[task] < counts[task]}
         for task in experts
@@ -61,23 +73,47 @@ def match_vocabularies(
     moved = {task: moved_token(own, tokens[task], own_rows[task], places) for task in experts}
     matching = Matching(rows, sources, more, {task: token for task, token in moved.items() if token})
     if more:
-        base = JoinedBase(base, experts, names, matching)
+        base = JoinedBase(base, experts, joint, matching)
     else:
-        base.resize({name: rows for name in names})
+        base.resize({name: with_size(base.shapes[name], axis, rows) for name, axis in joint.items()})
     plain = torch.arange(rows)
     matched = {
         task: expert
-        if torch.equal(sources[task], plain) and all(expert.shapes[n][0] == rows for n in names if n in expert.shapes)
-        else MatchedExpert(expert, base, names, sources[task])
+        if torch.equal(sources[task], plain) and row_counts(axes, expert).items() <= row_counts(axes, base).items()
+        else MatchedExpert(expert, base, axes, sources[task])
         for task, expert in experts.items()
     }
     return base, matched, matching
 
 
-def row_count(names: Sequence[str], model: Checkpoint) -> int:
-    """The most rows that a model has in the named tensors; 0 if it has none, or they are no matrices."""
-    shapes = [model.shapes[name] for name in names if name in model.shapes]
-    return max((shape[0] for shape in shapes), default=0) if all(len(shape) == 2 for shape in shapes) else 0
+def are_comparable(axes: Mapping[str, int], base: Checkpoint, model: Checkpoint) -> bool:
+    """Whether those of the tensors that a model has are of as many axes as the base's, that of the tokens among
+    them."""
+    shapes = {name: (model.shapes[name], base.shapes[name]) for name in axes if name in model.shapes}
+    return all(axes[name] < len(one) == len(other) for name, (one, other) in shapes.items())
+
+
+def row_counts(axes: Mapping[str, int], model: Checkpoint) -> dict[str, int]:
+    """How many rows a model has in each of the tensors that it has."""
+    return {name: model.shapes[name][axis] for name, axis in axes.items() if name in model.shapes}
+
+
+def row_count(axes: Mapping[str, int], model: Checkpoint) -> int:
+    """The most rows that a model has in one of the tensors; 0 if it has none."""
+    return max(row_counts(axes, model).values(), default=0)
+
+
+def require_kept_sizes(axes: Mapping[str, int], base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """InputError naming the first model with another number of rows than the base in a tensor that keeps its own."""
+    expected = row_counts(axes, base)
+    for model in models:
+        for name, rows in row_counts(axes, model).items():
+            if rows != expected[name]:
+                raise InputError(
+                    f"{model.path}: {name} has {rows} rows, in {base.path} it has {expected[name]}, fewer or more than "
+                    "the embedding, so none can tell which row is which token; take its added tokens away with "
+                    "resize_token_embeddings, or leave it out"
+                )
 
 
 def require_equal_sizes(base: Checkpoint, sizes: Mapping[Checkpoint, int]) -> None:
@@ -122,7 +158,7 @@ def new_tokens(
 
 
 def own_places(
-    new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path
+    new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path, policy: str
 ) -> dict[str, int]:
     """The rows of new tokens where they have them in the experts; InputError if a row would be two tokens."""
     taken = {i: (token, base_path) for token, i in base.ids.items()} if base else {}
@@ -131,10 +167,14 @@ def own_places(
         for task, row in owners.items():
             token, path = taken.setdefault(row, (key, paths[task]))
             if token != key or places.setdefault(key, row) != row:
+                ways = (
+                    "model.vocabulary may be union (each token gets a row of its own) or base (tokens that the base "
+                    "lacks are left out)"
+                )
                 raise InputError(
                     f"row {places.get(key, row)} is the token {token or 'for padding'!r} in {path}, "
-                    f"{key or 'padding'!r} is row {row} in {paths[task]}; model.vocabulary may be union (each token "
-                    "gets a row of its own) or base (tokens that the base lacks are left out)"
+                    f"{key or 'padding'!r} is row {row} in {paths[task]}; "
+                    f"{ways if policy else 'models that are merged must have one vocabulary'}"
                 )
     return places
 
