@@ -45,9 +45,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     stage_shards(as_stored(whole, dtype, base), folder)
     shapes = {name: tensor.shape for name, tensor in whole.items()}
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
-    if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
-        rows = {"vocab_size": shapes[embedding][0]}
-        changes |= {"text_config": fields["text_config"] | rows} if "text_config" in fields else rows
+    changes |= vocabulary_field(model, fields, shapes[embedding][0])
     if head in shapes and architecture(model).tie_word_embeddings:
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
@@ -58,6 +56,16 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     publish_shards(folder)
     for task in model.tokenizers:
         link_weights(folder, folder / task)
+
+
+def vocabulary_field(model: Model, fields: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The field vocab_size, where an embedding of so many rows is not of the config's size. Some classes have rows
+    besides those of the vocabulary, which the field does not count."""
+    more = rows - skeleton(model).get_input_embeddings().weight.shape[0]
+    size = {"vocab_size": architecture(model).get_text_config().vocab_size + more}
+    if not more:
+        return {}
+    return {"text_config": fields["text_config"] | size} if "text_config" in fields else size
 
 
 def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:

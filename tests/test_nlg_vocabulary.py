@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
@@ -17,6 +17,7 @@ from pico_nlg import (
     EMBEDDING,
     HEAD,
     NORM,
+    PICO,
     VOCABULARY,
     pico_tokenizer,
     save,
@@ -113,3 +114,17 @@ def test_os_errors_while_linking_are_reported(nlg_config, monkeypatch):
     with pytest.raises(InputError, match=r"cannot link .*code/model-.*model.tokenizers: .*not permitted"):
         merge_alone(nlg_config, domain)
     assert os.listdir(nlg_config.run.dir / "merged" / "ta" / "code")
+
+
+def test_rows_besides_those_of_the_vocabulary_are_not_counted(own_nlg):
+    """Moshi's embedding has one for what is no token: vocab_size is one less than its rows, and says so still."""
+    root, config = own_nlg
+    config = change(config, "model", family="moshi", vocabulary="refuse", tokenizers=())
+    for name in ("base", "math", "code"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("moshi", **PICO))
+        save(model, pico_tokenizer(), root / name)
+    folder = merge_alone(change(config, "run", score=False), domain)
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert opened.config.vocab_size == VOCABULARY and len(opened.get_input_embeddings().weight) == VOCABULARY + 1
+    base, math, code = (read(root / name, EMBEDDING) for name in ("base", "math", "code"))
+    torch.testing.assert_close(read(folder, EMBEDDING), base + 0.5 * (math - base) + 0.5 * (code - base))
