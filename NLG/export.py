@@ -46,7 +46,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     shapes = {name: tensor.shape for name, tensor in whole.items()}
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
     changes |= vocabulary_field(model, fields, shapes[embedding][0])
-    if head in shapes and architecture(model).tie_word_embeddings:
+    if head in shapes and getattr(architecture(model), "tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
     write_generation(model.path("base"), folder, {})

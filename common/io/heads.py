@@ -30,12 +30,15 @@ def declared_config(folder: Path, text: str = "") -> dict[str, Any]:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """tie_word_embeddings, which is the class's own where the config leaves it out; None if there is no config."""
+    """tie_word_embeddings, which is the class's own where the config leaves it out; None if there is no config.
+
+    A class without such a field, as Mllama's is, ties nothing: so does PreTrainedModel.tie_weights.
+    """
     from transformers import CONFIG_MAPPING
 
     if "tie_word_embeddings" in config or config.get("model_type") not in CONFIG_MAPPING:
         return config.get("tie_word_embeddings")
-    return CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings
+    return getattr(CONFIG_MAPPING[config["model_type"]](), "tie_word_embeddings", False)
 
 
 def says_headless(config: Mapping[str, Any]) -> str:
