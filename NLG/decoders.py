@@ -7,7 +7,6 @@ Or, not of the paper, the layer as a whole (anchors.part).
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from common.config import Model
 from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_biases, whole_layer
 from common.core.errors import InputError
+from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
 from common.io.skeleton import (
@@ -62,7 +62,7 @@ def opener_of(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[Aut
     return AutoModelForCausalLM if causal or config.model_type not in seeing else AutoModelForImageTextToText
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model) -> nn.Module:
     """The base without its weights, on the meta device.
 
@@ -92,7 +92,7 @@ def token_shape(model: Model, part: str = "mlp") -> tuple[int, int]:
     return 1 if part == "mlp" else 5, architecture(model).get_text_config().hidden_size
 
 
-@cache
+@cached_by_files
 def family(model: Model, part: str = "mlp") -> BlockFamily:
     """The blocks of any decoder that transformers knows, found in its skeleton: the MLPs of its layers, or the layers.
 
@@ -103,7 +103,7 @@ def family(model: Model, part: str = "mlp") -> BlockFamily:
     return (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
 
 
-@cache
+@cached_by_files
 def reading(model: Model) -> BlockFamily:
     """How checkpoints of the base's architecture are read and written, whatever is anchored; InputError if they have
     no list of layers, or keep experts in a way that is not known."""
@@ -223,7 +223,7 @@ def as_linear(module: nn.Module) -> nn.Module:
     return module
 
 
-@cache
+@cached_by_files
 def body(model: Model) -> tuple[str, ...]:
     """How the names of all tensors begin that lie in no head."""
     return beginnings(skeleton(model))

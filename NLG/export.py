@@ -70,7 +70,8 @@ def vocabulary_field(model: Model, fields: dict[str, Any], rows: int) -> dict[st
 
 def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:
     """The field architectures, where it names a class that the written weights are not."""
-    head = frozenset(name for name in shapes if not name.startswith(body(model)))
+    inside = body(model)
+    head = frozenset(name for name in shapes if not name.startswith(inside))
     right, said = class_names(model, base_config(model), head), fields.get("architectures")
     return {"architectures": right[:1]} if said and right and said[:1] not in [[name] for name in right] else {}
 

@@ -51,13 +51,14 @@ def check_inputs(config: Config) -> None:
 
 def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names = map(reading(model).names, (row.stored for row in find_model(path).rows()))
-    return frozenset(name for name in names if name and not name.startswith(body(model)))
+    names, inside = map(reading(model).names, (row.stored for row in find_model(path).rows())), body(model)
+    return frozenset(name for name in names if name and not name.startswith(inside))
 
 
 def is_bare(model: Model, path: Path) -> bool:
     """Whether a model is saved without any head, so that its tensors lack the prefix of its body."""
-    return not any(row.stored.startswith(body(model)) for row in find_model(path).rows())
+    inside = body(model)
+    return not any(row.stored.startswith(inside) for row in find_model(path).rows())
 
 
 def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list[str]:
@@ -74,8 +75,8 @@ def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list
 
 def language_head(model: Model) -> frozenset[str]:
     """Names of the tensors of a language model's head."""
-    head = reading(model).vocabulary[1]
-    return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(body(model))})
+    head, inside = reading(model).vocabulary[1], body(model)
+    return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(inside)})
 
 
 def check_head(model: Model, config: ModelConfig, other: Path) -> None:
