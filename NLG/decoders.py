@@ -29,6 +29,7 @@ from common.io.skeleton import (
     stored_path,
     stored_shapes,
     token_axes,
+    unread_names,
 )
 from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
 
@@ -124,6 +125,7 @@ def reading(model: Model) -> BlockFamily:
         stored=stored_shapes,
         vocabulary=(embedding, head),
         by_token=token_axes(root),
+        unread=unread_names(root),
         pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
     )
 

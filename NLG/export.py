@@ -14,8 +14,8 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
 from common.io.unstacked import stacked
-from NLG.decoders import architecture, body, config_text, reading, skeleton
-from NLG.inputs import GENERATION_FILE, base_config, class_names
+from NLG.decoders import architecture, config_text, reading, skeleton
+from NLG.inputs import GENERATION_FILE, base_config, class_names, outside
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKEN_FIELDS = (*TOKENS, "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "tokenizer_class")
@@ -70,9 +70,7 @@ def vocabulary_field(model: Model, fields: dict[str, Any], rows: int) -> dict[st
 
 def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:
     """The field architectures, where it names a class that the written weights are not."""
-    inside = body(model)
-    head = frozenset(name for name in shapes if not name.startswith(inside))
-    right, said = class_names(model, base_config(model), head), fields.get("architectures")
+    right, said = class_names(model, base_config(model), outside(model, shapes)), fields.get("architectures")
     return {"architectures": right[:1]} if said and right and said[:1] not in [[name] for name in right] else {}
 
 

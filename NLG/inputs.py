@@ -1,5 +1,6 @@
 """What is compared of language models before any weight is looked at: configs, heads, and how each ends its answers."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ def check_inputs(config: Config) -> None:
 
 def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names, inside = map(reading(model).names, (row.stored for row in find_model(path).rows())), body(model)
-    return frozenset(name for name in names if name and not name.startswith(inside))
+    family, stored = reading(model), (row.stored for row in find_model(path).rows())
+    return outside(model, filter(None, map(family.names, stored)))
+
+
+def outside(model: Model, names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that are of a head: outside the body, and not of weights that the class leaves aside."""
+    inside, unread = body(model), reading(model).unread
+    return frozenset(name for name in names if not name.startswith(inside) and not unread(name))
 
 
 def is_bare(model: Model, path: Path) -> bool:
@@ -75,8 +82,7 @@ def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list
 
 def language_head(model: Model) -> frozenset[str]:
     """Names of the tensors of a language model's head."""
-    head, inside = reading(model).vocabulary[1], body(model)
-    return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(inside)})
+    return outside(model, stored_shapes(skeleton(model))) | {reading(model).vocabulary[1]}
 
 
 def check_head(model: Model, config: ModelConfig, other: Path) -> None:

@@ -19,6 +19,7 @@ from common.io.checkpoints import Checkpoint, with_size
 from common.io.heads import open_like
 from common.io.matched import Matching
 from common.io.tensors import WHOLE, in_rows
+from common.io.unread import settle_unread, with_copies
 from common.io.unstacked import unstacked
 from common.merging.starts import hyper_of
 
@@ -163,9 +164,13 @@ class Experiment:
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
         path = self.config.start.path
-        start = unstacked(open_like(self.base, path, self.family.names, self.family.vocabulary), self.family.pieces)
+        start = open_like(self.base, path, self.family.names, self.family.vocabulary)
+        base = Checkpoint(self.base.path, self.family.names)
+        settle_unread(base, [start], self.family.unread)
+        start = unstacked(start, self.family.pieces)
         if self.config.model.vocabulary != "refuse":
-            axes = {n: axis for n, axis in self.family.by_token.items() if n in start.shapes and n in self.base.shapes}
+            by_token = with_copies(self.family.by_token, base, self.family.unread)
+            axes = {n: axis for n, axis in by_token.items() if n in start.shapes and n in self.base.shapes}
             start.resize({n: with_size(start.shapes[n], axis, self.base.shapes[n][axis]) for n, axis in axes.items()})
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))

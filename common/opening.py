@@ -25,6 +25,7 @@ from common.io.heads import leave_to_heads, open_experts
 from common.io.lineage import warn_of_equals
 from common.io.matched import Matching
 from common.io.sentence_modules import compare_modules
+from common.io.unread import settle_unread, with_copies
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
 from common.run.device import WORTH_THREADS, prepare, threads_for
@@ -216,6 +217,8 @@ def compare_experts(
     Returns: base and experts with the same rows for the same tokens, and how these were matched.
     """
     leave_to_heads(family.before_head, base, experts.values())
+    settle_unread(base, experts.values(), family.unread)
+    by_token = with_copies(family.by_token, base, family.unread)
     lent = {task: tuple(family.lent(expert.shapes)) for task, expert in experts.items()}
     base = unstacked(base, family.pieces)
     experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
@@ -226,7 +229,7 @@ def compare_experts(
     matching = Matching(0)
     with checking("model.vocabulary"):
         policy = config.model.vocabulary if config.domain == "nlg" else ""  # check_choices: no other has the choice
-        base, experts, matching = match_vocabularies(family.by_token, base, experts, policy)
+        base, experts, matching = match_vocabularies(by_token, base, experts, policy)
         check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):

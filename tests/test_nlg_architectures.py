@@ -13,11 +13,12 @@ from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint
+from common.io.skeleton import canonical_names, unread_names
 from common.io.unstacked import Unstacked
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import assert_same_in_bf16, change
+from helpers import assert_same_in_bf16, change, read, rewrite
 from NLG import domain
 from NLG.decoders import opener_of
 from pico_decoders import DECODERS, fields_of
@@ -132,6 +133,42 @@ def test_stacks_on_disk_are_read_one_expert_at_a_time(kind, tmp_path):
     assert all(torch.equal(apart[name], merged[name]) for name in apart)
     construct(stacked, domain)
     assert stock(adapt(stacked, domain))(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("having", [("base", *PICO_TASKS), ("base", "math"), ("base",), PICO_TASKS])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("deepseek_v3", "model.layers.61.eh_proj.weight"),
+        ("glm4_moe", "model.layers.46.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),
+        ("qwen3_next", "mtp.fc.weight"),
+    ],
+)
+def test_layers_that_the_class_leaves_aside_are_merged(kind, name, having, tmp_path, capsys):
+    """Those that predict several tokens: merged as other weights, with the base's where an expert lacks them."""
+    write_models(tmp_path, kind)
+    for number, model in enumerate(having):
+        rewrite(tmp_path / model / "model.safetensors", lambda t, n=number: t | {name: torch.full((16, 32), 1.0 + n)})
+    folder, said = merge_alone(config_of(tmp_path), domain), capsys.readouterr().err
+    if "base" not in having:
+        assert name not in Checkpoint(folder).shapes and said.count(f"has {name}, which transformers leaves") == 2
+        return
+    task_vectors = {3: 1.0 + 2.0, 2: 1.0 + 0.0, 1: 0.0}[len(having)]
+    assert torch.equal(read(folder, name), torch.full((16, 32), 1.0 + 0.5 * task_vectors))
+    lacking = {*PICO_TASKS} - {*having}
+    assert said.count("; the base's stand for them") == len(lacking)
+    assert all(f"{task} lacks {name}, which transformers leaves aside" in said for task in lacking)
+    assert stock(folder)(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_masks_that_old_files_keep_are_no_weights():
+    """They lie in modules that the model has; a module that it has not is one of further layers."""
+    with torch.device("meta"):
+        model = opener_of(config := AutoConfig.for_model(**fields_of("gpt2"))).from_config(config)
+    names, unread = canonical_names(model), unread_names(model)
+    assert names("transformer.h.0.attn.bias") is None and names("h.1.attn.bias") is None
+    assert not unread("transformer.h.0.attn.bias") and not unread("transformer.h.0.attn.c_attn.bias")
 
 
 def test_of_a_stack_of_64_experts_one_is_in_memory(tmp_path):

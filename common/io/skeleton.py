@@ -1,7 +1,7 @@
 """What a transformers model without weights tells: where its layers are, and how its checkpoints name the tensors."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -122,8 +122,7 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     known, own = frozenset(stored_shapes(skeleton)), frozenset(n for n, p in skeleton.named_parameters() if p.ndim < 3)
     prefix = f"{skeleton.base_model_prefix}."
     children = {name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)}
-    buffers = [p for p in skeleton._keys_to_ignore_on_load_unexpected or () if not p.startswith("^")]
-    ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *buffers]))
+    is_left_aside, modules = left_aside(skeleton), modules_of(skeleton, known)
 
     def name_of(stored: str) -> str | None:
         bare = not stored.startswith(prefix) and stored.split(".")[0] in children
@@ -132,6 +131,28 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
             return name
         if name in own:
             return stored_name(skeleton, name)
-        return None if ignored.search(name) else name
+        is_buffer = is_left_aside(name) and name.rpartition(".")[0] in modules
+        return None if is_buffer or name.endswith("rotary_emb.inv_freq") else name
 
     return name_of
+
+
+def left_aside(skeleton: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether the class of a model says that it does not load a tensor of a name which is none of its own."""
+    patterns = "|".join(skeleton._keys_to_ignore_on_load_unexpected or ())
+    own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    return lambda name: bool(patterns) and name not in own and bool(re.search(patterns, name))
+
+
+def modules_of(skeleton: PreTrainedModel, stored: Iterable[str]) -> frozenset[str]:
+    """The paths of all modules, by the names of the model and by those that are stored."""
+    of_stored = {name.rsplit(".", dots)[0] for name in stored for dots in range(1, name.count(".") + 1)}
+    return frozenset(of_stored | {path for path, _ in skeleton.named_modules()})
+
+
+def unread_names(skeleton: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint is a weight of a module that the class of the model does not have and leaves
+    aside: layers that predict several tokens at once, say."""
+    known = frozenset(stored_shapes(skeleton))
+    is_left_aside, modules = left_aside(skeleton), modules_of(skeleton, known)
+    return lambda name: name not in known and is_left_aside(name) and name.rpartition(".")[0] not in modules
