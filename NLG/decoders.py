@@ -25,6 +25,7 @@ from common.io.skeleton import (
     canonical_names,
     layers_of,
     path_of,
+    renamed_within,
     stored_name,
     stored_path,
     stored_shapes,
@@ -126,8 +127,25 @@ def reading(model: Model) -> BlockFamily:
         vocabulary=(embedding, head),
         by_token=token_axes(root),
         unread=unread_names(root),
-        pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
+        pieces=either(
+            pieces_of(path, blocks, *mixture) if mixture else turned(root), renamed(root, path, blocks, mixture)
+        ),
     )
+
+
+def renamed(root: nn.Module, path: str, blocks: str, mixture: tuple[str, nn.Module, Layout] | None) -> Pieces:
+    """What a checkpoint calls otherwise than the layer does: each is its one piece, by the layer's name. That of what
+    holds experts is the checkpoint's."""
+    names = renamed_within(root, path, blocks)
+    if mixture:
+        mlp, stored = f".{mixture[0]}.", f".{mixture[2].mlp}."
+        names = {name: own.replace(mlp, stored, 1) for name, own in names.items()}
+    return lambda name, shape: [Piece(names[name])] if names.get(name, name) != name else []
+
+
+def either(first: Pieces, second: Pieces) -> Pieces:
+    """The pieces that the first knows of a tensor, or else the second."""
+    return lambda name, shape: list(first(name, shape)) or second(name, shape)
 
 
 def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:

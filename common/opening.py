@@ -170,7 +170,8 @@ def check_indices(indices: Iterable[int], depth: int) -> None:
 def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
     """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
     for prefix, module in modules:
-        expected = {prefix + name: p.shape for name, p in module.named_parameters()}
+        weights = {name: t for name, t in module.state_dict().items() if t.is_floating_point()}  # stored buffers too
+        expected = {prefix + name: t.shape for name, t in weights.items()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -22,7 +22,7 @@ from helpers import assert_same_in_bf16, change, read, rewrite
 from NLG import domain
 from NLG.decoders import opener_of
 from pico_decoders import DECODERS, fields_of
-from pico_nlg import PICO_TASKS, pico_config, pico_tokenizer, save
+from pico_nlg import PICO, PICO_TASKS, pico_config, pico_tokenizer, save
 
 
 def write_models(root, kind, **fields):
@@ -133,6 +133,32 @@ def test_stacks_on_disk_are_read_one_expert_at_a_time(kind, tmp_path):
     assert all(torch.equal(apart[name], merged[name]) for name in apart)
     construct(stacked, domain)
     assert stock(adapt(stacked, domain))(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_constant_that_an_mlp_keeps_in_the_file_stays(tmp_path):
+    """Apertus keeps beta and eps of its activation as buffers: they are the MLP's, and those of all models."""
+    fields = PICO | {"tie_word_embeddings": False}
+    models = {}
+    for seed, name in enumerate(("base", *PICO_TASKS)):
+        torch.manual_seed(seed)
+        models[name] = AutoModelForCausalLM.from_config(AutoConfig.for_model("apertus", **fields)).eval()
+        save(models[name], pico_tokenizer(), tmp_path / name)
+    config = config_of(tmp_path)
+    experiment = open_experiment(config, domain)
+    x_ATD = torch.randn(3, 1, 16)
+    theta_0 = experiment.read_block(experiment.base, 0)
+    torch.testing.assert_close(experiment.functions[0](theta_0, x_ATD), models["base"].model.layers[0].mlp(x_ATD))
+    construct(config, domain)
+    adapted, report = AutoModelForCausalLM.from_pretrained(adapt(config, domain), output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert adapted(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    merged = stock(config.run.dir / "merged" / "ta")
+    base, math, code = (model.state_dict() for model in models.values())
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, base[name] + 0.5 * (math[name] + code[name] - 2 * base[name]))
+    for name, buffer in adapted.named_buffers():
+        if name.endswith(("beta", "eps")):
+            assert torch.equal(buffer, base[name])
 
 
 @pytest.mark.parametrize("having", [("base", *PICO_TASKS), ("base", "math"), ("base",), PICO_TASKS])

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +98,23 @@ def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
 def stored_path(skeleton: PreTrainedModel, path: str) -> str:
     """How the names of the tensors of a list of layers begin in a checkpoint, without the layer's number."""
     layer = skeleton.get_submodule(f"{path}.0")
-    within = min(
-        (name for name, p in layer.named_parameters() if p.ndim < 3), key=lambda n: layer.get_parameter(n).ndim
-    )
-    return stored_name(skeleton, f"{path}.0.{within}").removesuffix(f".0.{within}")
+    own: dict[str, Tensor] = {f"{path}.0.{name}": p for name, p in layer.named_parameters() if p.ndim < 3}
+    names = [name.split(".") for name in revert_weight_conversion(skeleton, own)]
+    begin = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
+    return ".".join(begin[: len(begin) - 1 - begin[::-1].index("0")])
+
+
+def renamed_within(skeleton: PreTrainedModel, path: str, blocks: str) -> dict[str, str]:
+    """{stored name: that with the layer's own name for what is within it} of the tensors of a list of layers of which
+    each is one stored tensor; `blocks` is the stored path of the list."""
+    own = [name for name, p in skeleton.named_parameters() if name.startswith(f"{path}.") and p.ndim < 3]
+    numbers = revert_weight_conversion(skeleton, {name: torch.tensor([number]) for number, name in enumerate(own)})
+    shapes, found = stored_shapes(skeleton), {}
+    for stored, number in numbers.items():
+        name = own[number[0]]
+        if len(number) == 1 and shapes.get(stored) == tuple(skeleton.get_parameter(name).shape):
+            found[stored] = blocks + name.removeprefix(path)
+    return found
 
 
 def beginnings(skeleton: PreTrainedModel) -> tuple[str, ...]:
