@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,6 +135,35 @@ def test_stacks_on_disk_are_read_one_expert_at_a_time(kind, tmp_path):
     assert all(torch.equal(apart[name], merged[name]) for name in apart)
     construct(stacked, domain)
     assert stock(adapt(stacked, domain))(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_file_by_the_models_own_names_is_that_by_the_stored_ones(tmp_path):
+    """Patches of images are embedded by a convolution, of four axes; the head is the embedding, under its own name."""
+    models, config = write_models(tmp_path, "gemma3"), config_of(tmp_path)
+    expected = stock(merge_alone(config, domain)).state_dict()
+    models["math"].save_pretrained(tmp_path / "math", save_original_format=False)
+    assert any(n.startswith("model.") and len(s) == 4 for n, s in Checkpoint(tmp_path / "math").shapes.items())
+    merged = stock(merge_alone(change(config, "run", name="own"), domain)).state_dict()
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_an_adapter_of_a_tied_gemma_3_saves(tied, tmp_path):
+    """Its name in the file is another than in the model, in which it is one with the embedding: as peft answers."""
+    models = write_models(tmp_path, "gemma3", tie_word_embeddings=True)
+    modules = {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": tied}
+    adapted = get_peft_model(models["base"], LoraConfig(r=2, target_modules=["q_proj"], **modules))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    config = change(config_of(tmp_path), "model", expert="lora")
+    config = replace(change(config, "start", hyper={"ta": {"scale": 1.0}}), tasks=["math"])
+    config = change(config, "eval", tests={})
+    ids = torch.tensor([[3, 4, 5]])
+    merged = stock(merge_alone(config, domain))
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_constant_that_an_mlp_keeps_in_the_file_stays(tmp_path):

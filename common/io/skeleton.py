@@ -133,7 +133,7 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     One saved without any head lacks the prefix of its body; some have the model's own names, which the class renames.
     None for what the class knows to be no weight, such as the masks that old files keep.
     """
-    known, own = frozenset(stored_shapes(skeleton)), frozenset(n for n, p in skeleton.named_parameters() if p.ndim < 3)
+    known, own = frozenset(stored_shapes(skeleton)), dict(skeleton.named_parameters(remove_duplicate=False))
     prefix = f"{skeleton.base_model_prefix}."
     children = {name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)}
     is_left_aside, modules = left_aside(skeleton), modules_of(skeleton, known)
@@ -144,7 +144,8 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
         if name in known:
             return name
         if name in own:
-            return stored_name(skeleton, name)
+            stored_as = [(n, t.shape) for n, t in revert_weight_conversion(skeleton, {name: own[name]}).items()]
+            return stored_as[0][0] if [shape for _, shape in stored_as] == [own[name].shape] else name  # a stack
         is_buffer = is_left_aside(name) and name.rpartition(".")[0] in modules
         return None if is_buffer or name.endswith("rotary_emb.inv_freq") else name
 
