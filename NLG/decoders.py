@@ -7,7 +7,6 @@ Or, not of the paper, the layer as a whole (anchors.part).
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from common.config import Model
 from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_biases, whole_layer
 from common.core.errors import InputError
+from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
 from common.io.skeleton import (
@@ -25,10 +25,13 @@ from common.io.skeleton import (
     canonical_names,
     layers_of,
     path_of,
+    renamed_within,
     stored_name,
     stored_path,
     stored_shapes,
+    token_axes,
     turned_weights,
+    unread_names,
 )
 from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
 
@@ -62,7 +65,7 @@ def opener_of(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[Aut
     return AutoModelForCausalLM if causal or config.model_type not in seeing else AutoModelForImageTextToText
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model) -> nn.Module:
     """The base without its weights, on the meta device.
 
@@ -92,7 +95,7 @@ def token_shape(model: Model, part: str = "mlp") -> tuple[int, int]:
     return 1 if part == "mlp" else 5, architecture(model).get_text_config().hidden_size
 
 
-@cache
+@cached_by_files
 def family(model: Model, part: str = "mlp") -> BlockFamily:
     """The blocks of any decoder that transformers knows, found in its skeleton: the MLPs of its layers, or the layers.
 
@@ -120,7 +123,7 @@ def anchored(model: Model, part: str) -> BlockFamily:
     return (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
 
 
-@cache
+@cached_by_files
 def reading(model: Model) -> BlockFamily:
     """How checkpoints of the base's architecture are read and written, whatever is anchored; InputError if they have
     no list of layers, or keep experts in a way that is not known."""
@@ -140,9 +143,28 @@ def reading(model: Model) -> BlockFamily:
         names=canonical_names(root),
         stored=stored_shapes,
         vocabulary=(embedding, head),
-        pieces=pieces_of(path, blocks, *mixture) if mixture else turned(root),
+        by_token=token_axes(root),
+        unread=unread_names(root),
         turned=turned_weights(root),
+        pieces=either(
+            pieces_of(path, blocks, *mixture) if mixture else turned(root), renamed(root, path, blocks, mixture)
+        ),
     )
+
+
+def renamed(root: nn.Module, path: str, blocks: str, mixture: tuple[str, nn.Module, Layout] | None) -> Pieces:
+    """What a checkpoint calls otherwise than the layer does: each is its one piece, by the layer's name. That of what
+    holds experts is the checkpoint's."""
+    names = renamed_within(root, path, blocks)
+    if mixture:
+        mlp, stored = f".{mixture[0]}.", f".{mixture[2].mlp}."
+        names = {name: own.replace(mlp, stored, 1) for name, own in names.items()}
+    return lambda name, shape: [Piece(names[name])] if names.get(name, name) != name else []
+
+
+def either(first: Pieces, second: Pieces) -> Pieces:
+    """The pieces that the first knows of a tensor, or else the second."""
+    return lambda name, shape: list(first(name, shape)) or second(name, shape)
 
 
 def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:
@@ -242,7 +264,7 @@ def as_linear(module: nn.Module) -> nn.Module:
     return module
 
 
-@cache
+@cached_by_files
 def body(model: Model) -> tuple[str, ...]:
     """How the names of all tensors begin that lie in no head."""
     return beginnings(skeleton(model))

@@ -14,8 +14,8 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
 from common.io.unstacked import stacked
-from NLG.decoders import architecture, body, config_text, reading, skeleton
-from NLG.inputs import GENERATION_FILE, base_config, class_names
+from NLG.decoders import architecture, config_text, reading, skeleton
+from NLG.inputs import GENERATION_FILE, base_config, class_names, outside
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKEN_FIELDS = (*TOKENS, "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "tokenizer_class")
@@ -45,10 +45,8 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     stage_shards(as_stored(whole, dtype, base, bool(model.dtype)), folder)
     shapes = {name: tensor.shape for name, tensor in whole.items()}
     changes = dtype_field(fields, str(dtype).removeprefix("torch.")) | class_field(model, fields, shapes)
-    if architecture(model).get_text_config().vocab_size != shapes[embedding][0]:
-        rows = {"vocab_size": shapes[embedding][0]}
-        changes |= {"text_config": fields["text_config"] | rows} if "text_config" in fields else rows
-    if head in shapes and architecture(model).tie_word_embeddings:
+    changes |= vocabulary_field(model, fields, shapes[embedding][0])
+    if head in shapes and getattr(architecture(model), "tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
     write_generation(model.path("base"), folder, {})
@@ -60,10 +58,19 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
         link_weights(folder, folder / task)
 
 
+def vocabulary_field(model: Model, fields: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The field vocab_size, where an embedding of so many rows is not of the config's size. Some classes have rows
+    besides those of the vocabulary, which the field does not count."""
+    more = rows - skeleton(model).get_input_embeddings().weight.shape[0]
+    size = {"vocab_size": architecture(model).get_text_config().vocab_size + more}
+    if not more:
+        return {}
+    return {"text_config": fields["text_config"] | size} if "text_config" in fields else size
+
+
 def class_field(model: Model, fields: dict[str, Any], shapes: Iterable[str]) -> dict[str, Any]:
     """The field architectures, where it names a class that the written weights are not."""
-    head = frozenset(name for name in shapes if not name.startswith(body(model)))
-    right, said = class_names(model, base_config(model), head), fields.get("architectures")
+    right, said = class_names(model, base_config(model), outside(model, shapes)), fields.get("architectures")
     return {"architectures": right[:1]} if said and right and said[:1] not in [[name] for name in right] else {}
 
 

@@ -1,5 +1,6 @@
 """What is compared of language models before any weight is looked at: configs, heads, and how each ends its answers."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,13 @@ def check_inputs(config: Config) -> None:
 
 def head_of(model: Model, path: Path) -> frozenset[str]:
     """Names of the tensors outside the body of the model at a path."""
-    names = map(reading(model).names, plain_names(path))
-    return frozenset(name for name in names if name and not name.startswith(body(model)))
+    return outside(model, filter(None, map(reading(model).names, plain_names(path))))
+
+
+def outside(model: Model, names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that are of a head: outside the body, and not of weights that the class leaves aside."""
+    inside, unread = body(model), reading(model).unread
+    return frozenset(name for name in names if not name.startswith(inside) and not unread(name))
 
 
 def is_bare(model: Model, path: Path) -> bool:
@@ -79,8 +85,7 @@ def class_names(model: Model, config: ModelConfig, head: frozenset[str]) -> list
 
 def language_head(model: Model) -> frozenset[str]:
     """Names of the tensors of a language model's head."""
-    head = reading(model).vocabulary[1]
-    return frozenset({head} | {n for n in stored_shapes(skeleton(model)) if not n.startswith(body(model))})
+    return outside(model, stored_shapes(skeleton(model))) | {reading(model).vocabulary[1]}
 
 
 def check_head(model: Model, config: ModelConfig, other: Path) -> None:

@@ -198,7 +198,7 @@ def open_model(path: Path, base: Path, dtype: str | torch.dtype) -> PreTrainedMo
         raise InputError(
             f"{path} changes {apart}, which transformers stacks with others: merge the adapter to score it"
         )
-    resized = {name: len(weights[name]) for name, s in expert.shapes.items() if s != weights[name].shape}
+    resized = {name: tuple(weights[name].shape) for name, s in expert.shapes.items() if s != weights[name].shape}
     expert.resize(resized)
     for name in {*changed, *resized}:
         weights[name].copy_(expert.read([name])[name])

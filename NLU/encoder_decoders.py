@@ -23,7 +23,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.heads import are_equal
 from common.io.layer_calls import LayerCalls, one_line, require_second_derivative
 from common.io.lora import LoraCheckpoint
-from common.io.skeleton import canonical_names, layers_of, path_of, stored_shapes
+from common.io.skeleton import canonical_names, layers_of, path_of, stored_shapes, token_axes, unread_names
 
 TABLE = ".relative_attention_bias"
 UNSCORED = "answers in words: scores, heads and merge methods that use data are not served for it; set run.score false"
@@ -46,6 +46,8 @@ def encoder_decoder(root: PreTrainedModel, where: str, base: Path) -> BlockFamil
         null_gradients={} if encoder.calls.are_rotated else key_biases(root.get_submodule(f"{decoder.path}.0")),
         stored=stored_shapes,
         vocabulary=(embedding, head),
+        by_token=token_axes(root),
+        unread=unread_names(root),
     )
     for (_, layer), *_ in by_kind(found.modules(root)):
         require_second_derivative(found.pure(layer), layer, root.config.hidden_size, encoder.calls.name)

@@ -4,7 +4,6 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,10 +14,11 @@ from common.config import Config, Model
 from common.core.blocks import BlockFamily, key_biases
 from common.core.errors import InputError
 from common.domain import other_models
+from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
-from common.io.skeleton import layers_of, stored_shapes, turned_weights
+from common.io.skeleton import layers_of, stored_shapes, token_axes, turned_weights
 from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
@@ -63,7 +63,7 @@ def computing(root: nn.Module) -> frozenset[str]:
     return frozenset({"pad_token_id"} if from_padding else ())
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model) -> PreTrainedModel:
     """The bare encoder of the base without its weights, on the meta device; of an encoder-decoder the whole model.
 
@@ -83,7 +83,7 @@ def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
     return 5, skeleton(model).config.hidden_size
 
 
-@cache
+@cached_by_files
 def family(model: Model, part: str = "layer") -> BlockFamily:
     """The blocks of any encoder that transformers knows, found in its skeleton; see `encoder`, and
     `encoder_decoder` for one with a decoder."""
@@ -120,6 +120,7 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
         before_head=POOLER,
         null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
         positions=positions if positions in stored else "",
+        by_token=token_axes(root),
         turned=turned_weights(root),
     )
 
@@ -139,9 +140,10 @@ def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str],
 
 def body_name(model: Model) -> Callable[[str], str | None]:
     """From a stored name to that of the encoder without its pooler: what a classifier takes from a merged model."""
+    names = family(model).names
 
     def name_of(stored: str) -> str | None:
-        name = family(model).names(stored)
+        name = names(stored)
         return None if name is None or name.startswith(POOLER) else name
 
     return name_of

@@ -6,7 +6,6 @@ module: checkpoints have them under others, see `names_within` and `stored_parts
 """
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from common.config import Config, Model
 from common.core.blocks import BlockFamily, call_alone, key_biases
 from common.core.errors import InputError
 from common.domain import other_models
+from common.io.cached import cached_by_files
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, known_config, require_family, resolve
 from common.io.skeleton import first_input, layers_of, renamed_pieces, stored_parts
@@ -53,7 +53,7 @@ def check_inputs(config: Config) -> None:
             tokens_of(model, folder)
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model) -> PreTrainedModel:
     """The bare backbone of the base without its weights, on the meta device; attention by the plain formula, which has
     a second derivative."""
@@ -68,7 +68,7 @@ def skeleton(model: Model) -> PreTrainedModel:
         raise InputError(f"transformers cannot build the model of {path / CONFIG_FILE}: {said}") from error
 
 
-@cache
+@cached_by_files
 def family(model: Model) -> BlockFamily:
     """The layers of the backbone. Keys have a bias of their own, which no input moves."""
     root = skeleton(model)
@@ -99,7 +99,7 @@ def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
     return name_of
 
 
-@cache
+@cached_by_files
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a layer sees, of an image as the files beside the base prepare it, or of the size that its
     config says."""

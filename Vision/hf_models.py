@@ -7,7 +7,6 @@ Names of tensors are those of the whole model: vision_model.encoder.layers.0.…
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from common.core.notices import warn
 from common.core.task_vectors import LazyTensor
 from common.domain import other_models
 from common.io.adapters import is_adapter
+from common.io.cached import cached_by_files
 from common.io.checkpoints import Checkpoint
 from common.io.hub import is_stand_in
 from common.io.lineage import check_lineage
@@ -99,7 +99,7 @@ def check_projection(model: Model, other: Path) -> None:
         )
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model) -> PreTrainedModel:
     """The whole model without its weights, on the meta device; attention by the plain formula, which has a second
     derivative. Of a base that is an image tower alone the text tower is that of model.text."""
@@ -118,7 +118,7 @@ def skeleton(model: Model) -> PreTrainedModel:
         raise InputError(f"transformers cannot build the model of {file}: {' '.join(str(error).split())}") from error
 
 
-@cache
+@cached_by_files
 def family(model: Model) -> BlockFamily:
     """The layers of the image tower. Keys have a bias of their own, which no input moves."""
     tower = skeleton(model).vision_model
@@ -147,7 +147,7 @@ def names_of(tower: nn.Module) -> Callable[[str], str | None]:
     return name_of
 
 
-@cache
+@cached_by_files
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a layer sees, of an image of the size that the config says; of one that is cut into patches
     beforehand, as SigLIP 2's is, as many as the files beside the base make."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 
 import open_clip
@@ -17,6 +16,7 @@ from common.core.blocks import BlockFamily
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.domain import other_models
+from common.io.cached import cached_by_files
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.shards import require_names, write_stored
 from common.io.skeleton import first_input
@@ -84,7 +84,7 @@ def architecture(model: Model) -> str:
     )
 
 
-@cache
+@cached_by_files
 def skeleton(model: Model, device: str = "meta") -> nn.Module:
     """The CLIP model without its weights; on the meta device it takes no memory."""
     level = logging.root.level
@@ -109,7 +109,7 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
     return clip
 
 
-@cache
+@cached_by_files
 def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a block of the image tower sees."""
     visual, blocks = skeleton(model).visual, family(model).blocks

@@ -18,7 +18,8 @@ from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_like
 from common.io.matched import Matching
-from common.io.tensors import WHOLE, in_rows
+from common.io.tensors import WHOLE, in_rows, with_size
+from common.io.unread import settle_unread, with_copies
 from common.io.unstacked import unstacked
 from common.merging.starts import hyper_of
 
@@ -163,10 +164,14 @@ class Experiment:
     def given_start(self) -> Checkpoint:
         """The checkpoint that start.checkpoint names; InputError if it does not fit the base."""
         path = self.config.start.path
-        start = unstacked(open_like(self.base, path, self.family.names, self.family.vocabulary), self.family.pieces)
+        start = open_like(self.base, path, self.family.names, self.family.vocabulary)
+        base = Checkpoint(self.base.path, self.family.names)
+        settle_unread(base, [start], self.family.unread)
+        start = unstacked(start, self.family.pieces)
         if self.config.model.vocabulary != "refuse":
-            names = [name for name in self.family.vocabulary if name in self.base.shapes]
-            start.resize({name: self.base.shapes[name][0] for name in names})
+            by_token = with_copies(self.family.by_token, base, self.family.unread)
+            axes = {n: axis for n, axis in by_token.items() if n in start.shapes and n in self.base.shapes}
+            start.resize({n: with_size(start.shapes[n], axis, self.base.shapes[n][axis]) for n, axis in axes.items()})
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
         return start

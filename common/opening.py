@@ -26,6 +26,7 @@ from common.io.heads import leave_to_heads, open_experts
 from common.io.lineage import warn_of_equals
 from common.io.matched import Matching
 from common.io.sentence_modules import compare_modules
+from common.io.unread import settle_unread, with_copies
 from common.io.unstacked import unstacked
 from common.io.vocabulary import match_vocabularies
 from common.merging.registry import METHODS
@@ -207,7 +208,8 @@ def check_indices(indices: Iterable[int], depth: int) -> None:
 def check_blocks(base: Checkpoint, modules: Iterable[BlockModule]) -> None:
     """InputError if the base lacks a tensor of a block, or has it in another shape than the architecture."""
     for prefix, module in modules:
-        expected = {prefix + name: p.shape for name, p in module.named_parameters()}
+        weights = {name: t for name, t in module.state_dict().items() if t.is_floating_point()}  # stored buffers too
+        expected = {prefix + name: t.shape for name, t in weights.items()}
         require_same_shapes(base.shapes_under(prefix), expected, str(base.path))
 
 
@@ -260,6 +262,8 @@ def compare_experts(
     Returns: base and experts with the same rows for the same tokens, and how these were matched.
     """
     leave_to_heads(family.before_head, base, experts.values())
+    settle_unread(base, experts.values(), family.unread)
+    by_token = with_copies(family.by_token, base, family.unread)
     lent = {task: tuple(family.lent(expert.shapes)) for task, expert in experts.items()}
     base = unstacked(base, family.pieces)
     experts = {task: unstacked(expert, family.pieces) for task, expert in experts.items()}
@@ -269,7 +273,8 @@ def compare_experts(
             warn(f"the expert of {task}, {experts[task].path}, has no {name}; it is taken to be the base's")
     matching = Matching(0)
     with checking("model.vocabulary"):
-        base, experts, matching = match_vocabularies(family.vocabulary, base, experts, config.model.vocabulary)
+        policy = config.model.vocabulary if config.domain == "nlg" else ""  # check_choices: no other has the choice
+        base, experts, matching = match_vocabularies(by_token, base, experts, policy)
         check_tokenizers(config, matching)
     for task, expert in experts.items():
         with opening(checking, f"expert {task}", expert.path):

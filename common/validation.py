@@ -221,11 +221,14 @@ def check_engine(run: Run) -> None:
 
 def check_tokenizers(config: Config, matching: Matching) -> None:
     """InputError if an expert's tokenizer is to be used with the merged model, but numbers a token in another way."""
+    method = config.start.method
+    uses_data = (JOINED in method or method in every_row()) and chain_of(method).row.data
     for task, (token, own, merged) in matching.moved.items():
-        if config.run.score or task in config.model.tokenizers:
+        if config.run.score or uses_data or task in (*config.model.tokenizers, *config.model.heads):
             raise InputError(
                 f"the tokenizer of {task} in {config.model.path('expert', task)} has {token!r} as number {own}, the "
-                f"merged model has it as {merged}: set run.score false and leave {task} out of model.tokenizers"
+                f"merged model has it as {merged}: set run.score false, leave {task} out of model.tokenizers and "
+                "model.heads, and take a start.method without data"
             )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-import NLG.decoders
-import Vision.domain
+import NLG.decoders  # noqa: F401  loaded before memory is limited
+import Vision.domain  # noqa: F401
 from common.config import ROOT, Config
 
 LIMIT = 2**29  # bytes: no pico model takes a hundredth of it
@@ -47,9 +47,6 @@ def state(root: Path) -> dict[str, tuple[int, int, int]]:
 
 def call(place: Place, *arguments: str, parsed: bool = True) -> tuple[object, str]:
     """Exit status and what is said of it, with no more memory than LIMIT in addition; `parsed`: the config is given."""
-    for module in (NLG.decoders, Vision.domain):  # what a process remembers of a file that another would read anew
-        for member in vars(module).values():
-            getattr(member, "cache_clear", bool)()
     said, former = io.StringIO(), resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     given = patch("common.command.parse", lambda *_: place.config) if parsed else contextlib.nullcontext()

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import runpy
+import shutil
 import sys
 from copy import deepcopy
 
@@ -20,7 +21,8 @@ from common.api import Adapt, Anchors, AnchorSet, Model, Start, adapt, calls, co
 from common.api.modules import domain_of
 from common.config import ROOT, Config, Run, as_dict
 from common.core.errors import InputError
-from helpers import change, files_of
+from helpers import change, edit_config, files_of
+from NLU import domain as nlu
 from pico_nlg import write_pico_models
 from pico_vision import PICO_CLIP
 
@@ -218,6 +220,26 @@ def test_the_domain_is_found_or_asked_for(llamas, nlu_inputs, pico_inputs, tmp_p
     assert domain_of(pico_inputs / "clip" / "base") == "vision"
     with pytest.raises(InputError, match="does not tell what kind of model it is; domain= says so: vision, nlu, nlg"):
         domain_of(tmp_path)
+
+
+def test_a_config_that_is_edited_between_two_calls_counts(llamas, nlu_inputs, tmp_path):
+    """The anchors are of the function that the files say now: those that the same files elsewhere give."""
+    places = [llamas[0][name] for name in ("base", "math")]
+    before = construct(places[0], {"math": places[1]}, ANCHORS, folder=tmp_path / "before")
+    for place in places:
+        edit_config(place, hidden_act="relu")
+        shutil.copytree(place, tmp_path / "elsewhere" / place.name)
+    after = construct(places[0], {"math": places[1]}, ANCHORS, folder=tmp_path / "after")
+    base, math = (tmp_path / "elsewhere" / place.name for place in places)
+    elsewhere = construct(base, {"math": math}, ANCHORS, folder=tmp_path / "third")
+    for index in range(2):
+        assert torch.equal(after["math"][index], elsewhere["math"][index])
+        assert not torch.equal(after["math"][index], before["math"][index])
+    encoder = shutil.copytree(nlu_inputs / "bert" / "base", tmp_path / "bert")
+    model = Model(base=str(encoder))
+    assert nlu.skeleton(model).config.hidden_act == "gelu" and nlu.skeleton(model) is nlu.skeleton(model)
+    edit_config(encoder, hidden_act="relu")
+    assert nlu.skeleton(model).config.hidden_act == "relu"
 
 
 def test_defaults_are_those_of_the_config():

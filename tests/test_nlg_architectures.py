@@ -2,23 +2,25 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
 from common.fda.matching import MatchingProblem, matching_loss
 from common.io.checkpoints import Checkpoint
-from common.io.skeleton import canonical_names
+from common.io.skeleton import canonical_names, unread_names
 from common.io.unstacked import Unstacked
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import CONSTRUCT, MERGE, describe
-from helpers import assert_same_in_bf16, change, rewrite
+from helpers import assert_same_in_bf16, change, read, rewrite
 from NLG import domain
 from NLG.decoders import opener_of
 from pico_decoders import DECODERS, MERGED_ALONE, fields_of
@@ -133,6 +135,97 @@ def test_stacks_on_disk_are_read_one_expert_at_a_time(kind, tmp_path):
     assert all(torch.equal(apart[name], merged[name]) for name in apart)
     construct(stacked, domain)
     assert stock(adapt(stacked, domain))(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_file_by_the_models_own_names_is_that_by_the_stored_ones(tmp_path):
+    """Patches of images are embedded by a convolution, of four axes; the head is the embedding, under its own name."""
+    models, config = write_models(tmp_path, "gemma3"), config_of(tmp_path)
+    expected = stock(merge_alone(config, domain)).state_dict()
+    models["math"].save_pretrained(tmp_path / "math", save_original_format=False)
+    assert any(n.startswith("model.") and len(s) == 4 for n, s in Checkpoint(tmp_path / "math").shapes.items())
+    merged = stock(merge_alone(change(config, "run", name="own"), domain)).state_dict()
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_an_adapter_of_a_tied_gemma_3_saves(tied, tmp_path):
+    """Its name in the file is another than in the model, in which it is one with the embedding: as peft answers."""
+    models = write_models(tmp_path, "gemma3", tie_word_embeddings=True)
+    modules = {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": tied}
+    adapted = get_peft_model(models["base"], LoraConfig(r=2, target_modules=["q_proj"], **modules))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    config = change(config_of(tmp_path), "model", expert="lora")
+    config = replace(change(config, "start", hyper={"ta": {"scale": 1.0}}), tasks=["math"])
+    config = change(config, "eval", tests={})
+    ids = torch.tensor([[3, 4, 5]])
+    merged = stock(merge_alone(config, domain))
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_constant_that_an_mlp_keeps_in_the_file_stays(tmp_path):
+    """Apertus keeps beta and eps of its activation as buffers: they are the MLP's, and those of all models."""
+    fields = PICO | {"tie_word_embeddings": False}
+    models = {}
+    for seed, name in enumerate(("base", *PICO_TASKS)):
+        torch.manual_seed(seed)
+        models[name] = AutoModelForCausalLM.from_config(AutoConfig.for_model("apertus", **fields)).eval()
+        save(models[name], pico_tokenizer(), tmp_path / name)
+    config = config_of(tmp_path)
+    experiment = open_experiment(config, domain)
+    x_ATD = torch.randn(3, 1, 16)
+    theta_0 = experiment.read_block(experiment.base, 0)
+    torch.testing.assert_close(experiment.functions[0](theta_0, x_ATD), models["base"].model.layers[0].mlp(x_ATD))
+    construct(config, domain)
+    adapted, report = AutoModelForCausalLM.from_pretrained(adapt(config, domain), output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert adapted(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    merged = stock(config.run.dir / "merged" / "ta")
+    base, math, code = (model.state_dict() for model in models.values())
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, base[name] + 0.5 * (math[name] + code[name] - 2 * base[name]))
+    for name, buffer in adapted.named_buffers():
+        if name.endswith(("beta", "eps")):
+            assert torch.equal(buffer, base[name])
+
+
+@pytest.mark.parametrize("having", [("base", *PICO_TASKS), ("base", "math"), ("base",), PICO_TASKS])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("deepseek_v3", "model.layers.61.eh_proj.weight"),
+        ("glm4_moe", "model.layers.46.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),
+        ("qwen3_next", "mtp.fc.weight"),
+    ],
+)
+def test_layers_that_the_class_leaves_aside_are_merged(kind, name, having, tmp_path, capsys):
+    """Those that predict several tokens: merged as other weights, with the base's where an expert lacks them."""
+    write_models(tmp_path, kind)
+    for number, model in enumerate(having):
+        rewrite(tmp_path / model / "model.safetensors", lambda t, n=number: t | {name: torch.full((16, 32), 1.0 + n)})
+    folder, said = merge_alone(config_of(tmp_path), domain), capsys.readouterr().err
+    if "base" not in having:
+        assert name not in Checkpoint(folder).shapes and said.count(f"has {name}, which transformers leaves") == 2
+        return
+    task_vectors = {3: 1.0 + 2.0, 2: 1.0 + 0.0, 1: 0.0}[len(having)]
+    assert torch.equal(read(folder, name), torch.full((16, 32), 1.0 + 0.5 * task_vectors))
+    lacking = {*PICO_TASKS} - {*having}
+    assert said.count("; the base's stand for them") == len(lacking)
+    assert all(f"{task} lacks {name}, which transformers leaves aside" in said for task in lacking)
+    assert stock(folder)(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_masks_that_old_files_keep_are_no_weights():
+    """They lie in modules that the model has; a module that it has not is one of further layers."""
+    with torch.device("meta"):
+        model = opener_of(config := AutoConfig.for_model(**fields_of("gpt2"))).from_config(config)
+    names, unread = canonical_names(model), unread_names(model)
+    assert names("transformer.h.0.attn.bias") is None and names("h.1.attn.bias") is None
+    assert not unread("transformer.h.0.attn.bias") and not unread("transformer.h.0.attn.c_attn.bias")
 
 
 def test_of_a_stack_of_64_experts_one_is_in_memory(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.config import Start
 from common.core.errors import InputError
@@ -22,6 +22,7 @@ from pico_nlg import (
     EMBEDDING,
     HEAD,
     NORM,
+    PICO,
     VOCABULARY,
     pico_tokenizer,
     save,
@@ -147,3 +148,31 @@ def test_os_errors_while_linking_are_reported(nlg_config, monkeypatch):
     with pytest.raises(InputError, match=r"cannot link .*code/model-.*model.tokenizers: .*not permitted"):
         merge_alone(nlg_config, domain)
     assert os.listdir(nlg_config.run.dir / "merged" / "ta" / "code")
+
+
+EYE = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2,
+    "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "intermediate_layers_indices": [0],
+}  # fmt: skip
+MLLAMA = {
+    "text_config": PICO | {"model_type": "mllama_text_model", "cross_attention_layers": [1]}, "vision_config": EYE
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "fields", "more"), [("moshi", PICO, 1), ("mllama", MLLAMA, 8)])
+def test_rows_besides_those_of_the_vocabulary_are_not_counted(own_nlg, kind, fields, more):
+    """An embedding has some for what is no token: vocab_size is less than its rows, and says so still. Mllama's config
+    has no tie_word_embeddings either: it ties nothing."""
+    root, config = own_nlg
+    config = change(config, "model", family=kind, vocabulary="refuse", tokenizers=())
+    architecture = AutoConfig.for_model(kind, **fields)
+    opener = AutoModelForImageTextToText if kind == "mllama" else AutoModelForCausalLM
+    rows = []
+    for name in ("base", "math", "code"):
+        model = opener.from_config(architecture)
+        save(model, pico_tokenizer(), root / name)
+        rows.append(model.get_input_embeddings().weight.detach())
+    opened = opener.from_pretrained(merge_alone(change(config, "run", score=False), domain))
+    merged, (base, math, code) = opened.get_input_embeddings().weight, rows
+    assert opened.config.get_text_config().vocab_size == VOCABULARY and len(merged) == VOCABULARY + more
+    torch.testing.assert_close(merged.detach(), base + 0.5 * (math - base) + 0.5 * (code - base))

@@ -11,7 +11,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from common.config import Config
 from common.core import notices
@@ -19,8 +28,10 @@ from common.core.errors import InputError
 from common.layout import inputs_of
 from common.opening import open_experiment
 from common.pipeline import merge_alone
+from helpers import rewrite
 from NLG import domain
-from pico_nlg import VOCABULARY, pico_config, pico_model, pico_tokenizer
+from NLU import domain as nlu
+from pico_nlg import PICO, VOCABULARY, pico_config, pico_model, pico_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -184,6 +195,111 @@ def test_rows_in_another_order_are_matched_by_token(tmp_path):
     for change in ({"run": replace(config.run, score=True)}, {"model": replace(config.model, tokenizers=("math",))}):
         with pytest.raises(InputError, match=r"the tokenizer of math .* has 'a' as number 4, the merged model .* 3"):
             open_experiment(replace(config, **change), domain)
+
+
+LETTERS_TURNED = [*range(3), *range(VOCABULARY - 1, 2, -1)]  # the tokens behind the special ones, the last first
+SECOND = {
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+def turned_tokenizer() -> PreTrainedTokenizerFast:
+    """The pico tokenizer with its letters numbered from the last on."""
+    whole = json.loads(pico_tokenizer().backend_tokenizer.to_str())
+    tokens = list(whole["model"]["vocab"])
+    whole["model"]["vocab"] = {tokens[row]: i for i, row in enumerate(LETTERS_TURNED)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)))
+
+
+def write_turned(root: Path, model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """The model as base, two experts near it, math's tokens the other way round; {name: state before turning}."""
+    states = {}
+    for seed, name in enumerate(("base", "math", "code")):
+        torch.manual_seed(seed)
+        model.load_state_dict({n: t + 0.1 * torch.randn_like(t) for n, t in model.state_dict().items()})
+        states[name] = {n: t.clone() for n, t in model.state_dict().items()}
+        rows = {id(t): t for _, t in [*model.named_parameters(), *model.named_buffers()] if VOCABULARY in t.shape}
+        for tensor in rows.values() if name == "math" else ():
+            tensor.data = tensor.data.index_select(tensor.shape.index(VOCABULARY), torch.tensor(LETTERS_TURNED))
+        model.save_pretrained(root / "llama" / name)
+        (turned_tokenizer() if name == "math" else pico_tokenizer()).save_pretrained(root / "llama" / name)
+        model.load_state_dict(states["base"])
+    return states
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rows"),
+    [
+        ("phi", {}, 3),
+        ("gptj", {"rotary_dim": 4}, 3),
+        ("gemma4_text", SECOND | {"tie_word_embeddings": True}, 2),
+        ("bart", {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                  "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}, 2),
+        ("bert", {}, 1),
+    ],
+)  # fmt: skip
+def test_every_tensor_by_token_is_matched_by_token(tmp_path, kind, fields, rows):
+    """Heads' biases, a second embedding, a bias of the answers, an encoder's embedding: TA of what means the same."""
+    config = AutoConfig.for_model(kind, **PICO | {"tie_word_embeddings": False} | fields)
+    opener = {"bart": AutoModelForSeq2SeqLM, "bert": AutoModel}.get(kind, AutoModelForCausalLM)
+    states = write_turned(tmp_path, opener.from_config(config))
+    config = config_of(tmp_path, "refuse")
+    config = replace(config, model=replace(config.model, family="auto"), eval=replace(config.eval, tests={}))
+    config, domain_of = (replace(config, domain="nlu"), nlu) if kind in ("bart", "bert") else (config, domain)
+    assert len(domain_of.family(config.model).by_token) >= rows
+    merged = opener.from_pretrained(merge_alone(config, domain_of), dtype=torch.float32).state_dict()
+    base, math, code = states.values()
+    for name in base:
+        if base[name].is_floating_point() and "pooler" not in name:
+            expected = base[name] + 0.5 * (math[name] - base[name]) + 0.5 * (code[name] - base[name])
+            torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
+    if domain_of is nlu and kind == "bert":
+        scored = replace(config, run=replace(config.run, score=True))
+        with pytest.raises(InputError, match=r"the tokenizer of math .* number .*: set run.score false"):
+            open_experiment(scored, domain_of)
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("union", VOCABULARY + 2), ("base", VOCABULARY), ("pad", VOCABULARY + 1)])
+def test_a_heads_bias_has_the_rows_of_its_head(tmp_path, policy, rows):
+    for name, token in (("base", ""), ("math", "<think>"), ("code", "<tool>" if policy != "pad" else "<think>")):
+        torch.manual_seed(len(name) + ord(name[0]))
+        config = AutoConfig.for_model("phi", **PICO | {"vocab_size": VOCABULARY + bool(token)})
+        model = AutoModelForCausalLM.from_config(config)
+        torch.nn.init.normal_(model.lm_head.bias)
+        model.save_pretrained(tmp_path / "llama" / name)
+        with_tokens(*filter(None, [token])).save_pretrained(tmp_path / "llama" / name)
+    config = config_of(tmp_path, policy)
+    folder = merge_alone(replace(config, model=replace(config.model, family="phi")), domain)
+    merged, (base, math, code) = weights(folder)["lm_head.bias"], [each["lm_head.bias"] for each in models(tmp_path)]
+    mean = base.mean()
+    new = {"union": [math[-1], code[-1]], "base": [], "pad": [mean + 0.5 * (math[-1] + code[-1] - 2 * mean)]}[policy]
+    old = base + 0.5 * (math[:VOCABULARY] - base) + 0.5 * (code[:VOCABULARY] - base)
+    torch.testing.assert_close(merged, torch.cat([old, torch.tensor(new)]), atol=1e-6, rtol=1e-6)
+    assert AutoModelForCausalLM.from_pretrained(folder).lm_head.bias.shape == (rows,)
+
+
+def test_a_second_embedding_of_other_rows_keeps_them(tmp_path):
+    """Gemma 3n's has fewer than the first: those of the images' tokens are missing."""
+    fields = PICO | SECOND | {"tie_word_embeddings": True, "vocab_size_per_layer_input": VOCABULARY - 2}
+    for name in ("base", "math", "code"):
+        torch.manual_seed(len(name) + ord(name[0]))
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **fields)).save_pretrained(
+            tmp_path / "llama" / name
+        )
+        with_tokens().save_pretrained(tmp_path / "llama" / name)
+    config = config_of(tmp_path, "refuse")
+    config = replace(config, model=replace(config.model, family="auto"))
+    second = "model.embed_tokens_per_layer.weight"
+    merged, (base, math, code) = (
+        weights(merge_alone(config, domain))[second],
+        [each[second] for each in models(tmp_path)],
+    )
+    torch.testing.assert_close(merged, base + 0.5 * (math - base) + 0.5 * (code - base), atol=1e-6, rtol=1e-6)
+    file = tmp_path / "llama" / "code" / "model.safetensors"
+    rewrite(file, lambda tensors: tensors | {second: tensors[second][:-1].contiguous()})
+    with pytest.raises(InputError, match=rf"code: {second} has 38 rows, in .*base it has 39, fewer or more than"):
+        open_experiment(config, domain)
 
 
 def test_the_padding_token_is_one_by_whatever_name(tmp_path):

@@ -82,6 +82,11 @@ def nothing_lent(names: Collection[str]) -> Iterable[str]:
     return ()
 
 
+def nothing_unread(name: str) -> bool:
+    """Of architectures whose class loads all weights."""
+    return False
+
+
 class BlockModule(NamedTuple):
     """An anchored module, and how the names of its tensors begin in a checkpoint."""
 
@@ -110,7 +115,11 @@ class BlockFamily:
     stored: from a model without weights to {name: shape} of the tensors in its checkpoint.
     pieces: of what tensors a checkpoint keeps stacked in one, or turned: each is read, merged and anchored by itself.
     turned: names of the matrices that a checkpoint has as (inputs, outputs); None where that is not known.
-    vocabulary: tensors with a row for every token, the embedding first; base and experts may differ in their number.
+    vocabulary: the embedding and the head over its tokens, which a model may have as one tensor; () without a head.
+    by_token: {name: axis} of all tensors with a row for every token, the embedding first, and along which axis they
+        have them; base and experts may differ in their number.
+    unread: whether a tensor is a weight that the class of the model leaves aside when it opens one. It is merged all
+        the same, and a model without it has the base's.
     part: what is anchored of a layer, as anchors.part has it; None where it is what its domain anchors by default,
         NOTHING where nothing can be.
     lent: from the names of an expert's tensors to those of the base's that it has not, and is given.
@@ -131,6 +140,8 @@ class BlockFamily:
     pieces: Pieces = no_pieces
     turned: Collection[str] | None = None
     vocabulary: tuple[str, ...] = ()
+    by_token: Mapping[str, int] = field(default_factory=dict)
+    unread: Callable[[str], bool] = nothing_unread
     part: str | None = None
     lent: Callable[[Collection[str]], Iterable[str]] = nothing_lent
 

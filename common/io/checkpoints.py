@@ -24,7 +24,7 @@ from common.io.json_files import parse_object
 from common.io.model_files import WEIGHT_FILES, find_model, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
-from common.io.tensors import WHOLE, read_tensor
+from common.io.tensors import WHOLE, of_shape, read_tensor
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
 BESIDE = ("config.json", "open_clip_config.json", "generation_config.json")
@@ -38,7 +38,7 @@ class Checkpoint:
     Opening reads headers only. Every file is mapped anew for each read and let go after it, so that the memory in use
     is what was read last. Its names are what `names` makes of the stored ones, without the prefixes of training tools;
     weights it gives None for are left out, and listed as `left_out`.
-    Matrices can be had with more or fewer rows than are stored, see `resize`.
+    Tensors can be had longer or shorter than they are stored, see `resize`.
     """
 
     def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
@@ -74,10 +74,9 @@ class Checkpoint:
         named = next(quantiser_files(self.folder), "")
         require_weights(self.path, stored, json_of(self.folder / "config.json"), named)
 
-    def resize(self, rows: Mapping[str, int]) -> None:
-        """From now on the named matrices have so many rows: surplus ones are cut, missing ones the mean of the rest."""
-        for name in rows.keys() & self.shapes.keys():
-            self.shapes[name] = (rows[name], *self.shapes[name][1:])
+    def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """From now on the named tensors have these shapes: surplus rows are cut, missing ones the mean of the rest."""
+        self.shapes |= {name: shape for name, shape in shapes.items() if name in self.shapes}
 
     def alias(self, name: str, of: str) -> None:
         """From now on `name` is another name of the tensor `of`, in place of what it may have been."""
@@ -116,8 +115,8 @@ class Checkpoint:
         if row.dtype.startswith("C"):
             raise InputError(f"{row.file}: the tensor {name} holds complex numbers, which are no weights of any family")
         tensor = read_tensor(row, rows)
-        if rows == WHOLE and tensor.ndim == 2:
-            tensor = with_rows(tensor, self.shapes[name][0])
+        if rows == WHOLE:
+            tensor = of_shape(tensor, self.shapes[name])
         if not is_finite(tensor):
             raise InputError(f"{row.file}: the tensor {name} holds NaN or Inf")
         return tensor
@@ -162,13 +161,6 @@ class Checkpoint:
 def plain_names(path: Path) -> list[str]:
     """Names of the stored tensors of the model at a path, without the prefixes of training tools."""
     return list(unwrapped((row.stored for row in find_model(path).rows()), path).names.values())
-
-
-def with_rows(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix cut to `rows` rows, or filled up to them with the mean of its own."""
-    if rows <= len(matrix):
-        return matrix[:rows]
-    return torch.cat([matrix, matrix.mean(0, keepdim=True).expand(rows - len(matrix), -1)])
 
 
 def surroundings(folder: Path) -> list[Path]:

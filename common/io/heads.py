@@ -31,7 +31,10 @@ def declared_config(folder: Path, text: str = "") -> dict[str, Any]:
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
     """tie_word_embeddings as transformers takes it: the class's own where the config leaves it out, of some models that
-    see images that of their text; None if there is no config."""
+    see images that of their text; None if there is no config.
+
+    A class without such a field, as Mllama's is, ties nothing: so does PreTrainedModel.tie_weights.
+    """
     from transformers import CONFIG_MAPPING
 
     if config.get("model_type") not in CONFIG_MAPPING:

@@ -22,9 +22,10 @@ from common.io.adapters import (
     open_adapter,
     taken_apart,
 )
-from common.io.checkpoints import Checkpoint, surroundings, with_rows
+from common.io.checkpoints import Checkpoint, surroundings
 from common.io.hashes import file_hash, identity
 from common.io.json_files import interpreted
+from common.io.tensors import of_shape
 
 FUSED = "in_proj_weight"  # what an adapter of torch's MultiheadAttention is added to, beside its output projection
 
@@ -233,13 +234,13 @@ class LoraCheckpoint(Checkpoint):
         return {name: self.formed(name, tensors[name]) for name in names}
 
     def formed(self, name: str, tensor: Tensor) -> Tensor:
-        """W + s B A, in W's place, with as many rows as are asked for."""
+        """W + s B A, in W's place, in the shape that is asked for."""
         if name in self.factors:
             factors = self.factors[name]
             b, a = self.adapter.read([factors.b, factors.a]).values()
             b, a = (a.T, b.T) if factors.transposed else (b.flatten(1), a.flatten(1))
             tensor.flatten(1).addmm_(b, a, alpha=factors.scale)
-        return with_rows(tensor, self.shapes[name][0]) if tensor.ndim == 2 else tensor
+        return of_shape(tensor, self.shapes[name])
 
     def read_at(self, name: str, index: int) -> Tensor:
         """One of many things that are stacked in a tensor; all of them are in memory for it."""

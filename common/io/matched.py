@@ -1,6 +1,6 @@
 """Checkpoints with the rows of the merged model: an expert's put where their tokens are, a base's with more of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.core.task_vectors import Params
 from common.io.checkpoints import Checkpoint, digest
+from common.io.tensors import with_size
 
 PIECE = 4096  # rows that are copied at a time
 
@@ -35,12 +36,16 @@ class Matching:
 
 
 class MatchedExpert(Checkpoint):
-    """An expert whose rows are put where the merged model has their tokens, over the base's rows."""
+    """An expert whose rows are put where the merged model has their tokens, over the base's rows.
 
-    def __init__(self, own: Checkpoint, base: Checkpoint, names: Sequence[str], source: Tensor):
+    axes: {tensor: its axis of tokens}, as a BlockFamily has them, here and below.
+    """
+
+    def __init__(self, own: Checkpoint, base: Checkpoint, axes: Mapping[str, int], source: Tensor):
         self.own, self.base, self.source, self.path = own, base, source, own.path
-        self.matched = {name for name in names if name in own.shapes}
-        self.shapes = own.shapes | {name: (len(source), *own.shapes[name][1:]) for name in self.matched}
+        self.matched = {name: axis for name, axis in axes.items() if name in own.shapes}
+        sizes = {name: base.shapes[name][axis] for name, axis in self.matched.items()}
+        self.shapes = own.shapes | {n: with_size(own.shapes[n], axis, sizes[n]) for n, axis in self.matched.items()}
 
     def read(self, names: Iterable[str]) -> Params:
         """The named tensors in float32, matched where they have a row for every token."""
@@ -53,10 +58,11 @@ class MatchedExpert(Checkpoint):
     def placed(self, name: str) -> Tensor:
         """The base's tensor with the expert's rows in their places."""
         theta, own = self.base.read([name])[name], self.own.read([name])[name]
-        for begin in range(0, len(theta), PIECE):
-            source = self.source[begin : begin + PIECE]
-            there = (source >= 0) & (source < len(own))
-            theta[begin : begin + PIECE][there] = own[source[there]]
+        to, rows = (tensor.movedim(self.matched[name], 0) for tensor in (theta, own))
+        for begin in range(0, len(to), PIECE):
+            source = self.source[begin : min(begin + PIECE, len(to))]
+            there = (source >= 0) & (source < len(rows))
+            to[begin : begin + PIECE][there] = rows[source[there]]
         return theta
 
     def touches(self, prefix: str) -> bool:
@@ -71,11 +77,12 @@ class MatchedExpert(Checkpoint):
 class JoinedBase(Checkpoint):
     """A base with rows for tokens that only experts have: the mean over those that have them."""
 
-    def __init__(self, own: Checkpoint, experts: Mapping[str, Checkpoint], names: Sequence[str], matching: Matching):
+    def __init__(self, own: Checkpoint, experts: Mapping[str, Checkpoint], axes: Mapping[str, int], matching: Matching):
         self.own, self.experts, self.matching, self.path = own, experts, matching, own.path
         self.rows, self.found = own.rows, own.found
-        self.joined = {name for name in names if name in own.shapes}
-        self.shapes = own.shapes | {name: (matching.rows, *own.shapes[name][1:]) for name in self.joined}
+        self.joined = {name: axis for name, axis in axes.items() if name in own.shapes}
+        more = {name: with_size(own.shapes[name], axis, matching.rows) for name, axis in self.joined.items()}
+        self.shapes = own.shapes | more
         self.kept: dict[str, Tensor] = {}
 
     def read(self, names: Iterable[str]) -> Params:
@@ -88,20 +95,21 @@ class JoinedBase(Checkpoint):
 
     def filled(self, name: str) -> Tensor:
         """The base's tensor and the rows of the tokens that it lacks."""
-        own = self.own.read([name])[name]
+        own = self.own.read([name])[name].movedim(self.joined[name], 0)
         new = torch.tensor([row for row, _ in self.matching.more.values()])
         if name not in self.kept:
             self.kept[name] = self.mean_of_experts(name, new, own.mean(0))
-        theta = own.new_empty(self.shapes[name]).copy_(own.mean(0))
+        theta = own.new_empty(self.matching.rows, *own.shape[1:]).copy_(own.mean(0))
         theta[: len(own)] = own
         theta[new] = self.kept[name]
-        return theta
+        return theta.movedim(0, self.joined[name])
 
     def mean_of_experts(self, name: str, rows: Tensor, otherwise: Tensor) -> Tensor:
         """For each of the merged rows the mean over the experts that have it, `otherwise` where none has."""
-        total, count = torch.zeros(len(rows), len(otherwise)), torch.zeros(len(rows), 1)
+        total, count = torch.zeros(len(rows), *otherwise.shape), torch.zeros(len(rows), *(1 for _ in otherwise.shape))
         for task, expert in self.experts.items():
-            own, source = expert.read([name])[name], self.matching.sources[task][rows]
+            own = expert.read([name])[name].movedim(self.joined[name], 0)
+            source = self.matching.sources[task][rows]
             there = (source >= 0) & (source < len(own))
             total[there] += own[source[there]]
             count[there] += 1

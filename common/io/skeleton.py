@@ -1,7 +1,9 @@
 """What a transformers model without weights tells: where its layers are, and how its checkpoints name the tensors."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,28 @@ def stored_name(skeleton: PreTrainedModel, name: str) -> str:
     return next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1, device="meta")})))
 
 
+SIZES = ("vocab_size", "vocab_size_per_layer_input")  # fields of a config that count the tokens of a tokenizer
+
+
+def token_axes(skeleton: PreTrainedModel) -> dict[str, int]:
+    """{name in a checkpoint: axis} of all tensors with a row for every token, the embedding first: what has another
+    size along that axis in a model of twice the vocabulary."""
+    config = deepcopy(skeleton.config)
+    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+        for field in SIZES:
+            if hasattr(part, field):
+                setattr(part, field, 2 * getattr(part, field))
+    with torch.device("meta"):
+        larger = type(skeleton)(config).state_dict()
+    embedding = f"{path_of(skeleton, skeleton.get_input_embeddings())}.weight"
+    axes: dict[str, int] = {}
+    for name, tensor in sorted(skeleton.state_dict().items(), key=lambda item: item[0] != embedding):
+        sizes = zip(tensor.shape, larger[name].shape, strict=True)
+        longer = [axis for axis, (size, more) in enumerate(sizes) if size != more]
+        axes |= {stored_name(skeleton, name): axis for axis in longer}
+    return axes
+
+
 def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     """{name of a stored tensor: the model's own tensors that it holds}: one under another name, or several, the rows of
     one behind those of the other."""
@@ -82,10 +106,23 @@ def renamed_pieces(parts: Mapping[str, Sequence[str]]) -> Pieces:
 def stored_path(skeleton: PreTrainedModel, path: str) -> str:
     """How the names of the tensors of a list of layers begin in a checkpoint, without the layer's number."""
     layer = skeleton.get_submodule(f"{path}.0")
-    within = min(
-        (name for name, p in layer.named_parameters() if p.ndim < 3), key=lambda n: layer.get_parameter(n).ndim
-    )
-    return stored_name(skeleton, f"{path}.0.{within}").removesuffix(f".0.{within}")
+    own: dict[str, Tensor] = {f"{path}.0.{name}": p for name, p in layer.named_parameters() if p.ndim < 3}
+    names = [name.split(".") for name in revert_weight_conversion(skeleton, own)]
+    begin = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
+    return ".".join(begin[: len(begin) - 1 - begin[::-1].index("0")])
+
+
+def renamed_within(skeleton: PreTrainedModel, path: str, blocks: str) -> dict[str, str]:
+    """{stored name: that with the layer's own name for what is within it} of the tensors of a list of layers of which
+    each is one stored tensor; `blocks` is the stored path of the list."""
+    own = [name for name, p in skeleton.named_parameters() if name.startswith(f"{path}.") and p.ndim < 3]
+    numbers = revert_weight_conversion(skeleton, {name: torch.tensor([number]) for number, name in enumerate(own)})
+    shapes, found = stored_shapes(skeleton), {}
+    for stored, number in numbers.items():
+        name = own[number[0]]
+        if len(number) == 1 and shapes.get(stored) == tuple(skeleton.get_parameter(name).shape):
+            found[stored] = blocks + name.removeprefix(path)
+    return found
 
 
 def beginnings(skeleton: PreTrainedModel) -> tuple[str, ...]:
@@ -105,12 +142,11 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     None for what is no weight though old files keep it: what the class says it ignores, buffers that it makes itself
     and does not save, and causal masks that lie in an attention, which has no parameter of that name.
     """
-    known, own = frozenset(stored_shapes(skeleton)), frozenset(n for n, p in skeleton.named_parameters() if p.ndim < 3)
+    known, own = frozenset(stored_shapes(skeleton)), dict(skeleton.named_parameters(remove_duplicate=False))
     prefix = f"{skeleton.base_model_prefix}."
-    made = unsaved_buffers(skeleton)
+    made, is_left_aside = unsaved_buffers(skeleton), left_aside(skeleton)
+    modules = modules_of(skeleton, known)
     children = {name.removeprefix(prefix).split(".")[0] for name in known | made if name.startswith(prefix)}
-    buffers = [p for p in skeleton._keys_to_ignore_on_load_unexpected or () if not p.startswith("^")]
-    ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *buffers]))
     bare = (path for path, part in skeleton.named_modules() if not list(part.parameters(recurse=False)))
     holders = {path for path in bare if list(skeleton.get_submodule(path).children())}
 
@@ -120,10 +156,12 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
         if name in known:
             return name
         if name in own:
-            return stored_name(skeleton, name)
+            stored_as = [(n, t.shape) for n, t in revert_weight_conversion(skeleton, {name: own[name]}).items()]
+            return stored_as[0][0] if [shape for _, shape in stored_as] == [own[name].shape] else name  # a stack
         module, _, last = name.rpartition(".")
-        mask = last in MASKS and module in holders
-        return None if name in made or mask or ignored.search(name) else name
+        is_mask = last in MASKS and module in holders
+        is_buffer = name in made or (is_left_aside(name) and module in modules)
+        return None if is_mask or is_buffer or name.endswith("rotary_emb.inv_freq") else name
 
     return name_of
 
@@ -132,3 +170,24 @@ def unsaved_buffers(skeleton: nn.Module) -> frozenset[str]:
     """Names of the buffers that a model makes itself and does not save."""
     parts = skeleton.named_modules()
     return frozenset(f"{path}.{name}" for path, part in parts for name in part._non_persistent_buffers_set)
+
+
+def left_aside(skeleton: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether the class of a model says that it does not load a tensor of a name which is none of its own."""
+    patterns = "|".join(skeleton._keys_to_ignore_on_load_unexpected or ())
+    own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    return lambda name: bool(patterns) and name not in own and bool(re.search(patterns, name))
+
+
+def modules_of(skeleton: PreTrainedModel, stored: Iterable[str]) -> frozenset[str]:
+    """The paths of all modules, by the names of the model and by those that are stored."""
+    of_stored = {name.rsplit(".", dots)[0] for name in stored for dots in range(1, name.count(".") + 1)}
+    return frozenset(of_stored | {path for path, _ in skeleton.named_modules()})
+
+
+def unread_names(skeleton: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint is a weight of a module that the class of the model does not have and leaves
+    aside: layers that predict several tokens at once, say."""
+    known = frozenset(stored_shapes(skeleton))
+    is_left_aside, modules = left_aside(skeleton), modules_of(skeleton, known)
+    return lambda name: name not in known and is_left_aside(name) and name.rpartition(".")[0] not in modules

@@ -72,3 +72,19 @@ def in_rows(shape: tuple[int, ...], weights: int) -> list[slice]:
         return [WHOLE]
     each = max(1, weights // math.prod(shape[1:]))
     return [slice(at, min(at + each, shape[0])) for at in range(0, shape[0], each)]
+
+
+def of_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor cut to a shape, or filled up to it: along each axis with the mean of what is there."""
+    for axis, size in enumerate(shape):
+        if size <= tensor.shape[axis]:
+            tensor = tensor.narrow(axis, 0, size)
+        else:
+            more = [size - tensor.shape[axis] if at == axis else -1 for at in range(tensor.ndim)]
+            tensor = torch.cat([tensor, tensor.mean(axis, keepdim=True).expand(more)], axis)
+    return tensor
+
+
+def with_size(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """A shape with another size along one axis."""
+    return (*shape[:axis], size, *shape[axis + 1 :])

@@ -52,10 +52,10 @@ class Unstacked(Checkpoint):
         stacks = {stack for sources in begun for stack, _ in sources}
         return self.own.touches(prefix) or any(map(self.own.touches, stacks))
 
-    def resize(self, rows: Mapping[str, int]) -> None:
-        """From now on the named matrices have so many rows."""
-        self.own.resize(rows)
-        self.shapes |= {name: self.own.shapes[name] for name in rows.keys() & self.own.shapes.keys()}
+    def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """From now on the named tensors, which are no stacks, have these shapes."""
+        self.own.resize(shapes)
+        self.shapes |= {name: self.own.shapes[name] for name in shapes.keys() & self.own.shapes.keys()}
 
     def borrow(self, name: str, base: Checkpoint) -> None:
         """From now on a tensor is the base's."""

@@ -1,7 +1,8 @@
 """Vocabularies that differ: rows of embeddings and heads are matched by token, so that one row means one token.
 
-The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there: its task
-vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
+Rows are those of the embedding, and what other tensors have along their axis of tokens: a head, its bias, a second
+embedding. The merged model has the base's rows in the base's order. A token that an expert lacks is the base's there:
+its task vector is zero in that row. What becomes of tokens that the base lacks is the policy's, model.vocabulary:
     refuse  base and experts have equally many rows; a token of experts alone has the row that it has there
             and joins the base's tokenizer, as with pad
     pad     as many rows as the largest model has; what the base lacks begins as the mean of its rows
@@ -24,6 +25,8 @@ from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.matched import JoinedBase, MatchedExpert, Matching
+from common.io.tensors import with_size
+from common.io.token_rows import are_comparable, require_equal_sizes, require_kept_sizes, row_count, row_counts
 from common.io.tokens import FAST, Tokens, read_tokens, with_more
 
 SHOWN = 4  # of the tokens that a sentence names
@@ -31,17 +34,28 @@ PADDING = ""  # stands for the padding token that the base lacks, by whatever na
 
 
 def match_vocabularies(
-    names: Sequence[str], base: Checkpoint, experts: Mapping[str, Checkpoint], policy: str
+    axes: Mapping[str, int], base: Checkpoint, experts: Mapping[str, Checkpoint], policy: str
 ) -> tuple[Checkpoint, dict[str, Checkpoint], Matching]:
     """Base and experts with the same rows for the same tokens, and how they were matched.
 
-    names: tensors with a row for every token, the embedding first. InputError if the policy cannot have it so.
+    Args:
+        axes: {tensor: its axis of tokens}, the embedding first. One of other than the embedding's size keeps it.
+        policy: model.vocabulary; "" where there is no such choice, which refuses without naming it.
+    Raises: InputError if the policy cannot have it so.
     """
-    sizes = {model: row_count(names, model) for model in (base, *experts.values())}
-    if not all(sizes.values()):  # another tensor than a matrix: what compares shapes says so
+    models = (base, *experts.values())
+    axes = {name: axis for name, axis in axes.items() if name in base.shapes}
+    if not axes or not all(are_comparable(axes, base, model) for model in models):  # what compares shapes says so
+        return base, dict(experts), Matching(0)
+    count = base.shapes[next(iter(axes))][next(iter(axes.values()))]
+    joint = {name: axis for name, axis in axes.items() if base.shapes[name][axis] == count}
+    require_kept_sizes({name: axis for name, axis in axes.items() if name not in joint}, base, models)
+    sizes = {model: row_count(joint, model) for model in models}
+    if not all(sizes.values()) or (not policy and len(set(sizes.values())) > 1):  # as above
         return base, dict(experts), Matching(0)
     if policy == "refuse":
         require_equal_sizes(base, sizes)
+    names = list(axes)
     own = read_tokens(base.path)
     tokens = {task: tokens_of_expert(expert, own, names) for task, expert in experts.items()}
     counts = {task: sizes[expert] for task, expert in experts.items()}
@@ -56,8 +70,8 @@ def match_vocabularies(
         rows = max([sizes[base], *(place + 1 for place in places.values())])
     else:
         rows = max(sizes.values()) if policy == "pad" else sizes[base]
-        places = own_places(new, own, paths, base.path)
-        more = taken_over(base.path, new, places, tokens, paths)
+        places = own_places(new, own, paths, base.path, policy)
+        more = taken_over(base.path, new, places, tokens, paths, policy)
     own_rows = {
         task: {key: owners[task] for key, owners in new.items() if task in owners and owners[task] < counts[task]}
         for task in experts
@@ -66,34 +80,17 @@ def match_vocabularies(
     moved = {task: moved_token(own, tokens[task], own_rows[task], places) for task in experts}
     matching = Matching(rows, sources, more, {task: token for task, token in moved.items() if token})
     if policy == "union" and more:
-        base = JoinedBase(base, experts, names, matching)
+        base = JoinedBase(base, experts, joint, matching)
     else:
-        base.resize({name: rows for name in names})
+        base.resize({name: with_size(base.shapes[name], axis, rows) for name, axis in joint.items()})
     plain = torch.arange(rows)
     matched = {
         task: expert
-        if torch.equal(sources[task], plain) and all(expert.shapes[n][0] == rows for n in names if n in expert.shapes)
-        else MatchedExpert(expert, base, names, sources[task])
+        if torch.equal(sources[task], plain) and row_counts(axes, expert).items() <= row_counts(axes, base).items()
+        else MatchedExpert(expert, base, axes, sources[task])
         for task, expert in experts.items()
     }
     return base, matched, matching
-
-
-def row_count(names: Sequence[str], model: Checkpoint) -> int:
-    """The most rows that a model has in the named tensors; 0 if it has none, or they are no matrices."""
-    shapes = [model.shapes[name] for name in names if name in model.shapes]
-    return max((shape[0] for shape in shapes), default=0) if all(len(shape) == 2 for shape in shapes) else 0
-
-
-def require_equal_sizes(base: Checkpoint, sizes: Mapping[Checkpoint, int]) -> None:
-    """InputError naming the first model whose number of rows is not the base's."""
-    for model, rows in sizes.items():
-        if rows != sizes[base]:
-            raise InputError(
-                f"{model.path} has {rows} tokens, {base.path} has {sizes[base]}; model.vocabulary may be pad (missing "
-                "rows become the mean of the others), union (each token of any model gets a row) or base (tokens that "
-                "the base lacks are cut off)"
-            )
 
 
 def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[str]) -> Tokens | None:
@@ -127,7 +124,7 @@ def new_tokens(
 
 
 def own_places(
-    new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path
+    new: Mapping[str, Mapping[str, int]], base: Tokens | None, paths: Mapping[str, Path], base_path: Path, policy: str
 ) -> dict[str, int]:
     """The rows of new tokens where they have them in the experts; InputError if a row would be two tokens, or a token
     two rows."""
@@ -138,10 +135,13 @@ def own_places(
             first = places.setdefault(key, row)  # where an expert before has it
             token, path = taken.setdefault(first, (key, paths[task]))
             if token != key or first != row:
+                ways = (
+                    "model.vocabulary may be union (each token gets a row of its own) or base (tokens that the base "
+                    "lacks are left out)"
+                )
                 raise InputError(
                     f"row {first} is the token {token or 'for padding'!r} in {path}, {key or 'padding'!r} is row "
-                    f"{row} in {paths[task]}; model.vocabulary may be union (each token gets a row of its own) or base "
-                    "(tokens that the base lacks are left out)"
+                    f"{row} in {paths[task]}; {ways if policy else 'models that are merged must have one vocabulary'}"
                 )
     return places
 
@@ -183,6 +183,7 @@ def taken_over(
     places: Mapping[str, int],
     tokens: Mapping[str, Tokens | None],
     paths: Mapping[str, Path],
+    policy: str,
 ) -> dict[str, tuple[int, Mapping[str, Any]]]:
     """{token: (row, description)} of new tokens in the rows that they have in the experts, which join the base's
     tokenizer; none, with a warning, if it cannot have one of them there."""
@@ -196,12 +197,12 @@ def taken_over(
         return more
     except InputError as error:
         named = [repr(key) for key in places if key != PADDING]
+        way = "; model.tokenizers gives an expert's a folder beside the merged model" if policy else ""
         if named:
             warn(
                 f"rows are merged of {', '.join(named[:SHOWN])}{', ...' if len(named) > SHOWN else ''}, tokens of "
                 f"{', '.join(dict.fromkeys(task for owners in new.values() for task in owners))}, which the merged "
-                f"model's tokenizer does not know, for it is the base's: {error}; model.tokenizers gives an expert's "
-                "tokenizer a folder beside the merged model"
+                f"model's tokenizer does not know, for it is the base's: {error}{way}"
             )
         return {}
 
