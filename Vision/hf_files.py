@@ -18,8 +18,8 @@ BLANK = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8))
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Pixels = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-"""pixels(records with an image each) -> what a model is called with: pixel_values, (images, channels, height, width);
-SigLIP 2 has patches in their place, (images, patches, numbers), and their grids and mask besides."""
+"""pixels(records with an image in RGB each) -> what a model is called with: pixel_values, (images, channels, height,
+width); SigLIP 2 has patches in their place, (images, patches, numbers), and their grids and mask besides."""
 
 
 def kind_of(path: Path) -> str:
@@ -66,7 +66,7 @@ def preprocessing(*folders: Path) -> Pixels:
     except Exception as error:  # whatever the class of a processor makes of any value
         said = " ".join(str(error).split())
         raise InputError(f"{folder}: transformers cannot read how an image is prepared: {said}") from error
-    return lambda rows: processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").data
+    return lambda rows: processor([row["image"] for row in rows], return_tensors="pt").data
 
 
 def prepared_size(pixels: Pixels) -> tuple[int, int]:

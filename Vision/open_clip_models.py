@@ -150,7 +150,7 @@ def text_directions(model: Model, classes: Sequence[str], templates: Sequence[st
 def preprocessing(config: Config, task: str) -> Pixels:
     """From records with an image each to what the image tower sees of them."""
     preprocess = image_transform_v2(PreprocessCfg(**skeleton(config.model).visual.preprocess_cfg), is_train=False)
-    return lambda rows: {"pixel_values": torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])}
+    return lambda rows: {"pixel_values": torch.stack([preprocess(row["image"]) for row in rows])}
 
 
 class Tower(nn.Module):
