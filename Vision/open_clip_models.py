@@ -23,7 +23,7 @@ from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_tokenizer
 from Vision.clip_config import check_inputs as check_configs
-from Vision.clip_config import clip_file, config_text, of_transformers
+from Vision.clip_config import clip_file, config_text, of_transformers, preprocess_of
 from Vision.hf_files import Pixels, image_config
 from Vision.layouts import (
     facts_of_config,
@@ -91,7 +91,8 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
     logging.root.setLevel(logging.ERROR)  # open_clip warns that the weights are random
     try:
         with torch.device(device):
-            clip = open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
+            named = {"force_preprocess_cfg": preprocess_of(model)} if model.arch else {}
+            clip = open_clip.create_model(architecture(model), load_weights=False, device=device, **named).eval()
     except InputError:
         raise
     except Exception as error:  # whatever open_clip makes of a config
