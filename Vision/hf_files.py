@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from common.core.errors import InputError
-from common.io.model_config import ModelConfig, config_file, read_config, resolve
+from common.io.model_config import SHOWN, ModelConfig, config_file, read_config, resolve
 
 TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2")  # the image's is called vision_model
 CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers")  # a backbone, and a head for each task
+LEVEL = 0.04  # of a prepared image: what two ways to compute one interpolation differ by at most
 BLANK = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8))
+PROBE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 64, 3), dtype=np.uint8))
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Pixels = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
@@ -72,3 +74,29 @@ def preprocessing(*folders: Path) -> Pixels:
 def prepared_size(pixels: Pixels) -> tuple[int, int]:
     """Height and width of what a model sees of an image."""
     return tuple(pixels([{"image": BLANK}])["pixel_values"].shape[-2:])
+
+
+def require_same_preprocessing(path: Path, *folders: Path) -> None:
+    """InputError if the files beside a model prepare an image otherwise than those in the first of the folders that has
+    any, which are the base's. A model without such files goes with the base's."""
+    base = processor_folder(*folders)
+    if not processor_folder(path) or not base:
+        return
+    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (path, base))
+    shapes = [{name: tuple(x.shape) for name, x in made.items()} for made in (theirs, ours)]
+    if shapes[0] == shapes[1] and all(((x - ours[name]).abs() <= LEVEL).all() for name, x in theirs.items()):
+        return
+    fields, others = (processor_fields(folder) for folder in (path, base))
+    unlike = [key for key in {**fields, **others} if fields.get(key) != others.get(key)]
+    said = "; ".join(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike[:SHOWN])
+    raise InputError(
+        f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter says, "
+        "for which these weights are not made; merge models of one base, or correct the file that is wrong"
+    )
+
+
+def processor_fields(folder: Path) -> dict[str, Any]:
+    """What the first of the files in a folder says of how an image is prepared, names of classes left out."""
+    fields = read_config(next(folder / name for name in PROCESSORS if (folder / name).is_file()))
+    fields = fields.get("image_processor", fields)
+    return {key: value for key, value in fields.items() if not key.endswith(("_type", "_class"))}

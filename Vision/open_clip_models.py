@@ -34,6 +34,7 @@ from Vision.layouts import (
     require_same_facts,
 )
 from Vision.tasks import Headed
+from Vision.unmerged import warn_of_unmerged
 from Vision.zero_shot import Classifier, head_of
 
 IMAGE_TOWER = "visual."
@@ -70,6 +71,9 @@ def check_inputs(config: Config) -> None:
     for path in filter(of_transformers, other_models(config).values()):
         ours = facts_of_module(skeleton(config.model).visual, str(config.model.path("base")))
         require_same_facts(ours, facts_of_config(image_config(path).resolved), path)
+    if config.model.arch or clip_file(config.model.path("base")):
+        known = skeleton(config.model).state_dict()
+        warn_of_unmerged(config.model, family(config.model), known, other_models(config))
 
 
 def architecture(model: Model) -> str:

@@ -1,12 +1,25 @@
 """How images are prepared for CLIPs: what says it, and what experts that were trained on others are answered."""
 
 import json
+import shutil
 
+import numpy as np
 import open_clip
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor
 
 from common.config import Model
+from common.core import notices
 from common.core.errors import InputError
+from common.pipeline import construct
+from common.planning.dry_run import describe
+from helpers import change, rewrite
+from pico_hf_vision import pico_hf_config, write_pico_hf
+from pico_lora import write_adapter
+from pico_vision import PICO_TASKS, write_pico_clip
+from Vision import domain
 from Vision.clip_config import compare, config_text, preprocess_of, resolve
 from Vision.open_clip_models import skeleton
 
@@ -53,3 +66,60 @@ def test_an_expert_prepared_otherwise_than_the_named_architecture_is_refused(tmp
     file.write_text(json.dumps({"model_cfg": named, "preprocess_cfg": {}}))
     with pytest.raises(InputError, match=r"preprocess_cfg.mean.0 is 0.48145466, not 0.5"):
         compare(ours, "model.arch", {"MNIST": tmp_path})
+
+
+def test_an_expert_of_transformers_that_prepares_images_otherwise_is_refused(tmp_path, pico_inputs, capsys):
+    write_pico_hf(tmp_path, "clip", alone=False)
+    config = pico_hf_config(tmp_path, pico_inputs / "data")
+    same = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**same).save_pretrained(tmp_path / "MNIST")
+    describe(config, domain)
+    for field, value in (("image_mean", [0.5] * 3), ("do_center_crop", False), ("resample", 0)):
+        CLIPImageProcessor(**same | {field: value}).save_pretrained(tmp_path / "SVHN")
+        with pytest.raises(
+            InputError, match=rf"SVHN prepares an image otherwise than .*base \({field} is .*, the base's"
+        ):
+            construct(config, domain)
+    assert "warning:" not in capsys.readouterr().err
+
+
+def noisy_text(tensors):
+    """A text tower, in whatever layout, that was trained."""
+    return {n: t + 0.1 if n.startswith(("text_model.encoder", "transformer.")) else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "clip"])
+def test_what_experts_have_besides_the_image_tower_is_said(
+    kind, tmp_path, pico_inputs, pico_config, capsys, monkeypatch
+):
+    monkeypatch.setattr(notices, "_said", set())
+    if kind == "clip":
+        write_pico_hf(tmp_path, "clip", alone=False)
+        config, files = pico_hf_config(tmp_path, pico_inputs / "data"), "{}/model.safetensors"
+    else:
+        write_pico_clip(tmp_path)
+        config, files = change(pico_config, "model", root=str(tmp_path)), "{}/finetuned.safetensors"
+        base = load_file(tmp_path / "base" / "open_clip_model.safetensors")
+        for task in PICO_TASKS:
+            rewrite(tmp_path / files.format(task), lambda t, base=base: base | t)
+    rewrite(tmp_path / files.format("MNIST"), lambda t: {n: x.half() if "ln" in n else x for n, x in t.items()})
+    describe(config, domain)
+    assert "warning:" not in capsys.readouterr().err
+    rewrite(tmp_path / files.format("SVHN"), lambda t: noisy_text(t) | {"classifier.weight": torch.ones(3, 16)})
+    describe(config, domain)
+    said = capsys.readouterr().err
+    assert "warning: SVHN: there is a text tower unlike the base's, such as t" in said and "model.head can name" in said
+    assert "SVHN: there are tensors that are no part of the base's model, such as classifier.weight: image" in said
+
+
+def test_an_adapter_of_both_towers_is_merged_in_one_and_a_warning_says_so(tmp_path, pico_inputs, capsys):
+    write_pico_hf(tmp_path, "clip")
+    shutil.rmtree(tmp_path / "SVHN")
+    pairs = {}
+    for tower in ("vision_model", "text_model"):
+        module = f"{tower}.encoder.layers.0.self_attn.q_proj"
+        pairs |= {f"{module}.lora_A.weight": np.ones((2, 16), "f4"), f"{module}.lora_B.weight": np.ones((16, 2), "f4")}
+    write_adapter(tmp_path / "SVHN", pairs)
+    describe(pico_hf_config(tmp_path, pico_inputs / "data"), domain)
+    said = "SVHN: there is a text tower unlike the base's, such as text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert said in capsys.readouterr().err
