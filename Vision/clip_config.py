@@ -99,7 +99,6 @@ def check_inputs(config: Config) -> None:
     Raises: InputError if a file is of another layout, or says that its weights are another function than is built.
     """
     model = config.model
-    refuse_heads(model)
     text = {"model.text": model.path("text")} if model.text and model.path("text").exists() else {}
     others = other_models(config) | text
     mapped = [path for path in other_models(config).values() if of_transformers(path)]
@@ -108,6 +107,7 @@ def check_inputs(config: Config) -> None:
             check_lineage(path, model.path("base"), None)
         elif path not in mapped:
             refuse_other_layouts(path, config_file(path))
+    refuse_heads(model)
     named, file = open_clip.get_model_config(model.arch) if model.arch else None, clip_file(model.path("base"))
     if named:
         fields = {"model_cfg": named, "preprocess_cfg": preprocess_of(model)}

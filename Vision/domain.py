@@ -24,11 +24,12 @@ from common.evaluation.answers import scored
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
+from common.io.model_config import config_file
 from common.io.unstacked import unstacked
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
 from Vision import hf_classifiers, hf_models, open_clip_models
-from Vision.clip_config import clip_file
+from Vision.clip_config import clip_file, refuse_other_layouts
 from Vision.examples import Batches, Examples, batch_of
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, Pixels, kind_of
 from Vision.tasks import TASKS, Headed
@@ -55,12 +56,18 @@ class Library(Protocol):
 
 
 def library(model: Model) -> Library:
-    """That of the base: transformers' where the config.json beside its weights says so, else open_clip's."""
+    """That of the base: transformers' where the config.json beside its weights says so, else open_clip's.
+
+    Raises: InputError if that config is of a model that is none of either's.
+    """
     base = model.path("base")
     if not model.arch and not clip_file(base):
+        kind = kind_of(base)
         for kinds, module in ((TWO_TOWERS, hf_models), (CLASSIFIERS, hf_classifiers)):
-            if kind_of(base) in kinds:
+            if kind in kinds:
                 return cast(Library, module)
+        if kind and base.exists():
+            refuse_other_layouts(base, config_file(base))
     return cast(Library, open_clip_models)
 
 

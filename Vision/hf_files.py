@@ -45,11 +45,15 @@ def own_config(path: Path, kinds: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def image_config(path: Path) -> ModelConfig:
-    """The config of a model's image tower, whether it is saved alone or with a text tower."""
+    """The config of a model's image tower, whether it is saved alone or with a text tower.
+
+    Without the width of a projection: of a whole model another field says it, and a tower alone may have none.
+    """
     file, fields = own_config(path, TWO_TOWERS)
     kind = fields["model_type"].removesuffix("_vision_model")
     tower = fields if kind != fields["model_type"] else fields.get("vision_config") or {}
-    return resolve(tower | {"model_type": f"{kind}_vision_model"}, str(file))
+    fields = {key: value for key, value in tower.items() if key != "projection_dim"}
+    return resolve(fields | {"model_type": f"{kind}_vision_model"}, str(file))
 
 
 def processor_folder(*folders: Path) -> Path | None:

@@ -44,7 +44,7 @@ def test_where_pretrained_weights_of_a_name_differ_a_warning_says_so(tmp_path, c
     assert said in capsys.readouterr().err
 
 
-def test_the_config_beside_the_base_goes_before_the_name_of_an_architecture(tmp_path, capsys):
+def test_the_config_beside_the_base_goes_before_model_arch(tmp_path, capsys):
     """In the layout of a folder that open_clip saves: its own mean, std and way to resize."""
     named = open_clip.get_model_config("ViT-L-14")
     file = tmp_path / "open_clip_config.json"
@@ -56,7 +56,7 @@ def test_the_config_beside_the_base_goes_before_the_name_of_an_architecture(tmp_
     assert "prepared" not in capsys.readouterr().err
 
 
-def test_an_expert_prepared_otherwise_than_the_named_architecture_is_refused(tmp_path):
+def test_an_expert_prepared_otherwise_than_model_arch_is_refused(tmp_path):
     named = open_clip.get_model_config("ViT-B-16-SigLIP")
     preprocess = preprocess_of(Model(arch="ViT-B-16-SigLIP", base=str(tmp_path)))
     file = tmp_path / "open_clip_config.json"
@@ -68,7 +68,7 @@ def test_an_expert_prepared_otherwise_than_the_named_architecture_is_refused(tmp
         compare(ours, "model.arch", {"MNIST": tmp_path})
 
 
-def test_an_expert_of_transformers_that_prepares_images_otherwise_is_refused(tmp_path, pico_inputs, capsys):
+def test_an_expert_with_images_prepared_otherwise_is_refused(tmp_path, pico_inputs, capsys):
     write_pico_hf(tmp_path, "clip", alone=False)
     config = pico_hf_config(tmp_path, pico_inputs / "data")
     same = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
