@@ -68,6 +68,31 @@ def resolve(fields: Mapping[str, Any], file: str) -> dict[str, Any]:
     return {n: value for n, value in flat(model | towers | {"preprocess_cfg": preprocess}) if not is_off(value)}
 
 
+def preprocess_of(model: Model) -> dict[str, Any]:
+    """How model.arch prepares an image, without the size, as open_clip's preprocess_cfg has it.
+
+    The config beside the base says it; a name alone does not, so it is what open_clip prepares for all pretrained
+    weights of that name. Where these differ it is that of most of them, and a warning says so.
+    """
+    file = clip_file(model.path("base"))
+    beside = read_config(file).get("preprocess_cfg") if file else None
+    if isinstance(beside, dict) and beside:
+        return {key: value for key, value in beside.items() if key != "size"}
+    tags: dict[str, list[str]] = {}
+    for tag in open_clip.list_pretrained_tags_by_model(model.arch):
+        fields = merge_preprocess_dict(PreprocessCfg(), open_clip.get_pretrained_cfg(model.arch, tag))
+        tags.setdefault(json.dumps({key: value for key, value in fields.items() if key != "size"}), []).append(tag)
+    found = [json.loads(fields) for fields in sorted(tags, key=lambda fields: -len(tags[fields]))]
+    for other in found[1:]:
+        unlike = [f"{key} {value}, not {found[0][key]}" for key, value in other.items() if value != found[0][key]]
+        warn(
+            f"model.arch {model.arch} does not say how an image is prepared: of its pretrained weights "
+            f"{', '.join(tags[json.dumps(other)])} had {'; '.join(unlike)} as most, which is taken; an "
+            f"{OPEN_CLIP_CONFIG} beside the base would say it"
+        )
+    return found[0] if found else {}
+
+
 def check_inputs(config: Config) -> None:
     """Compare the base's config with that of every other model, and refuse what is laid out as other libraries do.
 
@@ -75,7 +100,6 @@ def check_inputs(config: Config) -> None:
     Raises: InputError if a file is of another layout, or says that its weights are another function than is built.
     """
     model = config.model
-    refuse_heads(model)
     text = {"model.text": model.path("text")} if model.text and model.path("text").exists() else {}
     others = other_models(config) | text
     mapped = [path for path in other_models(config).values() if of_transformers(path)]
@@ -84,9 +108,11 @@ def check_inputs(config: Config) -> None:
             check_lineage(path, model.path("base"), None)
         elif path not in mapped:
             refuse_other_layouts(path, config_file(path))
+    refuse_heads(model)
     named, file = open_clip.get_model_config(model.arch) if model.arch else None, clip_file(model.path("base"))
     if named:
-        ours, where = resolve({"model_cfg": named}, "model.arch"), f"model.arch {model.arch}"
+        fields = {"model_cfg": named, "preprocess_cfg": preprocess_of(model)}
+        ours, where = resolve(fields, "model.arch"), f"model.arch {model.arch}"
         others = {"model.base": model.path("base")} | others
     elif file:
         ours, where = resolve(read_config(file), str(file)), str(file)

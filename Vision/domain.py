@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,15 @@ from common.evaluation.answers import scored
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
+from common.io.model_config import config_file
 from common.io.unstacked import unstacked
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
 from Vision import hf_classifiers, hf_models, open_clip_models
-from Vision.clip_config import clip_file
+from Vision.clip_config import clip_file, refuse_other_layouts
+from Vision.examples import Batches, Examples, batch_of
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, Pixels, kind_of
 from Vision.tasks import TASKS, Headed
-
-if TYPE_CHECKING:  # an import of a second, which commands that read no examples go without
-    import datasets
 
 NAME = "vision"
 SHARDED = False
@@ -59,12 +58,18 @@ class Library(Protocol):
 
 
 def library(model: Model) -> Library:
-    """That of the base: transformers' where the config.json beside its weights says so, else open_clip's."""
+    """That of the base: transformers' where the config.json beside its weights says so, else open_clip's.
+
+    Raises: InputError if that config is of a model that is none of either's.
+    """
     base = model.path("base")
     if not model.arch and not clip_file(base):
+        kind = kind_of(base)
         for kinds, module in ((TWO_TOWERS, hf_models), (CLASSIFIERS, hf_classifiers)):
-            if kind_of(base) in kinds:
+            if kind in kinds:
                 return cast(Library, module)
+        if kind and base.exists():
+            refuse_other_layouts(base, config_file(base))
     return cast(Library, open_clip_models)
 
 
@@ -103,14 +108,9 @@ def metric(task: str) -> str:
     return "accuracy"
 
 
-def labelled_images(config: Config, task: str) -> "datasets.Dataset":
-    """The test images of a task with columns image and label, from the local folder or the hub."""
-    row = TASKS[task]
-    records = load_scored(config.eval, task, row, ("image", "label"))
-    names = getattr(records.features["label"], "names", None)
-    if names is not None and len(names) != len(row.classes):
-        raise InputError(f"the data of task {task} has {len(names)} classes; Vision/tasks.yaml has {len(row.classes)}")
-    return records
+def labelled_images(config: Config, task: str) -> Examples:
+    """The test images of a task with their labels, from the local folder or the hub."""
+    return Examples(load_scored(config.eval, task, TASKS[task], ("image", "label")), task, labelled=True)
 
 
 @torch.no_grad()
@@ -123,16 +123,10 @@ def score(
     empty, prefix, _ = library_of.classifier(config, task)
     models = {name: filled(empty, prefix, config.model, path, device) for name, path in checkpoints.items()}
     right: dict[str, list[Tensor]] = {name: [] for name in models}
-    records = labelled_images(config, task)
-
-    def collate(rows: list[dict]) -> tuple[dict[str, Tensor], Tensor]:
-        return pixels(rows), torch.tensor([row["label"] for row in rows])
-
-    loader = torch.utils.data.DataLoader(
-        records, config.eval.batch_size, collate_fn=collate, num_workers=config.eval.workers
-    )
-    for images, labels in tqdm(loader, desc=f"score {task}", leave=False, disable=lines_only()):
-        images, labels = {name: x.to(device) for name, x in images.items()}, labels.to(device)
+    batches = Batches(labelled_images(config, task), pixels, config.eval.batch_size, config.eval.workers)
+    for batch in tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only()):
+        images = {name: x.to(device) for name, x in batch.items()}
+        labels = images.pop("labels")
         for name, model in models.items():
             right[name].append((model(**images).argmax(-1) == labels).cpu())
     for name, hits in right.items():
@@ -156,10 +150,9 @@ def filled(empty: nn.Module, prefix: str, model: Model, path: Path, device: torc
 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The images of a task and its classifier, for merge methods that use data."""
-    records = load_sample(config.eval, task, TASKS[task], ("image",), sample)
-    pixels = library(config.model).preprocessing(config, task)
-    batches = torch.utils.data.DataLoader(records, sample.batch, collate_fn=pixels, num_workers=config.eval.workers)
-    return with_classifier(config, task, batches, len(records), device)
+    examples = Examples(load_sample(config.eval, task, TASKS[task], ("image",), sample), task, labelled=False)
+    batches = Batches(examples, library(config.model).preprocessing(config, task), sample.batch, config.eval.workers)
+    return with_classifier(config, task, batches, len(examples), device)
 
 
 def with_classifier(
@@ -174,16 +167,15 @@ def with_classifier(
 
 def labelled_task(config: Config, task: str, sample: Sample, device: torch.device) -> LabelledTask:
     """The images of a task with their labels, and the cross-entropy of its classifier."""
-    records = load_sample(config.eval, task, TASKS[task], ("image", "label"), sample)
+    examples = Examples(load_sample(config.eval, task, TASKS[task], ("image", "label"), sample), task, labelled=True)
     pixels = library(config.model).preprocessing(config, task)
     answer = with_classifier(config, task, (), 0, device).answer
 
     def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-        rows = list(records.select(numbers))
-        return pixels(rows) | {"labels": torch.tensor([row["label"] for row in rows])}
+        return batch_of(examples, pixels, list(numbers))
 
     def loss(theta: Params, batch: Batch) -> Tensor:
         images = {name: x for name, x in batch.items() if name != "labels"}
         return F.cross_entropy(answer(theta, images), batch["labels"].to(device))
 
-    return LabelledTask(loss, batch, len(records))
+    return LabelledTask(loss, batch, len(examples))

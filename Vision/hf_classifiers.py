@@ -1,6 +1,6 @@
 """Classifiers on a ViT of transformers: the head of each task's expert, and how a merged backbone is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_settings, copy_surroundings, write_edited
 from common.io.task_heads import read_task_head, with_pooler, write_task_head
 from common.io.unstacked import stacked
+from Vision.class_names import places_of
 from Vision.hf_backbones import POOLER, architecture, family, names_within, skeleton
 from Vision.hf_backbones import check_inputs as check_inputs  # a part of the library
 from Vision.hf_backbones import token_shape as token_shape
@@ -96,16 +97,10 @@ def classifier(config: Config, task: str) -> Headed:
         raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of classes, {unlike}")
     whole.load_state_dict(read_head(config.model, owner), strict=False, assign=True)
     labels = [str(whole.config.id2label[number]) for number in range(len(classes))]
+    places = places_of(labels, classes, f"the classifier in {config.model.path('expert', owner)}")
+    order = [places.index(number) for number in range(len(classes))]
     head = [module for name, module in whole.named_children() if name != whole.base_model_prefix]
-    return Headed(Classifier(whole, order_of(labels, classes)), f"whole.{whole.base_model_prefix}.", head)
-
-
-def order_of(outputs: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """For each class the number of the output that has its name; the class's own number unless all have one."""
-    plain = [name.casefold().replace("_", " ").replace("-", " ") for name in outputs]
-    wanted = [name.casefold().replace("_", " ").replace("-", " ") for name in classes]
-    same = len(set(plain)) == len(plain) and sorted(plain) == sorted(wanted)
-    return [plain.index(name) for name in wanted] if same else list(range(len(outputs)))
+    return Headed(Classifier(whole, order), f"whole.{whole.base_model_prefix}.", head)
 
 
 def preprocessing(config: Config, task: str) -> Pixels:

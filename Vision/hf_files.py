@@ -10,16 +10,18 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from common.core.errors import InputError
-from common.io.model_config import ModelConfig, config_file, read_config, resolve
+from common.io.model_config import SHOWN, ModelConfig, config_file, read_config, resolve
 
 TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2")  # the image's is called vision_model
 CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers")  # a backbone, and a head for each task
+LEVEL = 0.04  # of a prepared image: what two ways to compute one interpolation differ by at most
 BLANK = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8))
+PROBE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 64, 3), dtype=np.uint8))
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 Pixels = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-"""pixels(records with an image each) -> what a model is called with: pixel_values, (images, channels, height, width);
-SigLIP 2 has patches in their place, (images, patches, numbers), and their grids and mask besides."""
+"""pixels(records with an image in RGB each) -> what a model is called with: pixel_values, (images, channels, height,
+width); SigLIP 2 has patches in their place, (images, patches, numbers), and their grids and mask besides."""
 
 
 def kind_of(path: Path) -> str:
@@ -43,11 +45,15 @@ def own_config(path: Path, kinds: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def image_config(path: Path) -> ModelConfig:
-    """The config of a model's image tower, whether it is saved alone or with a text tower."""
+    """The config of a model's image tower, whether it is saved alone or with a text tower.
+
+    Without the width of a projection: of a whole model another field says it, and a tower alone may have none.
+    """
     file, fields = own_config(path, TWO_TOWERS)
     kind = fields["model_type"].removesuffix("_vision_model")
     tower = fields if kind != fields["model_type"] else fields.get("vision_config") or {}
-    return resolve(tower | {"model_type": f"{kind}_vision_model"}, str(file))
+    fields = {key: value for key, value in tower.items() if key != "projection_dim"}
+    return resolve(fields | {"model_type": f"{kind}_vision_model"}, str(file))
 
 
 def processor_folder(*folders: Path) -> Path | None:
@@ -66,9 +72,35 @@ def preprocessing(*folders: Path) -> Pixels:
     except Exception as error:  # whatever the class of a processor makes of any value
         said = " ".join(str(error).split())
         raise InputError(f"{folder}: transformers cannot read how an image is prepared: {said}") from error
-    return lambda rows: processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").data
+    return lambda rows: processor([row["image"] for row in rows], return_tensors="pt").data
 
 
 def prepared_size(pixels: Pixels) -> tuple[int, int]:
     """Height and width of what a model sees of an image."""
     return tuple(pixels([{"image": BLANK}])["pixel_values"].shape[-2:])
+
+
+def require_same_preprocessing(path: Path, *folders: Path) -> None:
+    """InputError if the files beside a model prepare an image otherwise than those in the first of the folders that has
+    any, which are the base's. A model without such files goes with the base's."""
+    base = processor_folder(*folders)
+    if not processor_folder(path) or not base:
+        return
+    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (path, base))
+    shapes = [{name: tuple(x.shape) for name, x in made.items()} for made in (theirs, ours)]
+    if shapes[0] == shapes[1] and all(((x - ours[name]).abs() <= LEVEL).all() for name, x in theirs.items()):
+        return
+    fields, others = (processor_fields(folder) for folder in (path, base))
+    unlike = [key for key in {**fields, **others} if fields.get(key) != others.get(key)]
+    said = "; ".join(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike[:SHOWN])
+    raise InputError(
+        f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter says, "
+        "for which these weights are not made; merge models of one base, or correct the file that is wrong"
+    )
+
+
+def processor_fields(folder: Path) -> dict[str, Any]:
+    """What the first of the files in a folder says of how an image is prepared, names of classes left out."""
+    fields = read_config(next(folder / name for name in PROCESSORS if (folder / name).is_file()))
+    fields = fields.get("image_processor", fields)
+    return {key: value for key, value in fields.items() if not key.endswith(("_type", "_class"))}

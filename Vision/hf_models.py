@@ -43,11 +43,12 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_settings, copy_surroundings, write_edited
 from common.io.unstacked import unstacked
 from Vision.clip_config import clip_file
-from Vision.hf_files import BLANK, PROCESSORS, TWO_TOWERS, Pixels, image_config, own_config
+from Vision.hf_files import BLANK, PROCESSORS, TWO_TOWERS, Pixels, image_config, own_config, require_same_preprocessing
 from Vision.hf_files import preprocessing as preprocessing_of
 from Vision.layouts import facts_of_config, facts_of_module, in_transformers, pieces_in_transformers, require_same_facts
 from Vision.open_clip_models import skeleton as open_clip_skeleton
 from Vision.tasks import Headed
+from Vision.unmerged import warn_of_unmerged
 from Vision.zero_shot import Classifier, head_of, refuse_heads
 
 IMAGE_TOWER = "vision_model."
@@ -76,6 +77,8 @@ def check_inputs(config: Config) -> None:
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
         if not is_adapter(other):
             check_projection(config.model, other)
+            require_same_preprocessing(other, *processors(config.model))
+    warn_of_unmerged(config.model, family(config.model), skeleton(config.model).state_dict(), other_models(config))
 
 
 def check_open_clip(base: ModelConfig, other: Path) -> None:
@@ -206,7 +209,12 @@ def preprocessing(config: Config, task: str) -> Pixels:
 
 def prepared(model: Model) -> Pixels:
     """The same of a model, for any task."""
-    return preprocessing_of(*(model.path(which) for which in ("base", "text") if getattr(model, which)))
+    return preprocessing_of(*processors(model))
+
+
+def processors(model: Model) -> list[Path]:
+    """Where the files can be that say how an image is prepared."""
+    return [model.path(which) for which in ("base", "text") if getattr(model, which)]
 
 
 class Tower(nn.Module):

@@ -23,7 +23,7 @@ from common.io.skeleton import first_input
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings
 from Vision.clip_config import check_inputs as check_configs
-from Vision.clip_config import clip_file, config_text, of_transformers
+from Vision.clip_config import clip_file, config_text, of_transformers, preprocess_of
 from Vision.hf_files import Pixels, image_config
 from Vision.layouts import (
     facts_of_config,
@@ -34,6 +34,7 @@ from Vision.layouts import (
     require_same_facts,
 )
 from Vision.tasks import Headed
+from Vision.unmerged import warn_of_unmerged
 from Vision.zero_shot import Classifier, head_of
 
 IMAGE_TOWER = "visual."
@@ -70,6 +71,9 @@ def check_inputs(config: Config) -> None:
     for path in filter(of_transformers, other_models(config).values()):
         ours = facts_of_module(skeleton(config.model).visual, str(config.model.path("base")))
         require_same_facts(ours, facts_of_config(image_config(path).resolved), path)
+    if config.model.arch or clip_file(config.model.path("base")):
+        known = skeleton(config.model).state_dict()
+        warn_of_unmerged(config.model, family(config.model), known, other_models(config))
 
 
 def architecture(model: Model) -> str:
@@ -91,7 +95,8 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
     logging.root.setLevel(logging.ERROR)  # open_clip warns that the weights are random
     try:
         with torch.device(device):
-            clip = open_clip.create_model(architecture(model), load_weights=False, device=device).eval()
+            named = {"force_preprocess_cfg": preprocess_of(model)} if model.arch else {}
+            clip = open_clip.create_model(architecture(model), load_weights=False, device=device, **named).eval()
     except InputError:
         raise
     except Exception as error:  # whatever open_clip makes of a config
@@ -150,7 +155,7 @@ def text_directions(model: Model, classes: Sequence[str], templates: Sequence[st
 def preprocessing(config: Config, task: str) -> Pixels:
     """From records with an image each to what the image tower sees of them."""
     preprocess = image_transform_v2(PreprocessCfg(**skeleton(config.model).visual.preprocess_cfg), is_train=False)
-    return lambda rows: {"pixel_values": torch.stack([preprocess(row["image"].convert("RGB")) for row in rows])}
+    return lambda rows: {"pixel_values": torch.stack([preprocess(row["image"]) for row in rows])}
 
 
 class Tower(nn.Module):

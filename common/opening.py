@@ -181,10 +181,10 @@ def open_inputs(config: Config, domain: Domain, checking: Checking, anchored: bo
             else:
                 check_blocks(unstacked(base, family.pieces), modules)
     experts = open_all_experts(config, domain, family, base, checking)
-    if not base:
+    if not base or not modules:  # of an unknown architecture no name of a tensor is known to be another's
         return None
     base, experts, matching = compare_experts(config, family, base, experts, checking)
-    if not modules or len(experts) < len(config.tasks):
+    if len(experts) < len(config.tasks):
         return None
     shape = (config.anchors.number, config.anchors.tokens or tokens, width)
     if config.anchors.position_embeddings:

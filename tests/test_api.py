@@ -15,7 +15,14 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from common.api import Adapt, Anchors, AnchorSet, Model, Start, adapt, calls, construct, merge
 from common.api.modules import domain_of
@@ -218,6 +225,9 @@ def test_the_domain_is_found_or_asked_for(llamas, nlu_inputs, pico_inputs, tmp_p
     assert domain_of(nlu_inputs / "bert" / "base") == "nlu"
     assert domain_of(AutoModelForMaskedLM.from_pretrained(nlu_inputs / "roberta" / "base")) == "nlu"
     assert domain_of(pico_inputs / "clip" / "base") == "vision"
+    image = AutoConfig.for_model("vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    assert domain_of(AutoModel.from_config(image)) == "vision"
+    assert domain_of(AutoModelForImageClassification.from_config(image)) == "vision"
     with pytest.raises(InputError, match="does not tell what kind of model it is; domain= says so: vision, nlu, nlg"):
         domain_of(tmp_path)
 

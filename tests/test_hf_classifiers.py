@@ -17,6 +17,7 @@ from common.io.checkpoints import write_tensors
 from common.io.examples import Sample
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config
 from pico_hf_classifiers import CLASSIFIERS, GATED, pico_classifier_config, write_pico_classifiers
 from pico_lora import write_adapter
@@ -238,6 +239,14 @@ def test_what_transformers_has_besides_is_refused_by_its_name(kind, said, vit):
         (config.model.path("base").parent / place / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(InputError, match=said + r"; .*, or of transformers clip, .*, vit, deit, dinov2"):
         construct(config, domain)
+
+
+def test_what_is_not_served_is_refused_in_one_sentence_with_heads_too(vit):
+    _, config = vit
+    for place in ("base", *PICO_TASKS):
+        (config.model.path("base").parent / place / "config.json").write_text(json.dumps({"model_type": "swin"}))
+    (refusal,) = describe(change(config, "model", heads=("MNIST",)), domain, MERGE).refusals
+    assert "(swin in config.json); vision anchors" in refusal and "CLIP come" not in refusal
 
 
 def test_options_of_clips_are_refused(vit):

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -100,6 +100,20 @@ def test_a_projection_of_an_expert_s_own_is_refused(tmp_path, pico_inputs):
     models["SVHN"].save_pretrained(tmp_path / "SVHN")
     with pytest.raises(InputError, match=r"SVHN: visual_projection.weight is not that of .*base; the image"):
         construct(pico_hf_config(tmp_path, pico_inputs / "data"), domain)
+
+
+def test_a_tower_saved_with_its_projection_goes_with_the_whole_model(tmp_path, pico_inputs):
+    """The width of the projection is said by the config of the whole model, or by that of the tower."""
+    models = write_pico_hf(tmp_path, "clip", alone=False)
+    for task in PICO_TASKS:
+        fields = models[task].config.vision_config.to_dict() | {"projection_dim": 8}
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(fields))
+        tower.load_state_dict({name: models[task].state_dict()[name] for name in tower.state_dict()})
+        tower.save_pretrained(tmp_path / task)
+    config = change(pico_hf_config(tmp_path, pico_inputs / "data"), "run", score=False)
+    merged = AutoModel.from_pretrained(merge_alone(change(config, "start", method="average"), domain)).state_dict()
+    name = LAYER + "mlp.fc1.weight"
+    torch.testing.assert_close(merged[name], sum(models[task].state_dict()[name] for task in PICO_TASKS) / 2)
 
 
 def test_an_image_tower_alone_needs_a_text_tower(pico):

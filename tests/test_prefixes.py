@@ -51,6 +51,27 @@ def test_a_model_s_own_names_stay(model):
     assert list(found.names.values()) == MODELS[model] and found.removed == () and str(found) == ""
 
 
+TOWERS = [
+    ["class_embedding", "conv1.weight", RESBLOCK, "proj"],
+    ["module.conv1.weight", f"module.{RESBLOCK}"],
+    ["trunk.blocks.0.norm1.weight", "head.proj.weight"],
+]
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_an_image_tower_alone_has_the_names_of_the_whole_model(tower):
+    found = unwrapped(tower, "file")
+    assert list(found.names.values()) == ["visual." + name.removeprefix("module.") for name in tower]
+    assert "names behind visual." in str(found)
+
+
+@pytest.mark.parametrize(
+    "names", [["token_embedding.weight", "positional_embedding", RESBLOCK], ["conv1.weight", "layer1.0.conv1.weight"]]
+)
+def test_a_text_tower_and_a_resnet_are_no_image_tower_alone(names):
+    assert list(unwrapped(names, "file").names.values()) == names
+
+
 REAL = [
     ["model.visual.blocks.0.attn.qkv.weight", "model.language_model.layers.0.mlp.up_proj.weight", "lm_head.weight"],
     ["model.text_model.layers.0.mlp.up_proj.weight", "model.vision_model.encoder.layers.0.layer_norm1.weight"],

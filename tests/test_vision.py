@@ -233,6 +233,18 @@ def test_an_expert_that_does_not_fit_is_refused_by_tensor(own_inputs, edit, mess
     assert not config.run.dir.exists()
 
 
+def test_an_expert_that_is_a_tower_alone_is_merged_as_within_the_model(own_inputs):
+    root, config = own_inputs
+    config = change(change(config, "start", method="average"), "run", score=False)
+    expected = load_file(merge_alone(config, domain) / "open_clip_model.safetensors")
+    for task in PICO_TASKS:
+        file = root / task / "finetuned.safetensors"
+        rewrite(file, lambda t: {name.removeprefix("visual."): x for name, x in t.items()})
+        assert "conv1.weight" in load_file(file)
+    merged = load_file(merge_alone(change(config, "run", name="bare"), domain) / "open_clip_model.safetensors")
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], x) for name, x in expected.items())
+
+
 def test_a_base_of_another_architecture_is_refused_by_tensor(own_inputs):
     with pytest.raises(InputError, match=r"open_clip_config.json: embed_dim is 8, not 512; .* as model.arch ViT-B-32"):
         construct(change(own_inputs[1], "model", arch="ViT-B-32"), domain)

@@ -146,6 +146,8 @@ def domain_of(base: ModelLike) -> str:
         return "nlg"
     if kind in masked or kind in classes.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
         return "nlu"
+    if kind in classes.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "vision"
     raise InputError(f"{where} does not tell what kind of model it is; domain= says so: {', '.join(FOLDERS)}")
 
 

@@ -12,7 +12,7 @@ name (Llama has model.layers.0.…): it goes only where what follows it is known
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +32,19 @@ BEGINS = re.compile(
     r"|transformer\.(?:h\.\d+\.|wte\.)"
 )
 PREFIX = re.compile(rf"((?:\w+\.)*?)(?:{BEGINS.pattern})")
+TOWER = "visual."  # which an image tower of open_clip lacks that was saved without the model around it
 FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 COUNTER = "n_averaged"  # beside the module of torch.optim.swa_utils.AveragedModel
 
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """The names of a model's tensors without the prefixes of its wrappers, {stored: name}, and those prefixes."""
+    """The names of a model's tensors without the prefixes of its wrappers, {stored: name}, those prefixes, and the one
+    that the names of an image tower alone were given."""
 
     names: Mapping[str, str]
     removed: tuple[str, ...] = ()
+    added: str = ""
 
     def renamings(self) -> dict[str, str]:
         """What transformers' from_pretrained takes as key_mapping to read the same names."""
@@ -54,8 +57,9 @@ class Unwrapped:
         return dict.fromkeys(patterns, "")
 
     def __str__(self) -> str:
-        """What was removed, "" if nothing was."""
-        return f"without the prefix {' and '.join(self.removed)}" if self.removed else ""
+        """What was removed and added, "" if nothing was."""
+        without = f"without the prefix {' and '.join(self.removed)}" if self.removed else ""
+        return ", ".join(filter(None, (without, f"names behind {self.added}" if self.added else "")))
 
 
 def unwrapped(stored: Iterable[str], where: Path | str) -> Unwrapped:
@@ -77,11 +81,23 @@ def unwrapped(stored: Iterable[str], where: Path | str) -> Unwrapped:
     if prefix:
         names = {old: without(prefix, name) for old, name in names.items() if name != COUNTER}
         removed[prefix] = None
+    added = TOWER if is_tower_alone(list(names.values())) else ""
+    names = {old: added + name for old, name in names.items()}
     seen: dict[str, str] = {}
     for old, name in names.items():
         if seen.setdefault(name, old) != old:
             raise InputError(f"{where} has {name} twice, as {seen[name]} and as {old}; save one model alone")
-    return Unwrapped(names, tuple(removed))
+    return Unwrapped(names, tuple(removed), added)
+
+
+def is_tower_alone(names: Sequence[str]) -> bool:
+    """Whether names are those of an image tower of open_clip, a ViT of its own or of timm, and of nothing besides: the
+    text tower has blocks of the same names, but never without the embedding of tokens."""
+    of_own, of_timm, of_whole = (
+        any(name.startswith(start) for name in names)
+        for start in ("transformer.resblocks.0.", "trunk.blocks.0.", (TOWER, "text.", "token_embedding."))
+    )
+    return ((of_own and "conv1.weight" in names) or of_timm) and not of_whole
 
 
 def outer_prefix(names: Iterable[str], where: Path | str) -> str:

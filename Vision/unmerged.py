@@ -1,0 +1,101 @@
+"""What a CLIP that is merged has besides its image tower, which is never merged: said in a warning, not dropped in
+silence."""
+
+from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from common.config import Model
+from common.core.blocks import BlockFamily
+from common.core.errors import InputError
+from common.core.notices import warn
+from common.io.adapters import is_adapter
+from common.io.checkpoints import Checkpoint
+from common.io.headers import Row
+from common.io.hub import is_stand_in
+from common.io.lora import open_checkpoint
+from common.io.stored_types import FLOATS
+from common.io.tensors import read_tensor
+
+TEXT = (  # how names of a text tower begin in a file of either library
+    "text_model.", "text_projection", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
+)  # fmt: skip
+LEFT = ("logit_scale", "logit_bias", "visual_projection.")  # of no weight in an answer; compared elsewhere
+PIECE = 2**24  # bytes of a tensor that are compared at once
+
+
+def warn_of_unmerged(model: Model, family: BlockFamily, known: Collection[str], others: Mapping[str, Path]) -> None:
+    """Say which of some models have a text tower unlike the base's, and which have a head or other tensors besides.
+
+    Args:
+        known: names of all tensors of the base's whole model.
+        others: the path of each model that is merged, by its name.
+    """
+    kept = Checkpoint(model.path("base"), family.names).rows
+    if model.text and model.path("text").exists():
+        kept = Checkpoint(model.path("text"), family.names).rows | kept
+    unlike, apart, more = {}, {}, {}
+    for task, path in others.items():
+        try:
+            theirs = open_checkpoint(path, model.path("base"), family.names)
+        except InputError:  # which is said where it is opened to be merged
+            continue
+        names = [name for name in theirs.names() if not name.startswith((family.scope, *LEFT))]
+        beside = [name for name in names if name not in known and is_weight(theirs, name)]
+        tower = [name for name in names if name in known and name in kept]
+        own = [name for name in tower if theirs.touches(name)]
+        if not is_adapter(path):
+            own = [] if is_stand_in(path) else first_unlike(kept, theirs.rows, own)
+        for where, found in (
+            (unlike, own),
+            (apart, [name for name in beside if name.startswith(TEXT)]),
+            (more, [name for name in beside if not name.startswith(TEXT)]),
+        ):
+            if found:
+                where[task] = found[0]
+    say(unlike, "is a text tower unlike the base's")
+    say(apart, "is a text tower in another library's layout, which is not compared with the base's")
+    say(more, "are tensors that are no part of the base's model")
+
+
+def say(found: Mapping[str, str], what: str) -> None:
+    """The warning for what some models have: {task: name of a tensor of it}."""
+    if found:
+        warn(
+            f"{', '.join(found)}: there {what}, such as {next(iter(found.values()))}: image towers alone are merged, "
+            "and the base's text tower is kept, which makes the zero-shot heads; model.head can name other heads"
+        )
+
+
+def is_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is no buffer of whole numbers, as a counter of steps."""
+    return is_adapter(checkpoint.path) or checkpoint.rows[name].dtype in FLOATS
+
+
+def first_unlike(ours: Mapping[str, Row], theirs: Mapping[str, Row], names: Iterable[str]) -> list[str]:
+    """The smallest tensor in which two models differ, in a list; an empty one if there is none."""
+    small_first = sorted(names, key=lambda name: theirs[name].nbytes)
+    return list(islice((name for name in small_first if not equal(ours[name], theirs[name])), 1))
+
+
+def equal(one: Row, other: Row) -> bool:
+    """Whether two stored tensors are the same numbers, those of the wider type rounded to the other."""
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype:
+        return same_bytes(one, other)
+    if one.dtype not in FLOATS or other.dtype not in FLOATS:
+        return False
+    narrow = min(FLOATS[one.dtype], FLOATS[other.dtype], key=lambda dtype: dtype.itemsize)
+    return torch.equal(read_tensor(one).to(narrow), read_tensor(other).to(narrow))
+
+
+def same_bytes(one: Row, other: Row) -> bool:
+    """Whether two tensors of one type and shape are stored alike."""
+    with open(one.file, "rb") as a, open(other.file, "rb") as b:
+        a.seek(one.begin)
+        b.seek(other.begin)
+        pieces = (min(PIECE, one.nbytes - done) for done in range(0, one.nbytes, PIECE))
+        return all(a.read(piece) == b.read(piece) for piece in pieces)
