@@ -10,13 +10,13 @@ import torch
 from common.config import Model
 from common.core.errors import InputError
 from common.core.places import for_task
-from common.core.task_vectors import LazyTensor
+from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
-from common.io.task_heads import with_pooler, write_task_head
+from common.io.task_heads import head_in_type, with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, family, skeleton
 from NLU.heads import class_name, expert_architecture, read_head
@@ -26,12 +26,22 @@ GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begi
 
 
 def check_export(model: Model) -> None:
-    """InputError if model.heads asks for the head of a task or expert that has none."""
+    """InputError if model.heads asks for the head of a task or expert that has none, or one that is too large for the
+    type of the merged weights."""
     for task in model.heads:
         alike = [known for known in TASKS if for_task("{slug}", known) == for_task("{slug}", task)]
         if task not in TASKS and (alike or not model.path("expert", task).exists()):
             raise InputError(f"model.heads: unknown task {task!r}; choose from {', '.join(TASKS)}")
-        read_head(model, task)
+    stored_heads(model)
+
+
+def stored_heads(model: Model) -> dict[str, Params]:
+    """The heads of model.heads in the type of the merged weights; InputError if one is missing or too large for it."""
+    if not model.heads:
+        return {}
+    base = Checkpoint(model.path("base"), family(model).names)
+    dtype = output_type(base, json.loads(read_text(config_of(model, model.path("base")))))
+    return {task: head_in_type(read_head(model, task), dtype, task) for task in model.heads}
 
 
 def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
@@ -50,8 +60,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_surroundings(model.path("base"), folder)
     copy_files(model.path("base"), folder, [GENERATION_FILE])
-    for task in model.heads:
-        own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
+    for task, own in stored_heads(model).items():
         write_task_head(folder / "heads" / task, own, merged)
         write_classifier_surroundings(model, task, dtype, folder / "heads" / task)
 

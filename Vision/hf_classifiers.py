@@ -12,12 +12,12 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
+from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
 from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_settings, copy_surroundings, write_edited
-from common.io.task_heads import read_task_head, with_pooler, write_task_head
+from common.io.task_heads import head_in_type, read_task_head, with_pooler, write_task_head
 from common.io.unstacked import stacked
 from Vision.class_names import places_of
 from Vision.hf_backbones import POOLER, architecture, family, names_within, skeleton
@@ -110,11 +110,21 @@ def preprocessing(config: Config, task: str) -> Pixels:
 
 
 def check_export(model: Model) -> None:
-    """InputError if model.heads asks for the head of an expert that is not there or has none."""
+    """InputError if model.heads asks for the head of an expert that is not there, has none, or one too large for the
+    type of the merged weights."""
     for task in model.heads:
         if not model.path("expert", task).exists():
             raise InputError(f"model.heads names {task!r}, and there is no expert at {model.path('expert', task)}")
-        read_head(model, task)
+    stored_heads(model)
+
+
+def stored_heads(model: Model) -> dict[str, Params]:
+    """The heads of model.heads in the type of the merged weights; InputError if one is missing or too large for it."""
+    if not model.heads:
+        return {}
+    base = Checkpoint(model.path("base"), family(model).names)
+    dtype = output_type(base, read_config(base.folder / CONFIG_FILE))
+    return {task: head_in_type(read_head(model, task), dtype, task) for task in model.heads}
 
 
 def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
@@ -133,9 +143,8 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     write_stored(folder / "model.safetensors", merged)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
     copy_surroundings(base.folder, folder)
-    for task in model.heads:
+    for task, own in stored_heads(model).items():
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)
-        own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
         write_task_head(place, own, merged)
         text = read_text(config_file(expert) or base.folder / CONFIG_FILE)
         source = processor_folder(expert, base.folder) or base.folder

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTForImageClassification
 
@@ -211,6 +212,21 @@ def test_a_head_of_another_number_of_classes_is_refused(tmp_path, pico_inputs):
     config = pico_classifier_config(tmp_path, pico_inputs / "data")
     with pytest.raises(InputError, match="MNIST has 7 outputs, but the task MNIST 10 classes"):
         merge_alone(change(config, "start", method="ta"), domain)
+
+
+def test_a_head_that_the_type_of_the_base_cannot_hold_is_refused_first(vit):
+    models, config = vit
+    models["base"].half().save_pretrained(config.model.path("base"))
+    config = change(change(config, "model", heads=("MNIST",)), "start", method="average")
+    folder = merge_alone(change(config, "run", score=False), domain)
+    assert load_file(folder / "heads" / "MNIST" / "head.safetensors")["classifier.weight"].dtype == torch.float16
+    models["MNIST"].classifier.weight.data[0, 0] = 1e5
+    models["MNIST"].save_pretrained(config.model.path("expert", "MNIST"))
+    with pytest.raises(
+        InputError, match=r"classifier.weight of the head of MNIST reaches 1e\+05, too much for torch.fl"
+    ):
+        merge_alone(change(config, "run", name="large"), domain)
+    assert not list(config.run.dir.with_name("large").rglob("*.safetensors"))
 
 
 def test_images_that_the_backbone_cannot_see_are_refused(vit):

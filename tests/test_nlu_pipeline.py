@@ -47,6 +47,19 @@ def test_classifiers_are_written_as_asked_and_the_encoder_is_kept_once(nlu_confi
         merge_alone(change(start, "model", heads=("cola",)), domain)
 
 
+def test_a_head_that_the_type_of_the_base_cannot_hold_is_refused_first(nlu_inputs, nlu_config, tmp_path):
+    shutil.copytree(nlu_inputs / "roberta", tmp_path / "roberta")
+    rewrite(tmp_path / "roberta/base/model.safetensors", lambda t: {n: x.half() for n, x in t.items()})
+    rewrite(tmp_path / "roberta/cola/model/model.safetensors", lambda t: t["classifier.out_proj.bias"].fill_(1e5))
+    edit_config(tmp_path / "roberta/base", dtype="float16")
+    config = change(change(nlu_config, "start", method="ta"), "model", root=str(tmp_path / "roberta"), heads=("CoLA",))
+    with pytest.raises(
+        InputError, match=r"classifier.out_proj.bias of the head of CoLA reaches 1e\+05, too much for torch.float"
+    ):
+        merge_alone(config, domain)
+    assert not list(config.run.dir.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("opener", "head"),
     [

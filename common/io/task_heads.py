@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.core.task_vectors import LazyTensor, Params, require_same_shapes
+import torch
+
+from common.core.errors import InputError
+from common.core.task_vectors import LazyTensor, Params, is_finite, require_same_shapes
 from common.io.checkpoints import Checkpoint, write_tensors, write_text
 from common.io.lora import open_checkpoint
 from common.io.model_files import INDEX_FILE
@@ -53,6 +56,18 @@ def with_pooler(
     if headed:
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(pooler)}
     return {**tensors, **base.lazy(name for name in base.names(pooler) if name not in tensors)}
+
+
+def head_in_type(head: Params, dtype: torch.dtype, task: str) -> Params:
+    """A head in the type of the merged weights; InputError names a tensor whose values that cannot hold."""
+    stored = {name: tensor.to(dtype) for name, tensor in head.items()}
+    for name, tensor in stored.items():
+        if not is_finite(tensor):
+            raise InputError(
+                f"model.heads: {name} of the head of {task} reaches {head[name].abs().max():.3g}, too much for "
+                f"{dtype}, which the base is stored in; leave {task} out of model.heads, or give the base in float32"
+            )
+    return stored
 
 
 def write_task_head(folder: Path, head: Params, body: Iterable[str]) -> None:
