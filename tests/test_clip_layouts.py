@@ -14,6 +14,7 @@ from common.core.errors import InputError
 from common.io.checkpoints import write_tensors
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import describe
 from helpers import change, edit_config, files_of, rewrite
 from pico_hf_vision import pico_hf_config
 from pico_layouts import in_open_clip, write_both
@@ -90,6 +91,14 @@ def test_another_function_of_equal_weights_is_refused(base, experts, tmp_path, p
         InputError, match="SVHN: heads is 4, the base's is 2; activation is 'gelu', the base's is 'quick_"
     ):
         construct(config, domain)
+
+
+@pytest.mark.parametrize(("base", "experts"), [("open_clip", "hf"), ("hf", "open_clip")])
+def test_a_text_tower_in_the_other_layout_is_said_not_to_be_compared(base, experts, tmp_path, pico_inputs, capsys):
+    _, config = mixed(tmp_path, pico_inputs / "data", base, experts, alone=False)
+    describe(config, domain)
+    said = "MNIST, SVHN: there is a text tower in another library's layout, which is not compared with the base's, such"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("base", "experts"), [("open_clip", "hf"), ("hf", "open_clip")])
