@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +27,12 @@ from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
 from NLU.encoders import body_name, family
+from NLU.examples import class_order
 from NLU.heads import open_classifier, outputs_of
 from NLU.tasks import TASKS
+
+if TYPE_CHECKING:  # an import of a second, which commands that score nothing go without
+    from datasets import Dataset
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 
@@ -49,7 +54,9 @@ def score(
         raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
     classifier = open_classifier(config.model, owner).to(device).eval()
     vocabulary = classifier.get_input_embeddings().num_embeddings
-    batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
+    records = scored_records(config, task)
+    order = class_order(classifier.config, str(config.model.path("expert", owner)), task, records)
+    batches = tokenised(records, task, config.eval.batch_size, open_tokenizer(config.model, owner, vocabulary))
     labels = torch.cat([labels for _, labels in batches])
     for name, path in checkpoints.items():
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
@@ -58,6 +65,7 @@ def score(
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")
+        logits = logits if order is None else logits[:, order]
         predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
         yield name, scored_by(metric(task), labels.numpy(), predictions.numpy())
 
@@ -71,12 +79,18 @@ def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokeni
     return tokenizer
 
 
-def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[BatchEncoding, Tensor]]:
-    """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
+def scored_records(config: Config, task: str) -> "Dataset":
+    """The examples that a task is scored on."""
     row = TASKS[task]
-    columns = (*row.text, "label")
-    records = load_scored(config.eval, task, row, columns)
-    *texts, labels = (list(records[column]) for column in columns)
+    return load_scored(config.eval, task, row, (*row.text, "label"))
+
+
+def tokenised(
+    records: "Dataset", task: str, size: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[BatchEncoding, Tensor]]:
+    """The examples of a task in batches (tokens, labels) of a size, short ones first, so that little is padded."""
+    row = TASKS[task]
+    *texts, labels = (list(records[column]) for column in (*row.text, "label"))
     if row.labels > 1 and not set(labels) <= set(range(row.labels)):
         raise InputError(
             f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
@@ -87,7 +101,7 @@ def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> 
         return encoded(tokenizer, texts), torch.tensor(labels)
 
     examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
-    return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+    return list(torch.utils.data.DataLoader(examples, size, collate_fn=collate))
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> BatchEncoding:
@@ -135,6 +149,7 @@ def labelled_task(config: Config, task: str, sample: Sample, device: torch.devic
     classifier, tokenizer = classifier_and_tokenizer(config, task, device)
     answer = with_classifier(config, classifier, (), 0, device).answer
     records = load_sample(config.eval, task, row, (*row.text, "label"), sample)
+    order = class_order(classifier.config, str(config.model.path("expert", config.tests[task])), task, records)
 
     def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
         chosen = records.select(numbers)
@@ -142,6 +157,7 @@ def labelled_task(config: Config, task: str, sample: Sample, device: torch.devic
 
     def loss(theta: Params, batch: Batch) -> Tensor:
         logits, labels = answer(theta, {k: x for k, x in batch.items() if k != "labels"}), batch["labels"].to(device)
+        logits = logits if order is None else logits[:, order]
         return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels.float())
 
     return LabelledTask(loss, batch, len(records))
