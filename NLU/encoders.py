@@ -4,6 +4,7 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from common.config import Config, Model
-from common.core.blocks import BlockFamily, key_biases
+from common.core.blocks import BlockFamily, by_kind, key_biases
 from common.core.errors import InputError
 from common.domain import other_models
-from common.io.layer_calls import LayerCalls
+from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 from common.io.skeleton import layers_of, stored_shapes
@@ -101,23 +102,29 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
     moves the bias of the keys.
 
     Raises: InputError if a layer is given what all layers share and weights decide, such as a table of relative
-        positions.
+        positions; if it is no twice differentiable function of its hidden states, of any number of tokens; or if
+        these do not reach all of its weights.
     """
+    found = reading(root, where)
+    calls = LayerCalls(root, found.blocks, where)
+    null_gradients = {} if calls.are_rotated else key_biases(root.get_submodule(f"{found.blocks}.0"))
+    found = replace(found, call=calls, null_gradients=null_gradients)
+    for (_, layer), *_ in by_kind(found.modules(root)):
+        require_second_derivative(found.pure(layer), layer, root.config.hidden_size, calls.name)
+    return found
+
+
+def reading(root: PreTrainedModel, where: str) -> BlockFamily:
+    """How a bare encoder without weights is stored, whether or not its layers can be anchored; InputError if it has no
+    list of layers, or if transformers stores its tensors under other names."""
     path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
     if not path:
         raise InputError(f"{where}: a {kind} has no list of layers to anchor")
-    calls = LayerCalls(root, path, where)
     if any(own not in stored for own, _ in root.named_parameters()):
         raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
     positions = "embeddings.position_embeddings.weight"
-    return BlockFamily(
-        blocks=path,
-        call=calls,
-        names=names_within(root, stored),
-        before_head=POOLER,
-        null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
-        positions=positions if positions in stored else "",
-    )
+    names = names_within(root, stored)
+    return BlockFamily(path, names=names, before_head=POOLER, positions=positions if positions in stored else "")
 
 
 def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
