@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.core.notices import warn
+from common.io.task_heads import order_of
 
 if TYPE_CHECKING:  # imports of seconds
     import datasets
@@ -27,12 +28,11 @@ def class_order(expert: "PretrainedConfig", where: str, task: str, records: "dat
     own = words([str(expert.id2label[number]) for number in sorted(expert.id2label)])
     if not named or not own:
         return None
-    data, outputs = ([plain(name) for name in names] for names in (named, own))
     said = f"the classifier of {where} has the classes {', '.join(own)}, the data of task {task} {', '.join(named)}"
-    if len({*data}) < len(data) or sorted(data) != sorted(outputs):
+    order = order_of(own, named)
+    if order is None:
         warn(f"{said}: these are not the same names, so its outputs are taken to be in the data's order")
         return None
-    order = [outputs.index(name) for name in data]
     if order == sorted(order):
         return None
     warn(f"{said}: its outputs are scored in the data's order")
@@ -42,8 +42,3 @@ def class_order(expert: "PretrainedConfig", where: str, task: str, records: "dat
 def words(names: Sequence[str]) -> Sequence[str]:
     """Names of classes; none if they are numbers, such as the LABEL_0 that stands where no name was given."""
     return () if all(re.fullmatch(r"(label_?)?\d+", name.casefold()) for name in names) else names
-
-
-def plain(name: str) -> str:
-    """The name of a class however it is spelled: not_equivalent for Not-Equivalent or "not equivalent"."""
-    return re.sub(r"[\s_-]+", "_", name.strip().casefold())

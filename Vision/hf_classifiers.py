@@ -1,6 +1,6 @@
 """Classifiers on a ViT of transformers: the head of each task's expert, and how a merged backbone is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
+from common.io.model_files import MODEL_FILE
 from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import write_edited
-from common.io.task_heads import read_task_head, with_pooler, write_task_head
+from common.io.task_heads import order_of, read_task_head, with_pooler, write_task_head
 from common.io.unstacked import stacked
 from Vision.hf_backbones import POOLER, architecture, family, names_within, skeleton
 from Vision.hf_backbones import check_inputs as check_inputs  # a part of the library
@@ -97,15 +98,8 @@ def classifier(config: Config, task: str) -> Headed:
     whole.load_state_dict(read_head(config.model, owner), strict=False, assign=True)
     labels = [str(whole.config.id2label[number]) for number in range(len(classes))]
     head = [module for name, module in whole.named_children() if name != whole.base_model_prefix]
-    return Headed(Classifier(whole, order_of(labels, classes)), f"whole.{whole.base_model_prefix}.", head)
-
-
-def order_of(outputs: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """For each class the number of the output that has its name; the class's own number unless all have one."""
-    plain = [name.casefold().replace("_", " ").replace("-", " ") for name in outputs]
-    wanted = [name.casefold().replace("_", " ").replace("-", " ") for name in classes]
-    same = len(set(plain)) == len(plain) and sorted(plain) == sorted(wanted)
-    return [plain.index(name) for name in wanted] if same else list(range(len(outputs)))
+    order = order_of(labels, classes) or list(range(len(classes)))
+    return Headed(Classifier(whole, order), f"whole.{whole.base_model_prefix}.", head)
 
 
 def preprocessing(config: Config, task: str) -> Pixels:
@@ -127,20 +121,20 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
 
         AutoModelForImageClassification.from_pretrained(folder / "heads" / task)
 
-    A classifier's folder holds the expert's config, processor and head, and a relative link to the one backbone. The
-    base's pooler is kept, but not beside classifiers, which have none.
+    A classifier's folder holds the expert's config, processor and head, and a relative link to the one backbone, which
+    has the base's pooler.
     """
     root, base = skeleton(model), Checkpoint(model.path("base"), family(model).names)
     text = read_text(base.folder / CONFIG_FILE)
     dtype = output_type(base, parse(text, CONFIG_FILE))
-    kept = with_pooler(tensors, base, POOLER, bool(model.heads))
+    kept = with_pooler(tensors, base, POOLER)
     merged = as_stored(stacked(kept, stored_shapes(root), family(model).pieces), dtype, base)
-    write_stored(folder / "model.safetensors", merged)
+    write_stored(folder / MODEL_FILE, merged)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
     for task in model.heads:
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)
         own = {name: tensor.to(dtype) for name, tensor in read_head(model, task).items()}
-        write_task_head(place, own, merged)
+        write_task_head(place, own, folder / MODEL_FILE, merged, f"{empty.base_model_prefix}.")
         text = read_text(config_file(expert) or base.folder / CONFIG_FILE)
         source = processor_folder(expert, base.folder) or base.folder
         write_surroundings(text, type(empty).__name__, dtype, source, place, empty.config)
