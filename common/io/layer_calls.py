@@ -197,6 +197,7 @@ def alike(one: Arguments, other: Arguments) -> bool:
     )  # fmt: skip
 
 
+@torch.enable_grad()
 def require_second_derivative(block: Block, module: nn.Module, width: int, name: str) -> None:
     """InputError, which begins with `name`, if a block of the module keeps no width, or has no derivative by its input
     of its derivatives by its weights, which is what anchors are optimised by; or if its hidden states reach not all of
