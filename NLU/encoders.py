@@ -3,6 +3,7 @@
 Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -59,6 +60,13 @@ def computing(root: nn.Module) -> frozenset[str]:
     embeddings = getattr(root, "embeddings", None)
     from_padding = any(name.startswith("create_position_ids") for name in dir(embeddings))
     return frozenset({"pad_token_id"} if from_padding else ())
+
+
+def positions_of(root: PreTrainedModel) -> int | float:
+    """How many tokens an encoder has positions for: those behind that of the padding token where it numbers them from
+    there. Infinity where its config names no number."""
+    positions = getattr(root.config, "max_position_embeddings", None) or math.inf
+    return positions - root.config.pad_token_id - 1 if computing(root) else positions
 
 
 @cache

@@ -1,15 +1,58 @@
 """The texts of a task with their labels, and in which order a classifier has the classes that the data number."""
 
+import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from common.core.errors import InputError
 from common.core.notices import warn
 from common.io.task_heads import order_of
+from NLU.tasks import Task
 
 if TYPE_CHECKING:  # imports of seconds
     import datasets
     from transformers import PretrainedConfig
+
+
+EMPTY = "nothing (an empty cell of a CSV, or the word NA, is read as nothing)"
+
+
+def checked(task: str, row: Task, records: "datasets.Dataset", labelled: bool = True) -> "datasets.Dataset":
+    """Examples of a task as they are; InputError naming the column and the first of them that has no text there, or a
+    label that is none of the task's."""
+    for column in row.text:
+        require(task, column, list(records[column]), lambda value: isinstance(value, str), "a text")
+    if labelled:
+        labels = list(records["label"])
+        require(task, "label", labels, is_number, "a number" if row.labels == 1 else "the number of a class")
+        if row.labels > 1 and not set(labels) <= set(range(row.labels)):
+            raise InputError(
+                f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
+            )
+    return records
+
+
+def require(task: str, column: str, values: Sequence[Any], fits: Callable[[Any], bool], wanted: str) -> None:
+    """InputError naming the first value of a column that does not fit what is wanted."""
+    for number, value in enumerate(values, 1):
+        if not fits(value):
+            found = EMPTY if value is None else f"{value!r}"
+            which = f"example {number} of the {len(values)} that are read"
+            raise InputError(f"the data of task {task}, column {column}: {which} has {found}, where {wanted} is needed")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a label is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def labels_of(row: Task, labels: Sequence[float]) -> Tensor:
+    """The labels of a task: whole numbers for classes, of a regression real ones."""
+    return torch.tensor(labels, dtype=torch.long if row.labels > 1 else torch.float32)
 
 
 def class_order(expert: "PretrainedConfig", where: str, task: str, records: "datasets.Dataset") -> list[int] | None:

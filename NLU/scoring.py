@@ -17,17 +17,19 @@ from transformers import (
 
 from common.config import Config, Model
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored_by
+from common.evaluation.metrics import CORRELATIONS, are_alike
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
-from NLU.encoders import body_name, family
-from NLU.examples import class_order
+from NLU.encoders import body_name, family, positions_of, skeleton
+from NLU.examples import checked, class_order, labels_of
 from NLU.heads import open_classifier, outputs_of
 from NLU.tasks import TASKS
 
@@ -58,6 +60,8 @@ def score(
     order = class_order(classifier.config, str(config.model.path("expert", owner)), task, records)
     batches = tokenised(records, task, config.eval.batch_size, open_tokenizer(config.model, owner, vocabulary))
     labels = torch.cat([labels for _, labels in batches])
+    if metric(task) in CORRELATIONS and are_alike(labels):
+        warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
     for name, path in checkpoints.items():
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model))
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
@@ -71,18 +75,20 @@ def score(
 
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
+    """The tokenizer beside the expert, or beside the base, which cuts texts where the encoder's positions end;
+    InputError if it knows more tokens than are embedded."""
     folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if len(tokenizer) > vocabulary:
         raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(skeleton(model)))
     return tokenizer
 
 
 def scored_records(config: Config, task: str) -> "Dataset":
     """The examples that a task is scored on."""
     row = TASKS[task]
-    return load_scored(config.eval, task, row, (*row.text, "label"))
+    return checked(task, row, load_scored(config.eval, task, row, (*row.text, "label")))
 
 
 def tokenised(
@@ -91,14 +97,10 @@ def tokenised(
     """The examples of a task in batches (tokens, labels) of a size, short ones first, so that little is padded."""
     row = TASKS[task]
     *texts, labels = (list(records[column]) for column in (*row.text, "label"))
-    if row.labels > 1 and not set(labels) <= set(range(row.labels)):
-        raise InputError(
-            f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
-        )
 
     def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
         *texts, labels = zip(*examples, strict=True)
-        return encoded(tokenizer, texts), torch.tensor(labels)
+        return encoded(tokenizer, texts), labels_of(row, labels)
 
     examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
     return list(torch.utils.data.DataLoader(examples, size, collate_fn=collate))
@@ -113,8 +115,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
     classifier, tokenizer = classifier_and_tokenizer(config, task, device)
-    records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
-    examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
+    row = TASKS[task]
+    records = checked(task, row, load_sample(config.eval, task, row, row.text, sample), labelled=False)
+    examples = list(zip(*(records[column] for column in row.text), strict=True))
     if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
         examples.sort(key=lambda texts: sum(map(len, texts)))
     batches = torch.utils.data.DataLoader(
@@ -148,16 +151,19 @@ def labelled_task(config: Config, task: str, sample: Sample, device: torch.devic
     row = TASKS[task]
     classifier, tokenizer = classifier_and_tokenizer(config, task, device)
     answer = with_classifier(config, classifier, (), 0, device).answer
-    records = load_sample(config.eval, task, row, (*row.text, "label"), sample)
+    records = checked(task, row, load_sample(config.eval, task, row, (*row.text, "label"), sample))
     order = class_order(classifier.config, str(config.model.path("expert", config.tests[task])), task, records)
 
     def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
         chosen = records.select(numbers)
-        return {**encoded(tokenizer, [chosen[column] for column in row.text]), "labels": torch.tensor(chosen["label"])}
+        return {
+            **encoded(tokenizer, [chosen[column] for column in row.text]),
+            "labels": labels_of(row, list(chosen["label"])),
+        }
 
     def loss(theta: Params, batch: Batch) -> Tensor:
         logits, labels = answer(theta, {k: x for k, x in batch.items() if k != "labels"}), batch["labels"].to(device)
         logits = logits if order is None else logits[:, order]
-        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels.float())
+        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels)
 
     return LabelledTask(loss, batch, len(records))

@@ -214,6 +214,20 @@ def test_long_examples_are_cut_at_128_tokens(own_nlu):
     assert tokens["input_ids"].shape == (1, 128)
 
 
+@pytest.mark.parametrize(("family", "tokens"), [("roberta", 38), ("bert", 40)])
+def test_examples_are_cut_where_positions_end(nlu_inputs, tmp_path, family, tokens):
+    """A table of 40, of which RoBERTa has no use for the first two: it numbers them from the padding token's, 1, on."""
+    shutil.copytree(nlu_inputs / family, tmp_path / family)
+    shutil.copytree(nlu_inputs / "data", tmp_path / "data")
+    config = pico_config(tmp_path, tmp_path, family)
+    for place in (config.model.path("base"), config.model.path("expert", "CoLA")):
+        edit_config(place, max_position_embeddings=40)
+        rewrite(place / "model.safetensors", lambda t: {n: x[:40] if "position_emb" in n else x for n, x in t.items()})
+    write_examples(config, "CoLA", {"sentence": ["w1 " * 300, "w2"], "label": [1, 0]})
+    assert max(batch["input_ids"].shape[1] for batch, _ in batches_of(config, "CoLA")) == tokens
+    assert dict(domain.score(config, "CoLA", {"x": config.model.path("expert", "CoLA")}, CPU))["x"].n == 2
+
+
 def labels_of(number: int) -> dict:
     return {
         "id2label": {str(i): f"LABEL_{i}" for i in range(number)},
@@ -284,6 +298,52 @@ def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own_nlu)
         )
         with pytest.raises(InputError, match=message):
             batches_of(own_nlu, "CoLA")
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "column", "number", "found"),
+    [
+        ("CoLA", "sentence,label\nw1,0\n,1\nw3,1", "sentence", 2, "nothing .*, where a text is needed"),
+        ("CoLA", "sentence,label\nw1,0\nw2,1\nNA,1", "sentence", 3, "nothing .*the word NA, is read as nothing"),
+        ("CoLA", "sentence,label\n1,1\n2,0", "sentence", 1, r"\d, where a text is needed"),
+        ("CoLA", "sentence,label\nw1,0\nw2,", "label", 2, "nothing .*, where the number of a class is needed"),
+        ("CoLA", "sentence,label\nw1,no\nw2,no", "label", 1, "'no', where the number of a class is needed"),
+        ("STS-B", "sentence1,sentence2,label\nw1,w2,3\nw1,w2,", "label", 2, "nothing .*, where a number is needed"),
+        ("STS-B", "sentence1,sentence2,label\nw1,w2,3\nw1,,2", "sentence2", 2, "nothing"),
+    ],
+)
+def test_an_example_without_text_or_label_is_named(own_nlu, task, text, column, number, found):
+    """By its number among those that are read; a sample is in an order of its own."""
+    folder = Path(own_nlu.eval.data) / task
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text(text + "\n")
+    count = text.count("\n")
+    for which, ask in (
+        (number, lambda: dict(domain.score(own_nlu, task, {}, CPU))),
+        (r"\d", lambda: domain.labelled_task(own_nlu, task, Sample("test", None, 4), CPU)),
+    ):
+        said = f"the data of task {task}, column {column}: example {which} of the {count} that are read has {found}"
+        with pytest.raises(InputError, match=said):
+            ask()
+
+
+def test_classes_written_as_real_numbers_are_classes(own_nlu):
+    write_examples(own_nlu, "CoLA", {"sentence": ["w1", "w2"], "label": [1.0, 0.0]})
+    assert sorted(int(i) for _, labels in batches_of(own_nlu, "CoLA") for i in labels) == [0, 1]
+    labelled = domain.labelled_task(own_nlu, "CoLA", Sample("test", 2, 2), CPU)
+    theta = open_experiment(own_nlu, domain).experts["CoLA"]
+    assert labelled.loss(theta.read(theta.names()), labelled.batch([0, 1])).isfinite()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_correlation_with_labels_that_are_alike_is_said_to_be_undefined(own_nlu, n, capsys):
+    write_examples(own_nlu, "STS-B", {"sentence1": ["w1"] * n, "sentence2": ["w2"] * n, "label": [3] * n})
+    expert = own_nlu.model.path("expert", "STS-B")
+    assert dict(domain.score(own_nlu, "STS-B", {"x": expert}, CPU))["x"][:2] == (0, n)
+    said = f"all {n} labels of task STS-B are alike: its Pearson and Spearman is undefined and stands as 0"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
