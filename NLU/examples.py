@@ -42,9 +42,8 @@ def require(task: str, column: str, values: Sequence[Any], fits: Callable[[Any],
         if not fits(value):
             found = EMPTY if value is None else f"{value!r}"
             which = f"example {number} of the {len(values)} that are read"
-            raise InputError(
-                f"the data of task {task}, column {column}: {which} has {found}, where {wanted} is needed; correct it or leave it out"
-            )
+            said = f"the data of task {task}, column {column}: {which} has {found}"
+            raise InputError(f"{said}, where {wanted} is needed; correct it or leave it out")
 
 
 def is_number(value: Any) -> bool:

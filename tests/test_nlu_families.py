@@ -230,6 +230,15 @@ def test_the_head_of_a_task_with_a_slash_in_its_name_opens(own_nlu, tmp_path):
         )
 
 
+def test_an_expert_without_a_classifier_has_no_head_to_keep(own_nlu):
+    """A masked language model, whose class is none of those with a head that is kept."""
+    shutil.copytree(own_nlu.model.path("base"), own_nlu.model.path("expert", "own"))
+    with pytest.raises(
+        InputError, match="config.json names RobertaForMaskedLM, which has no classifier; leave own out"
+    ):
+        domain.check_export(change(own_nlu, "model", heads=("own",)).model)
+
+
 def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
     """A BERT classifier pools before it classifies: whatever is merged, it scores with the expert's own pooler."""
     config = pico_config(nlu_inputs, tmp_path, "bert")
