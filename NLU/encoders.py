@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily, by_kind, key_biases
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.domain import other_models
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
@@ -52,6 +54,19 @@ def check_inputs(config: Config) -> None:
     compare_models(model.path("base"), base, other_models(config), computing(root))
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
+    else:
+        warn_of_word_heads(config)
+
+
+def warn_of_word_heads(config: Config) -> None:
+    """Say that masked language models are merged without their heads, if base and experts are all such."""
+    files = map(config_file, (config.model.path("base"), *other_models(config).values()))
+    named = {name for file in files if file for name in read_config(file).get("architectures") or [""]}
+    if named and named <= {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
+        warn(
+            f"base and experts are masked language models ({', '.join(sorted(named))}), of which the encoder alone is "
+            "merged: AutoModelForMaskedLM would draw a head over words at random, so give the merged model the base's"
+        )
 
 
 def computing(root: nn.Module) -> frozenset[str]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
 
 from common.config import Start
+from common.core import notices
 from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -237,6 +238,19 @@ def test_an_expert_without_a_classifier_has_no_head_to_keep(own_nlu):
         InputError, match="config.json names RobertaForMaskedLM, which has no classifier; leave own out"
     ):
         domain.check_export(change(own_nlu, "model", heads=("own",)).model)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked language models", "classifiers"])
+def test_masked_language_models_are_said_to_lose_their_heads(own_nlu, masked, monkeypatch, capsys):
+    """The base of classifiers is one too, of which nobody expects a head over words."""
+    monkeypatch.setattr(notices, "_said", set())
+    if masked:
+        for task in own_nlu.tasks:
+            shutil.rmtree(own_nlu.model.path("expert", task))
+            shutil.copytree(own_nlu.model.path("base"), own_nlu.model.path("expert", task))
+    open_experiment(own_nlu, domain)
+    said = "base and experts are masked language models (RobertaForMaskedLM), of which the encoder alone is merged"
+    assert (said in capsys.readouterr().err) == masked
 
 
 def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
