@@ -3,19 +3,23 @@
 Every name of a tensor here is that of the bare encoder, as stock AutoModel has it: embeddings.…, encoder.layer.0.…
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.config import Config, Model
-from common.core.blocks import BlockFamily, key_biases
+from common.core.blocks import BlockFamily, by_kind, key_biases
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.domain import other_models
 from common.io.cached import cached_by_files
-from common.io.layer_calls import LayerCalls
+from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
 from common.io.skeleton import layers_of, stored_shapes, token_axes, turned_weights
@@ -53,6 +57,19 @@ def check_inputs(config: Config) -> None:
     warn_of_reading(model.path("base"), experts, model.heads, "model.heads")
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
+    else:
+        warn_of_word_heads(config)
+
+
+def warn_of_word_heads(config: Config) -> None:
+    """Say that masked language models are merged without their heads, if base and experts are all such."""
+    files = map(config_file, (config.model.path("base"), *other_models(config).values()))
+    named = {name for file in files if file for name in read_config(file).get("architectures") or [""]}
+    if named and named <= {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
+        warn(
+            f"base and experts are masked language models ({', '.join(sorted(named))}), of which the encoder alone is "
+            "merged: AutoModelForMaskedLM would draw a head over words at random, so give the merged model the base's"
+        )
 
 
 def computing(root: nn.Module) -> frozenset[str]:
@@ -61,6 +78,13 @@ def computing(root: nn.Module) -> frozenset[str]:
     embeddings = getattr(root, "embeddings", None)
     from_padding = any(name.startswith("create_position_ids") for name in dir(embeddings))
     return frozenset({"pad_token_id"} if from_padding else ())
+
+
+def positions_of(root: PreTrainedModel) -> int | float:
+    """How many tokens an encoder has positions for: those behind that of the padding token where it numbers them from
+    there. Infinity where its config names no number."""
+    positions = getattr(root.config, "max_position_embeddings", None) or math.inf
+    return positions - root.config.pad_token_id - 1 if computing(root) else positions
 
 
 @cached_by_files
@@ -104,21 +128,31 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
     moves the bias of the keys.
 
     Raises: InputError if a layer is given what all layers share and weights decide, such as a table of relative
-        positions.
+        positions; if it is no twice differentiable function of its hidden states, of any number of tokens; or if
+        these do not reach all of its weights.
     """
+    found = reading(root, where)
+    calls = LayerCalls(root, found.blocks, where)
+    null_gradients = {} if calls.are_rotated else key_biases(root.get_submodule(f"{found.blocks}.0"))
+    found = replace(found, call=calls, null_gradients=null_gradients)
+    for (_, layer), *_ in by_kind(found.modules(root)):
+        require_second_derivative(found.pure(layer), layer, root.config.hidden_size, calls.name)
+    return found
+
+
+def reading(root: PreTrainedModel, where: str) -> BlockFamily:
+    """How a bare encoder without weights is stored, whether or not its layers can be anchored; InputError if it has no
+    list of layers, or if transformers stores its tensors under other names."""
     path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
     if not path:
         raise InputError(f"{where}: a {kind} has no list of layers to anchor")
-    calls = LayerCalls(root, path, where)
     if any(own not in stored for own, _ in root.named_parameters()):
         raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
-        call=calls,
         names=names_within(root, stored),
         before_head=POOLER,
-        null_gradients={} if calls.are_rotated else key_biases(root.get_submodule(f"{path}.0")),
         positions=positions if positions in stored else "",
         by_token=token_axes(root),
         turned=turned_weights(root),

@@ -13,6 +13,7 @@ from common.core.places import for_task
 from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
+from common.io.model_files import MODEL_FILE
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
@@ -55,13 +56,14 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     base = Checkpoint(model.path("base"), family(model).names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
-    merged = as_stored(with_pooler(tensors, base, POOLER, bool(model.heads)), dtype, base)
-    write_stored(folder / "model.safetensors", merged)
+    merged = as_stored(with_pooler(tensors, base, POOLER), dtype, base)
+    write_stored(folder / MODEL_FILE, merged)
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
     copy_surroundings(model.path("base"), folder)
     copy_files(model.path("base"), folder, [GENERATION_FILE])
+    prefix = f"{skeleton(model).base_model_prefix}."
     for task, own in stored_heads(model).items():
-        write_task_head(folder / "heads" / task, own, merged)
+        write_task_head(folder / "heads" / task, own, folder / MODEL_FILE, merged, prefix)
         write_classifier_surroundings(model, task, dtype, folder / "heads" / task)
 
 

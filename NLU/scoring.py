@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,18 +17,24 @@ from transformers import (
 
 from common.config import Config, Model
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored_by
+from common.evaluation.metrics import CORRELATIONS, are_alike
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
-from NLU.encoders import body_name, family
+from NLU.encoders import body_name, family, positions_of, skeleton
+from NLU.examples import checked, class_order, labels_of
 from NLU.heads import open_classifier, outputs_of
 from NLU.tasks import TASKS
+
+if TYPE_CHECKING:  # an import of a second, which commands that score nothing go without
+    from datasets import Dataset
 
 MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 
@@ -49,8 +56,12 @@ def score(
         raise InputError(f"eval.tests: {owner} and {task} have unlike numbers of labels, {labels}")
     classifier = open_classifier(config.model, owner).to(device).eval()
     vocabulary = classifier.get_input_embeddings().num_embeddings
-    batches = tokenised(config, task, open_tokenizer(config.model, owner, vocabulary))
+    records = scored_records(config, task)
+    order = class_order(classifier.config, str(config.model.path("expert", owner)), task, records)
+    batches = tokenised(records, task, config.eval.batch_size, open_tokenizer(config.model, owner, vocabulary))
     labels = torch.cat([labels for _, labels in batches])
+    if metric(task) in CORRELATIONS and are_alike(labels):
+        warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
     for name, path in checkpoints.items():
         turned = family(config.model).turned
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
@@ -59,36 +70,41 @@ def score(
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")
+        logits = logits if order is None else logits[:, order]
         predictions = logits.argmax(-1) if TASKS[task].labels > 1 else logits.squeeze(-1)
         yield name, scored_by(metric(task), labels.numpy(), predictions.numpy())
 
 
 def open_tokenizer(model: Model, task: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the expert, or beside the base; InputError if it knows more tokens than are embedded."""
+    """The tokenizer beside the expert, or beside the base, which cuts texts where the encoder's positions end;
+    InputError if it knows more tokens than are embedded."""
     folder = tokenizer_folder(model.path("expert", task), model.path("base"), VOCABULARIES)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if len(tokenizer) > vocabulary:
         raise InputError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder embeds {vocabulary}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(skeleton(model)))
     return tokenizer
 
 
-def tokenised(config: Config, task: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[BatchEncoding, Tensor]]:
-    """The examples of a task in batches (tokens, labels), short ones first, so that little is padded."""
+def scored_records(config: Config, task: str) -> "Dataset":
+    """The examples that a task is scored on."""
     row = TASKS[task]
-    columns = (*row.text, "label")
-    records = load_scored(config.eval, task, row, columns)
-    *texts, labels = (list(records[column]) for column in columns)
-    if row.labels > 1 and not set(labels) <= set(range(row.labels)):
-        raise InputError(
-            f"the data of task {task} has labels {min(labels)} to {max(labels)}; the task has 0 to {row.labels - 1}"
-        )
+    return checked(task, row, load_scored(config.eval, task, row, (*row.text, "label")))
+
+
+def tokenised(
+    records: "Dataset", task: str, size: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[BatchEncoding, Tensor]]:
+    """The examples of a task in batches (tokens, labels) of a size, short ones first, so that little is padded."""
+    row = TASKS[task]
+    *texts, labels = (list(records[column]) for column in (*row.text, "label"))
 
     def collate(examples: list[tuple]) -> tuple[BatchEncoding, Tensor]:
         *texts, labels = zip(*examples, strict=True)
-        return encoded(tokenizer, texts), torch.tensor(labels)
+        return encoded(tokenizer, texts), labels_of(row, labels)
 
     examples = sorted(zip(*texts, labels, strict=True), key=lambda example: sum(map(len, example[:-1])))
-    return list(torch.utils.data.DataLoader(examples, config.eval.batch_size, collate_fn=collate))
+    return list(torch.utils.data.DataLoader(examples, size, collate_fn=collate))
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) -> BatchEncoding:
@@ -100,8 +116,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]) 
 def calibration_task(config: Config, task: str, sample: Sample, device: torch.device) -> CalibrationTask:
     """The texts of a test set's task and the classifier of its expert, for merge methods that use data."""
     classifier, tokenizer = classifier_and_tokenizer(config, task, device)
-    records = load_sample(config.eval, task, TASKS[task], TASKS[task].text, sample)
-    examples = list(zip(*(records[column] for column in TASKS[task].text), strict=True))
+    row = TASKS[task]
+    records = checked(task, row, load_sample(config.eval, task, row, row.text, sample), labelled=False)
+    examples = list(zip(*(records[column] for column in row.text), strict=True))
     if sample.split == "train":  # all of which are used, so their order is free: short ones first, little is padded
         examples.sort(key=lambda texts: sum(map(len, texts)))
     batches = torch.utils.data.DataLoader(
@@ -135,14 +152,19 @@ def labelled_task(config: Config, task: str, sample: Sample, device: torch.devic
     row = TASKS[task]
     classifier, tokenizer = classifier_and_tokenizer(config, task, device)
     answer = with_classifier(config, classifier, (), 0, device).answer
-    records = load_sample(config.eval, task, row, (*row.text, "label"), sample)
+    records = checked(task, row, load_sample(config.eval, task, row, (*row.text, "label"), sample))
+    order = class_order(classifier.config, str(config.model.path("expert", config.tests[task])), task, records)
 
     def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
         chosen = records.select(numbers)
-        return {**encoded(tokenizer, [chosen[column] for column in row.text]), "labels": torch.tensor(chosen["label"])}
+        return {
+            **encoded(tokenizer, [chosen[column] for column in row.text]),
+            "labels": labels_of(row, list(chosen["label"])),
+        }
 
     def loss(theta: Params, batch: Batch) -> Tensor:
         logits, labels = answer(theta, {k: x for k, x in batch.items() if k != "labels"}), batch["labels"].to(device)
-        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels.float())
+        logits = logits if order is None else logits[:, order]
+        return F.cross_entropy(logits, labels) if row.labels > 1 else F.mse_loss(logits.squeeze(-1), labels)
 
     return LabelledTask(loss, batch, len(records))

@@ -13,6 +13,7 @@ from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
+from common.io.model_files import MODEL_FILE
 from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type
@@ -132,20 +133,20 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
 
         AutoModelForImageClassification.from_pretrained(folder / "heads" / task)
 
-    A classifier's folder holds the expert's config, processor and head, and a relative link to the one backbone. The
-    base's pooler is kept, but not beside classifiers, which have none.
+    A classifier's folder holds the expert's config, processor and head, and a relative link to the one backbone, which
+    has the base's pooler.
     """
     root, base = skeleton(model), Checkpoint(model.path("base"), family(model).names)
     text = read_text(base.folder / CONFIG_FILE)
     dtype = output_type(base, parse(text, CONFIG_FILE))
-    kept = with_pooler(tensors, base, POOLER, bool(model.heads))
+    kept = with_pooler(tensors, base, POOLER)
     merged = as_stored(stacked(kept, stored_shapes(root), family(model).pieces), dtype, base)
-    write_stored(folder / "model.safetensors", merged)
+    write_stored(folder / MODEL_FILE, merged)
     write_surroundings(text, type(root).__name__, dtype, base.folder, folder)
     copy_surroundings(base.folder, folder)
     for task, own in stored_heads(model).items():
         expert, place, empty = model.path("expert", task), folder / "heads" / task, empty_classifier(model, task)
-        write_task_head(place, own, merged)
+        write_task_head(place, own, folder / MODEL_FILE, merged, f"{empty.base_model_prefix}.")
         text = read_text(config_file(expert) or base.folder / CONFIG_FILE)
         source = processor_folder(expert, base.folder) or base.folder
         write_surroundings(text, type(empty).__name__, dtype, source, place, empty.config)

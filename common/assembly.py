@@ -23,6 +23,7 @@ from common.io.examples import Sample
 from common.io.headers import tensor_rows
 from common.io.model_config import CONFIG_FILE
 from common.io.sentence_modules import compare_modules, copy_modules
+from common.io.surroundings import lend_tokenizer
 from common.io.tensors import WHOLE, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -271,7 +272,9 @@ def finish(
 def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a checkpoint that stock libraries open."""
     domain.export(experiment.config.model, tensors, folder)
-    modules = compare_modules(experiment.base.path, {task: e.path for task, e in experiment.experts.items()})
+    paths = {task: expert.path for task, expert in experiment.experts.items()}
+    lend_tokenizer(folder, paths)
+    modules = compare_modules(experiment.base.path, paths)
     if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
         copy_modules(modules, folder)
     if experiment.matching.more:

@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
+from yaml import YAMLError
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.annotations import WORDS, in_words, is_of
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
+from common.merging.registry import every_row, hyperparameters
 from common.planning.dry_run import Plan, describe
 from common.report.live import reported
 from common.run.plain_log import told
@@ -29,6 +32,8 @@ from common.validation import check_domain
 MISFIT = re.compile(r'Parser key "([^"]+)": (.*)(?:\. Got| Given value type: .*? Given) value: (.*)')
 KIND = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)")
 SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
+NO = "no"  # a choice of some options, and what YAML reads as false where it stands without quotes
+READ = "experiment"  # how YAML is read here, as the library calls it
 
 
 def run(
@@ -125,8 +130,26 @@ class Help(DefaultHelpFormatter):
         return "\n\n".join(p if p.startswith(("python ", "sh ")) else fill(p, width, indent) for p in paragraphs)
 
 
+@cache
+def answered_no() -> frozenset[str]:
+    """Names of the options and hyperparameters that have NO among their choices."""
+    kinds = [(field.name, field.type) for section in (Model, *SECTIONS) for field in fields(section)]
+    kinds += [(name, p.annotation) for key in every_row() for name, p in hyperparameters(key).items()]
+    return frozenset(name for name, kind in kinds if NO in get_args(kind))
+
+
+def with_no(read: Any, chosen: bool = False) -> Any:
+    """What was read of YAML, with NO in place of false where an option has that choice, as `chosen` says of this."""
+    if isinstance(read, dict):
+        return {key: with_no(value, key in answered_no()) for key, value in read.items()}
+    if isinstance(read, list):
+        return [with_no(value, chosen) for value in read]
+    return NO if chosen and read is False else read
+
+
 def parse(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
+    set_loader(READ, lambda text: with_no(get_loader("yaml")(text)), exceptions=(YAMLError,))
     parser = ArgumentParser(
         prog=Path(sys.argv[0]).name,
         usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
@@ -134,6 +157,7 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
         formatter_class=Help,
         allow_abbrev=False,
         exit_on_error=False,
+        parser_mode=READ,
     )
     parser.add_argument("--config", action="config", help="YAML of the experiment; --preset fast is laid over it")
     parser.add_argument("--domain", type=Literal["vision", "nlu", "nlg"], required=True, help="What is merged")
@@ -151,6 +175,9 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     argv = files_first(sys.argv[1:] if argv is None else argv)
     parsed = read_arguments(parser, argv)
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
+    # what is of any type the library reads once more, a word at a time
+    start = replace(config.start, hyper=with_no(config.start.hyper))
+    config = replace(config, start=start, compare=replace(config.compare, search=with_no(config.compare.search)))
     typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
     return replace(config, adapt=prefer_typed(config.adapt, typed))
 

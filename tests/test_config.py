@@ -104,6 +104,24 @@ def test_wrong_choices_are_named_before_anything_is_opened(arguments, message):
         check_choices(vision(*arguments), domain)
 
 
+def test_no_without_quotes_is_a_choice_wherever_it_is_one(tmp_path):
+    """YAML reads it as false; false of what is true or false stays that."""
+    file = tmp_path / "no.yaml"
+    file.write_text(
+        "domain: vision\ntasks: [MNIST]\nanchors: {together: no, skip_null_gradients: no}\n"
+        "start: {hyper: {dc_merge: {smooth: no}}}\ncompare: {search: {dc_merge: {smooth: [no, mean]}}}\n"
+        "run: {report: no, score: no}\n"
+    )
+    config = parse("", ["--config", str(file)])
+    assert (config.run.report, config.run.score) == ("no", False)
+    assert (config.anchors.together, config.anchors.skip_null_gradients) == ("no", False)
+    assert config.start.hyper == {"dc_merge": {"smooth": "no"}}
+    assert config.compare.search == {"dc_merge": {"smooth": ["no", "mean"]}}
+    typed = vision("--run.report", "no", "--start.hyper", "{dc_merge: {smooth: no}}", "--run.score", "no")
+    assert (typed.run.report, typed.run.score) == ("no", False)
+    assert typed.start.hyper["dc_merge"] == {"smooth": "no"}
+
+
 def test_an_unknown_field_of_one_start_is_named():
     with pytest.raises(InputError, match=r"adapt.by_start.wudi has no field 'epoch'; choose from batch_size"):
         vision("--adapt.by_start", "{wudi: {epoch: 3}}")

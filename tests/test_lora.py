@@ -32,7 +32,7 @@ from common.planning.dry_run import describe
 from NLG import domain as nlg
 from NLG.scoring import open_model, stock_model
 from NLU import domain as nlu
-from NLU.heads import read_head
+from NLU.heads import class_name, read_head
 from pico_decoders import fields_of
 from pico_lora import write_adapter
 from tests import pico_nlg, pico_nlu
@@ -493,6 +493,36 @@ def test_the_pooler_of_a_bert_is_the_base_s_with_the_adapter_s_part(tmp_path, ba
     np.testing.assert_allclose(found["bert.pooler.dense.weight"].numpy(), expected, rtol=0, atol=3e-6)
     assert (found["bert.pooler.dense.bias"].numpy() == own[f"{prefix}pooler.dense.bias"]).all()
     open_experiment(config, nlu)
+
+
+def test_the_head_of_an_adapter_without_a_config_tells_its_outputs(tmp_path):
+    """As peft saves it: of a task that tasks.yaml does not list, the saved classifier says how many there are."""
+    config = nlu_inputs(tmp_path)
+    folder = tmp_path / "lora" / "own" / "model"
+    shutil.copytree(tmp_path / "lora" / "stsb" / "model", folder)
+    (folder / "config.json").unlink(missing_ok=True)
+    torch.testing.assert_close(read_head(config.model, "own"), read_head(config.model, "STS-B"), rtol=0, atol=0)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "out_proj" not in name}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match="own/model has an adapter without classifier.out_proj.weight, classifier.out_"
+    ):
+        read_head(config.model, "own")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("TOKEN_CLS", "TokenClassification"), ("QUESTION_ANS", "QuestionAnswering")]
+)
+def test_the_head_of_an_adapter_is_of_the_kind_that_peft_names(tmp_path, task, kind):
+    config, folder = nlu_inputs(tmp_path, "bert"), tmp_path / "lora" / "own" / "model"
+    name, rows = ("classifier", 5) if task == "TOKEN_CLS" else ("qa_outputs", 2)
+    head = {f"{name}.weight": np.ones((rows, 16), "f4"), f"{name}.bias": np.ones(rows, "f4")}
+    write_adapter(folder, head, modules_to_save=[name], task_type=task)
+    assert {n: tuple(t.shape) for n, t in read_head(config.model, "own").items()} == {
+        f"{name}.weight": (rows, 16), f"{name}.bias": (rows,)
+    }  # fmt: skip
+    assert class_name(config.model, "own") == f"BertFor{kind}"
 
 
 def test_a_head_with_another_number_of_outputs_is_refused(tmp_path):

@@ -115,6 +115,10 @@ def check_loss(experiment, bodies, x_ATD):
         ("deberta-v2", "DebertaV2Model is called with rel_embeddings besides"),
         ("roformer", "RoFormerModel is called with sinusoidal_pos besides"),
         ("nomic_bert", "transformers renames the tensors of a NomicBertModel"),
+        ("xlm", "a layer of XLMModel lies in pieces in the lists attentions, layer_norm1, ffns, layer_norm2;"),
+        ("flaubert", "a layer of FlaubertModel lies in pieces in the lists attentions, layer_norm1, ffns,"),
+        ("longformer", "a layer of LongformerModel has no second derivative; it cannot be anchored: Sequence length"),
+        ("luke", "LukeModel has weights that its hidden states do not reach, attention.self.w2e_query.weight"),
     ],
 )
 def test_what_cannot_be_anchored_is_refused_by_its_class(kind, said, tmp_path, nlu_inputs):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
 
 from common.config import Start
+from common.core import notices
 from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -196,19 +197,60 @@ def test_the_pooler_of_models_without_a_head_is_merged(tmp_path, capsys):
 
 
 def test_classifiers_leave_the_encoder_the_base_s_pooler(nlu_inputs, own_nlu, tmp_path):
-    """Never one that is drawn at random; and none beside classifiers, whose folders hold their own."""
+    """Never one that is drawn at random; the folders of classifiers beside it hold their own, which they open with."""
     shutil.copytree(nlu_inputs / "bert", tmp_path / "own/bert")
     config = change(change(pico_config(tmp_path / "own", tmp_path, "bert"), "start", method="ta"), "run", score=False)
     file = config.model.path("base") / "model.safetensors"
     pooler = {"bert.pooler.dense.weight": torch.full((16, 16), 0.5), "bert.pooler.dense.bias": torch.ones(16)}
     write_tensors(file, load_file(file) | pooler)
-    folder = merge_alone(config, domain)
-    assert torch.equal(AutoModel.from_pretrained(folder).pooler.dense.weight, pooler["bert.pooler.dense.weight"])
-    folder = merge_alone(change(change(config, "model", heads=("MNLI",)), "run", name="heads"), domain)
-    assert not [n for n in load_file(folder / "model.safetensors") if "pooler" in n]
-    mnli = AutoModelForSequenceClassification.from_pretrained(folder / "heads/MNLI")
+    for heads in ((), ("MNLI",)):
+        folder = merge_alone(change(change(config, "model", heads=heads), "run", name=f"heads{len(heads)}"), domain)
+        merged, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values())
+        assert torch.equal(merged.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
+    mnli, report = AutoModelForSequenceClassification.from_pretrained(folder / "heads/MNLI", output_loading_info=True)
+    assert not any(report.values())
     own = load_file(config.model.path("expert", "MNLI") / "model.safetensors")
     assert torch.equal(mnli.bert.pooler.dense.weight, own["bert.pooler.dense.weight"])
+
+
+def test_the_head_of_a_task_with_a_slash_in_its_name_opens(own_nlu, tmp_path):
+    shutil.copytree(own_nlu.model.path("expert", "CoLA"), tmp_path / "own/org/CoLA")
+    config = replace(own_nlu, tasks=["org/CoLA", "org/a b"], start=Start(method="average"))
+    shutil.copytree(tmp_path / "own/org/CoLA", tmp_path / "own/org/a b")
+    (tmp_path / "own/base").symlink_to(own_nlu.model.path("base"))
+    places = {"root": str(tmp_path / "own"), "expert": "{task}", "heads": ("org/CoLA", "org/a b")}
+    folder = merge_alone(change(change(config, "model", **places), "run", score=False), domain)
+    for task in config.tasks:
+        stock, report = AutoModelForSequenceClassification.from_pretrained(
+            folder / "heads" / task, output_loading_info=True
+        )
+        assert not any(report.values())
+        assert stock.base_model.encoder.layer[0].output.dense.weight.equal(
+            AutoModel.from_pretrained(folder).encoder.layer[0].output.dense.weight
+        )
+
+
+def test_an_expert_without_a_classifier_has_no_head_to_keep(own_nlu):
+    """A masked language model, whose class is none of those with a head that is kept."""
+    shutil.copytree(own_nlu.model.path("base"), own_nlu.model.path("expert", "own"))
+    with pytest.raises(
+        InputError, match="config.json names RobertaForMaskedLM, which has no classifier; leave own out"
+    ):
+        domain.check_export(change(own_nlu, "model", heads=("own",)).model)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked language models", "classifiers"])
+def test_masked_language_models_are_said_to_lose_their_heads(own_nlu, masked, monkeypatch, capsys):
+    """The base of classifiers is one too, of which nobody expects a head over words."""
+    monkeypatch.setattr(notices, "_said", set())
+    if masked:
+        for task in own_nlu.tasks:
+            shutil.rmtree(own_nlu.model.path("expert", task))
+            shutil.copytree(own_nlu.model.path("base"), own_nlu.model.path("expert", task))
+    open_experiment(own_nlu, domain)
+    said = "base and experts are masked language models (RobertaForMaskedLM), of which the encoder alone is merged"
+    assert (said in capsys.readouterr().err) == masked
 
 
 def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):

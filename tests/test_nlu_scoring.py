@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.config import Eval
+from common.config import Config, Eval
+from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.metrics import METRICS
 from common.evaluation.scoring import score_run
-from common.io.examples import SEVERAL, identity_of
+from common.io.examples import SEVERAL, Sample, identity_of
+from common.opening import open_experiment
 from common.pipeline import merge_alone
 from helpers import change, edit_config, rewrite
 from NLU import domain, scoring, tasks
@@ -25,6 +28,20 @@ from pico_nlu import (
 )
 
 CPU = torch.device("cpu")
+
+
+def batches_of(config: Config, task: str) -> list:
+    """What a task is scored on: batches of (tokens, labels)."""
+    tokenizer = scoring.open_tokenizer(config.model, task, 50)
+    return scoring.tokenised(scoring.scored_records(config, task), task, config.eval.batch_size, tokenizer)
+
+
+def write_examples(config: Config, task: str, columns: dict, features: datasets.Features | None = None) -> None:
+    """The examples of a task in the place of those that there are, in both of its splits."""
+    folder, row = Path(config.eval.data) / task, tasks.TASKS[task]
+    shutil.rmtree(folder)
+    table = datasets.Dataset.from_dict(columns, features)
+    datasets.DatasetDict({row.split: table, row.train_split: table}).save_to_disk(str(folder))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -61,16 +78,62 @@ def test_another_test_set_is_scored_under_the_head_of_its_task(own_nlu):
         dict(domain.score(other, "RTE", expert, CPU))
 
 
+GLUE = ["entailment", "neutral", "contradiction"]  # MNLI's classes as the hub's data number them
+
+
+def named_mnli(config: Config, names: list[str], own: list[str], right: int) -> None:
+    """MNLI with classes of these names, an expert that calls its outputs so, and labels that say of every example what
+    the expert answers first: its output `right`, by the number that the data give the class of that name."""
+    expert = config.model.path("expert", "MNLI")
+    edit_config(expert, id2label={str(i): n for i, n in enumerate(own)}, label2id={n: i for i, n in enumerate(own)})
+    data = datasets.load_from_disk(f"{config.eval.data}/MNLI")["validation_matched"]
+    rewrite(expert / "model.safetensors", lambda t: t["classifier.out_proj.bias"][right].add_(1e3))
+    features = datasets.Features(
+        {"premise": datasets.Value("string"), "hypothesis": datasets.Value("string")}
+        | {"label": datasets.ClassLabel(names=names)}
+    )
+    columns = {"premise": data["premise"], "hypothesis": data["hypothesis"], "label": [0] * 30}
+    write_examples(config, "MNLI", columns, features)
+
+
+@pytest.mark.parametrize("own", [["CONTRADICTION", "Entailment", "neutral"], GLUE], ids=["other order", "same"])
+def test_outputs_are_scored_in_the_order_that_the_data_name(own_nlu, own, capsys):
+    """All examples are of entailment, which the expert calls its output 1, or 0, and which is the data's class 0."""
+    right = [name.casefold() for name in own].index("entailment")
+    named_mnli(own_nlu, GLUE, own, right)
+    assert dict(domain.score(own_nlu, "MNLI", {"x": own_nlu.model.path("expert", "MNLI")}, CPU))["x"].value == 1
+    labelled = domain.labelled_task(own_nlu, "MNLI", Sample("train", 9, 9), CPU)
+    theta = open_experiment(own_nlu, domain).experts["MNLI"]
+    assert labelled.loss(theta.read(theta.names()), labelled.batch(range(9))) < 1e-3
+    assert ("its outputs are scored in the data's order" in capsys.readouterr().err) == (own != GLUE)
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "said"),
+    [
+        (GLUE, ["no", "maybe", "yes"], "has the classes no, maybe, yes, the data of task MNLI entailment, neutral,"),
+        (GLUE, ["neutral", "neutral", "entailment"], "these are not the same names, so its outputs are taken to be"),
+        (GLUE, ["LABEL_2", "LABEL_1", "LABEL_0"], ""),
+        (["0", "1", "2"], GLUE, ""),
+        (["not entailed", "B-x", "c"], ["Not_Entailed", "b_x", "C"], ""),
+    ],
+)
+def test_names_that_say_no_other_order_leave_the_outputs_as_they_are(own_nlu, names, own, said, capsys, monkeypatch):
+    """The expert answers its first output, and all labels are 0."""
+    monkeypatch.setattr(notices, "_said", set())
+    named_mnli(own_nlu, names, own, 0)
+    assert dict(domain.score(own_nlu, "MNLI", {"x": own_nlu.model.path("expert", "MNLI")}, CPU))["x"].value == 1
+    err = capsys.readouterr().err
+    assert said in err and ("the classifier of" in err) == bool(said)
+
+
 def test_batches_and_limit(nlu_config):
     """The score does not depend on the batches; a limit takes the first examples."""
     expert = {"x": nlu_config.model.path("expert", "STS-B")}
     whole, n, _ = dict(domain.score(nlu_config, "STS-B", expert, CPU))["x"]
     again = dict(domain.score(change(nlu_config, "eval", batch_size=7), "STS-B", expert, CPU))["x"]
     assert again[:2] == (pytest.approx(whole, abs=1e-4), n)
-    tokenizer = scoring.open_tokenizer(nlu_config.model, "STS-B", 50)
-    labels = [
-        x for _, batch in scoring.tokenised(change(nlu_config, "eval", limit=4), "STS-B", tokenizer) for x in batch
-    ]
+    labels = [x for _, batch in batches_of(change(nlu_config, "eval", limit=4), "STS-B") for x in batch]
     first = datasets.load_from_disk(f"{nlu_config.eval.data}/STS-B")["validation"]["label"][:4]
     assert sorted(labels) == pytest.approx(sorted(first))
 
@@ -78,10 +141,9 @@ def test_batches_and_limit(nlu_config):
 def test_the_validation_cut_is_scored_apart_from_the_test_set(nlu_config):
     """The cut is the last tenth of a permutation by RandomState(0); rows of both splits stay, a table shows one."""
     cut = change(nlu_config, "eval", split="validation_cut")
-    tokenizer = scoring.open_tokenizer(nlu_config.model, "STS-B", 50)
     train = datasets.load_from_disk(f"{nlu_config.eval.data}/STS-B")["train"]["label"]
     expected = [train[i] for i in np.random.RandomState(0).permutation(30)[27:]]
-    labels = [x for _, batch in scoring.tokenised(cut, "STS-B", tokenizer) for x in batch]
+    labels = [x for _, batch in batches_of(cut, "STS-B") for x in batch]
     assert sorted(labels) == pytest.approx(sorted(expected))
     tables = []
     for one in (nlu_config, cut, nlu_config):
@@ -141,15 +203,29 @@ def test_local_files_named_after_the_split_are_that_split(nlu_config, tmp_path):
         table = datasets.Dataset.from_dict({"premise": ["w1"] * 4, "hypothesis": ["w2"] * 4, "label": [label] * 4})
         table.to_parquet(tmp_path / "data" / "MNLI" / f"{split}-00000-of-00001.parquet")
     local = change(nlu_config, "eval", data=str(tmp_path / "data"))
-    ((_, labels),) = scoring.tokenised(local, "MNLI", scoring.open_tokenizer(nlu_config.model, "MNLI", 50))
+    ((_, labels),) = batches_of(local, "MNLI")
     assert labels.tolist() == [1] * 4
 
 
 def test_long_examples_are_cut_at_128_tokens(own_nlu):
     long = {"sentence": ["w1 " * 300], "label": [1]}
     datasets.DatasetDict({"validation": datasets.Dataset.from_dict(long)}).save_to_disk(f"{own_nlu.eval.data}/CoLA")
-    ((tokens, _),) = scoring.tokenised(own_nlu, "CoLA", scoring.open_tokenizer(own_nlu.model, "CoLA", 50))
+    ((tokens, _),) = batches_of(own_nlu, "CoLA")
     assert tokens["input_ids"].shape == (1, 128)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("roberta", 38), ("bert", 40)])
+def test_examples_are_cut_where_positions_end(nlu_inputs, tmp_path, family, tokens):
+    """A table of 40, of which RoBERTa has no use for the first two: it numbers them from the padding token's, 1, on."""
+    shutil.copytree(nlu_inputs / family, tmp_path / family)
+    shutil.copytree(nlu_inputs / "data", tmp_path / "data")
+    config = pico_config(tmp_path, tmp_path, family)
+    for place in (config.model.path("base"), config.model.path("expert", "CoLA")):
+        edit_config(place, max_position_embeddings=40)
+        rewrite(place / "model.safetensors", lambda t: {n: x[:40] if "position_emb" in n else x for n, x in t.items()})
+    write_examples(config, "CoLA", {"sentence": ["w1 " * 300, "w2"], "label": [1, 0]})
+    assert max(batch["input_ids"].shape[1] for batch, _ in batches_of(config, "CoLA")) == tokens
+    assert dict(domain.score(config, "CoLA", {"x": config.model.path("expert", "CoLA")}, CPU))["x"].n == 2
 
 
 def labels_of(number: int) -> dict:
@@ -211,7 +287,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused_the_bases_stands_in(own_nlu):
 
 
 def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own_nlu):
-    tokenizer = scoring.open_tokenizer(own_nlu.model, "CoLA", 50)
     for columns, message in (
         ({"sentence": ["w1"], "target": [0]}, "task CoLA lacks the column label; it has sentence, target"),
         ({"text": ["w1"]}, "task CoLA lacks the columns sentence, label; it has text"),
@@ -222,7 +297,53 @@ def test_data_with_missing_columns_or_strange_labels_is_refused_by_name(own_nlu)
             f"{own_nlu.eval.data}/CoLA"
         )
         with pytest.raises(InputError, match=message):
-            scoring.tokenised(own_nlu, "CoLA", tokenizer)
+            batches_of(own_nlu, "CoLA")
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "column", "number", "found"),
+    [
+        ("CoLA", "sentence,label\nw1,0\n,1\nw3,1", "sentence", 2, "nothing .*, where a text is needed"),
+        ("CoLA", "sentence,label\nw1,0\nw2,1\nNA,1", "sentence", 3, "nothing .*the word NA, is read as nothing"),
+        ("CoLA", "sentence,label\n1,1\n2,0", "sentence", 1, r"\d, where a text is needed"),
+        ("CoLA", "sentence,label\nw1,0\nw2,", "label", 2, "nothing .*, where the number of a class is needed"),
+        ("CoLA", "sentence,label\nw1,no\nw2,no", "label", 1, "'no', where the number of a class is needed"),
+        ("STS-B", "sentence1,sentence2,label\nw1,w2,3\nw1,w2,", "label", 2, "nothing .*, where a number is needed"),
+        ("STS-B", "sentence1,sentence2,label\nw1,w2,3\nw1,,2", "sentence2", 2, "nothing"),
+    ],
+)
+def test_an_example_without_text_or_label_is_named(own_nlu, task, text, column, number, found):
+    """By its number among those that are read; a sample is in an order of its own."""
+    folder = Path(own_nlu.eval.data) / task
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text(text + "\n")
+    count = text.count("\n")
+    for which, ask in (
+        (number, lambda: dict(domain.score(own_nlu, task, {}, CPU))),
+        (r"\d", lambda: domain.labelled_task(own_nlu, task, Sample("test", None, 4), CPU)),
+    ):
+        said = f"the data of task {task}, column {column}: example {which} of the {count} that are read has {found}"
+        with pytest.raises(InputError, match=said):
+            ask()
+
+
+def test_classes_written_as_real_numbers_are_classes(own_nlu):
+    write_examples(own_nlu, "CoLA", {"sentence": ["w1", "w2"], "label": [1.0, 0.0]})
+    assert sorted(int(i) for _, labels in batches_of(own_nlu, "CoLA") for i in labels) == [0, 1]
+    labelled = domain.labelled_task(own_nlu, "CoLA", Sample("test", 2, 2), CPU)
+    theta = open_experiment(own_nlu, domain).experts["CoLA"]
+    assert labelled.loss(theta.read(theta.names()), labelled.batch([0, 1])).isfinite()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_correlation_with_labels_that_are_alike_is_said_to_be_undefined(own_nlu, n, capsys):
+    write_examples(own_nlu, "STS-B", {"sentence1": ["w1"] * n, "sentence2": ["w2"] * n, "label": [3] * n})
+    expert = own_nlu.model.path("expert", "STS-B")
+    assert dict(domain.score(own_nlu, "STS-B", {"x": expert}, CPU))["x"][:2] == (0, n)
+    said = f"all {n} labels of task STS-B are alike: its Pearson and Spearman is undefined and stands as 0"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

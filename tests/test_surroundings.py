@@ -395,3 +395,30 @@ def test_a_clip_model_in_half_precision_stays_so(own_clip):
     folder = merge_alone(config, vision)
     assert set(stored(folder).values()) == {"F16"}
     assert open_clip.create_model(f"local-dir:{folder}").visual.proj.isfinite().all()
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_base_without_a_tokenizer_gets_the_experts_if_they_agree(own_nlu, same, monkeypatch, capsys):
+    """One expert has none, which says nothing; the merged model opens with that of the others."""
+    monkeypatch.setattr(notices, "_said", set())
+    models = {task: own_nlu.model.path("expert", task) for task in own_nlu.tasks}
+    for folder in (own_nlu.model.path("base"), models["CoLA"]):
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    if not same:
+        file = models["MNLI"] / "tokenizer.json"
+        file.write_text(file.read_text().replace('"w1"', '"other"'))
+    config = change(change(own_nlu, "start", method="average"), "run", score=False)
+    merged, said = merge_alone(config, nlu), capsys.readouterr().err
+    if same:
+        assert "the base has no tokenizer; the merged model has that of STS-B, MNLI" in said
+        assert (
+            AutoTokenizer.from_pretrained(merged).get_vocab()
+            == AutoTokenizer.from_pretrained(models["MNLI"]).get_vocab()
+        )
+    else:
+        assert "those of STS-B, MNLI differ, so the merged model has none; put the one that is meant beside" in said
+        assert not (merged / "tokenizer.json").exists()

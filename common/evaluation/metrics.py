@@ -63,3 +63,4 @@ METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "Pearson and Spearman": pearson_and_spearman,
 }
 REGRESSION = frozenset({"Pearson and Spearman"})
+CORRELATIONS = frozenset({"Matthews", *REGRESSION})  # what is 0/0 where all labels are alike

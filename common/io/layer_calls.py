@@ -37,12 +37,14 @@ class LayerCalls:
         path: Where the list of its layers is.
         where: Names its config in what is refused.
         supplied: Arguments that the caller gives of himself.
-    Raises: InputError if the model cannot be run so, or if a layer is given what is neither its own nor a constant.
+    Raises: InputError if the model cannot be run so, if a layer is given what is neither its own nor a constant, or if
+        what lies at the path is a part of a layer alone.
     """
 
     def __init__(self, tower: PreTrainedModel, path: str, where: str, supplied: frozenset[str] = frozenset()):
         self.supplied = supplied
         self.name = f"{where}: a layer of {type(tower).__name__}"
+        require_whole_layers(tower, path, self.name)
         layers = list(tower.get_submodule(path).children())
         kinds = getattr(tower.config, "layer_types", None) or []
         for index, layer in enumerate(layers):
@@ -109,6 +111,15 @@ class LayerCalls:
         except Exception as error:  # whatever the code around the layers raises; behind them it does not matter
             return seen, error
         return seen, None
+
+
+def require_whole_layers(tower: nn.Module, path: str, name: str) -> None:
+    """InputError, which begins with `name`, if beside the list of layers lie others of its length: a model such as XLM
+    has its attentions in one and its feed-forward networks in another, and calls one of each in turn."""
+    parent, depth = tower.get_submodule(path.rpartition(".")[0]), len(list(tower.get_submodule(path).children()))
+    lists = [n for n, part in parent.named_children() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    if len(lists) > 1:
+        raise InputError(f"{name} lies in pieces in the lists {', '.join(lists)}; it cannot be anchored")
 
 
 def noting(
@@ -186,17 +197,21 @@ def alike(one: Arguments, other: Arguments) -> bool:
     )  # fmt: skip
 
 
+@torch.enable_grad()
 def require_second_derivative(block: Block, module: nn.Module, width: int, name: str) -> None:
     """InputError, which begins with `name`, if a block of the module keeps no width, or has no derivative by its input
-    of its derivatives by its weights, which is what anchors are optimised by. It is tried without numbers."""
+    of its derivatives by its weights, which is what anchors are optimised by; or if its hidden states reach not all of
+    its weights. It is tried without numbers."""
     x_ATD = torch.empty(2, 2, width, device="meta", requires_grad=True)
-    theta = dict(module.named_parameters())
+    theta = {n: torch.empty_like(p, device="meta").requires_grad_() for n, p in module.named_parameters()}
     try:
         y_ATD = block(theta, x_ATD)
         by_theta = torch.autograd.grad(y_ATD.square().sum(), list(theta.values()), create_graph=True, allow_unused=True)
         torch.autograd.grad([g.square().sum() for g in by_theta if g is not None], x_ATD)
     except Exception as error:  # whatever its kernels raise
         raise InputError(f"{name} has no second derivative; it cannot be anchored: {one_line(error)}") from error
+    if idle := [own for own, g in zip(theta, by_theta, strict=True) if g is None]:
+        raise InputError(f"{name} has weights that its hidden states do not reach, {idle[0]}; it cannot be anchored")
     if y_ATD.shape != x_ATD.shape:
         raise InputError(f"{name} takes a token of width {width} to one of width {y_ATD.shape[-1]}, not to one alike")
 

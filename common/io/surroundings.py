@@ -12,7 +12,7 @@ from typing import Any
 from common.core.notices import warn
 from common.io.checkpoints import BESIDE, copy_files, write_text
 from common.io.model_config import edited, read_text
-from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, matching
+from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, VOCABULARIES, has_tokenizer, matching
 
 AUTO_MAP = "auto_map"
 ELSEWHERE = "--"  # in an auto_map: what is before it is a place on the hub, from which the code is fetched
@@ -61,6 +61,32 @@ def copy_settings(source: Path, target: Path, names: Iterable[str]) -> None:
             write_edited(read_text(file), target / name, {})
         else:
             copy_files(source, target, [name])
+
+
+def lend_tokenizer(folder: Path, experts: Mapping[str, Path]) -> None:
+    """Give a merged model whose base has no tokenizer that of the experts, if those that have one have the same
+    vocabulary, byte by byte; say which it has, or why none.
+
+    experts: the folder or file of each, by task.
+    """
+    folders = {task: path if path.is_dir() else path.parent for task, path in experts.items()}
+    having = {task: place for task, place in folders.items() if has_tokenizer(place)}
+    if not having or has_tokenizer(folder):
+        return
+    first, *others = having.values()
+    if all(vocabulary_of(other) == vocabulary_of(first) for other in others):
+        copy_tokenizer(first, folder)
+        warn(f"the base has no tokenizer; the merged model has that of {', '.join(having)}")
+    else:
+        warn(
+            f"the base has no tokenizer and those of {', '.join(having)} differ, so the merged model has none; put the "
+            "one that is meant beside the base"
+        )
+
+
+def vocabulary_of(folder: Path) -> dict[str, bytes]:
+    """{name: content} of the files of a folder that hold a vocabulary."""
+    return {name: (folder / name).read_bytes() for name in matching(folder, VOCABULARIES)}
 
 
 def write_edited(text: str, target: Path, changes: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> None:

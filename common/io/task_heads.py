@@ -1,7 +1,9 @@
 """The heads of tasks, which are never merged: read from each task's expert, and put beside the one merged body."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,17 +46,11 @@ def read_task_head(
     return head.read(shapes)
 
 
-def with_pooler(
-    tensors: Mapping[str, LazyTensor], base: Checkpoint, pooler: str, headed: bool
-) -> dict[str, LazyTensor]:
+def with_pooler(tensors: Mapping[str, LazyTensor], base: Checkpoint, pooler: str) -> dict[str, LazyTensor]:
     """The merged tensors, and the base's pooler where none was merged: stock AutoModel would draw one at random.
-
-    None at all where heads are written beside them (`headed`), whose folders hold their own if they have one.
 
     pooler: how the names of its tensors begin.
     """
-    if headed:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith(pooler)}
     return {**tensors, **base.lazy(name for name in base.names(pooler) if name not in tensors)}
 
 
@@ -70,14 +66,34 @@ def head_in_type(head: Params, dtype: torch.dtype, task: str) -> Params:
     return stored
 
 
-def write_task_head(folder: Path, head: Params, body: Iterable[str]) -> None:
-    """A folder heads/<task> within that of a merged model: the head, a relative link to the body two folders above, and
-    the index by which stock transformers finds the tensors of both.
+def write_task_head(place: Path, head: Params, file: Path, body: Iterable[str], prefix: str) -> None:
+    """A folder within that of a merged model: the head, a relative link to the body, and the index by which stock
+    transformers finds the tensors of both.
 
-    body: names of the tensors in the merged model's file.
+    A head's own pooler has the name that the base's has in the body: of two files in the order of their names
+    transformers takes the later, which is the head's.
+
+    Args:
+        place: The folder, heads/<task> in that of the merged model, or deeper where the task's name has a slash.
+        head: The tensors under the names that the task's class gives them.
+        file, body: The merged model's file, and the names of the tensors in it.
+        prefix: How names in the class begin of what lies in the body.
     """
-    write_tensors(folder / HEAD, head)
-    (folder / BODY).unlink(missing_ok=True)
-    (folder / BODY).symlink_to("../../model.safetensors")
-    files = dict.fromkeys(body, BODY) | dict.fromkeys(head, HEAD)
-    write_text(folder / INDEX_FILE, json.dumps({"metadata": {}, "weight_map": files}, indent=1) + "\n")
+    held = set(body)
+    head = {name.removeprefix(prefix) if name.removeprefix(prefix) in held else name: t for name, t in head.items()}
+    write_tensors(place / HEAD, head)
+    (place / BODY).unlink(missing_ok=True)
+    (place / BODY).symlink_to(os.path.relpath(file, place))
+    files = dict.fromkeys(held, BODY) | dict.fromkeys(head, HEAD)
+    index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
+    write_text(place / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+
+
+def order_of(outputs: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """For each class the number of the output that has its name, in whatever case, with spaces, hyphens or underscores;
+    None unless each has one, and no other name is among them."""
+    plain, wanted = (
+        [re.sub(r"[\s_-]+", " ", name.strip().casefold()) for name in names] for names in (outputs, classes)
+    )
+    same = len(set(plain)) == len(plain) and sorted(plain) == sorted(wanted)
+    return [plain.index(name) for name in wanted] if same else None
