@@ -1,7 +1,4 @@
-"""Merged checkpoints: the starts that merge methods make, and the models that adaptation makes of them.
-
-Where they are written, and what they say of themselves, is in layout.py.
-"""
+"""Merged checkpoints: the starts of merge methods, and adapted models. Where they lie is in layout.py."""
 
 import json
 import math

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from common.core.notices import warn
 from common.core.task_vectors import require_same_shapes
 from common.domain import FOLDERS, Domain, anchored_part, module_of
 from common.experiment import Experiment
-from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, remove_leftovers
 from common.io.heads import leave_to_heads, open_experts
 from common.io.lineage import warn_of_equals
@@ -34,7 +32,14 @@ from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.engine import Demand, Files, Memory, place_for, value_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import NOTES
-from common.validation import check_choices, check_fused, check_positions, check_test_data, check_tokenizers
+from common.validation import (
+    check_choices,
+    check_fused,
+    check_is_there,
+    check_positions,
+    check_test_data,
+    check_tokenizers,
+)
 
 _OPEN: dict[str, Experiment] = {}  # what a worker has open
 Checking = Callable[[str], AbstractContextManager[None]]
@@ -241,17 +246,6 @@ def open_all_experts(
                     open_experts(Checkpoint(base.path, family.names), {task: path}, *how)
             raise
     return {}
-
-
-def check_is_there(path: Path, task: str, domain: Domain) -> None:
-    """InputError if there is no expert at a path: it names the path, and the test sets that may have been meant."""
-    try:
-        open_adapter(path) if is_adapter(path) else Checkpoint(path)
-    except InputError as error:
-        meant = get_close_matches(task, domain.TASKS, cutoff=0.7)
-        if path.exists() or task in domain.TASKS or not meant:
-            raise
-        raise InputError(f"{error}; is the task {task!r} misspelt? close to it: {', '.join(meant)}") from error
 
 
 def compare_experts(

@@ -57,8 +57,8 @@ from common.run.run_log import record_stage
 def construct(config: Config, domain: Domain) -> None:
     """Box 1: for every block and every task, make anchors whose induced gradient points along the task vector.
 
-    Together, one block and one task are a unit; with anchors.together the units of one block are optimised in one go.
-    InputError if there are anchors made elsewhere.
+    A block and a task are a unit; with anchors.together the units of a block are optimised in one go. InputError if
+    there are anchors made elsewhere.
     """
     require_own_anchors(config)
     experiment = open_stage(config, domain)
@@ -88,9 +88,7 @@ def construct_units(
     """Make and store the anchors of one block for every task in `thetas` (θ_t), unless all their files are there."""
     layout = RunLayout(experiment.config)
     files = {task: layout.anchor_file(task, index) for task in thetas}
-    provenance = {
-        task: anchor_provenance(experiment, task, index, theta_0, theta_t) for task, theta_t in thetas.items()
-    }
+    provenance = {task: anchor_provenance(experiment, task, index, theta_0, thetas[task]) for task in thetas}
     steps = {"snapshots": sorted(experiment.config.anchors.snapshots)}
     snapshots = {task: layout.snapshot_file(task, index) for task in thetas if steps["snapshots"]}
     with_steps = {task: made | steps for task, made in provenance.items()}

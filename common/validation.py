@@ -12,6 +12,7 @@ from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.fused import APART, fused_tensors
 from common.domain import FOLDERS, Domain, anchored_part, scored_tests
+from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
 from common.merging.registry import every_row, method_choices
@@ -249,3 +250,14 @@ def check_fused(config: Config, modules: Iterable[BlockModule]) -> None:
                 f"model.fuse_qkv: {prefix[:-1]} has no q, k and v in tensors of their own "
                 f"({', '.join('/'.join(names) for names in APART)}) that could be fused; leave it off"
             )
+
+
+def check_is_there(path: Path, task: str, domain: Domain) -> None:
+    """InputError if there is no expert at a path: it names the path, and the test sets that may have been meant."""
+    try:
+        open_adapter(path) if is_adapter(path) else Checkpoint(path)
+    except InputError as error:
+        meant = get_close_matches(task, domain.TASKS, cutoff=0.7)
+        if path.exists() or task in domain.TASKS or not meant:
+            raise
+        raise InputError(f"{error}; is the task {task!r} misspelt? close to it: {', '.join(meant)}") from error
