@@ -1,6 +1,7 @@
 """What the project knows about text encoders: their blocks (encoders.py), how they are scored and written."""
 
 from NLU.encoders import check_inputs, family, skeleton, token_shape
+from NLU.encoders import reading_of as unanchored
 from NLU.export import check_export, export
 from NLU.scoring import calibration_task, labelled_task, metric, score
 from NLU.tasks import TASKS
@@ -27,4 +28,3 @@ NAME = "nlu"
 PARTS = ("layer",)  # what can be anchored of a layer
 SHARDED = False
 PERCENT = False  # tables print fractions
-unanchored = None  # what cannot be anchored is not read either

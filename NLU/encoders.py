@@ -115,6 +115,13 @@ def family(model: Model, part: str = "layer") -> BlockFamily:
     return encoder_decoder(root, where, model.path("base")) if is_encoder_decoder(root) else encoder(root, where)
 
 
+def reading_of(model: Model) -> BlockFamily:
+    """How the base is stored and read, whether or not its layers can be anchored, as those of MPNet and DeBERTa cannot,
+    whose attention is given a table of relative positions."""
+    root, where = skeleton(model), str(config_of(model, model.path("base")))
+    return family(model) if is_encoder_decoder(root) else reading(root, where)
+
+
 def is_encoder_decoder(root: PreTrainedModel) -> bool:
     """Whether a model has a decoder behind its encoder."""
     return bool(getattr(root.config, "is_encoder_decoder", False))
@@ -174,7 +181,7 @@ def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str],
 
 def body_name(model: Model) -> Callable[[str], str | None]:
     """From a stored name to that of the encoder without its pooler: what a classifier takes from a merged model."""
-    names = family(model).names
+    names = reading_of(model).names
 
     def name_of(stored: str) -> str | None:
         name = names(stored)

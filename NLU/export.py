@@ -19,7 +19,7 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
 from common.io.task_heads import head_in_type, with_pooler, write_task_head
 from common.io.tokenizer_files import has_tokenizer
-from NLU.encoders import POOLER, config_of, family, skeleton
+from NLU.encoders import POOLER, config_of, reading_of, skeleton
 from NLU.heads import class_name, expert_architecture, read_head
 from NLU.tasks import TASKS
 
@@ -40,7 +40,7 @@ def stored_heads(model: Model) -> dict[str, Params]:
     """The heads of model.heads in the type of the merged weights; InputError if one is missing or too large for it."""
     if not model.heads:
         return {}
-    base = Checkpoint(model.path("base"), family(model).names)
+    base = Checkpoint(model.path("base"), reading_of(model).names)
     dtype = output_type(base, json.loads(read_text(config_of(model, model.path("base")))))
     return {task: head_in_type(read_head(model, task), dtype, task) for task in model.heads}
 
@@ -53,7 +53,7 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
 
     Its folder holds the expert's config, tokenizer and head, and a relative link to the one encoder.
     """
-    base = Checkpoint(model.path("base"), family(model).names)
+    base = Checkpoint(model.path("base"), reading_of(model).names)
     text = read_text(config_of(model, model.path("base")))
     dtype = output_type(base, json.loads(text))
     merged = as_stored(with_pooler(tensors, base, POOLER), dtype, base)

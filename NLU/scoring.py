@@ -28,7 +28,7 @@ from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
-from NLU.encoders import body_name, family, positions_of, skeleton
+from NLU.encoders import body_name, family, positions_of, reading_of, skeleton
 from NLU.examples import checked, class_order, labels_of
 from NLU.heads import open_classifier, outputs_of
 from NLU.tasks import TASKS
@@ -63,7 +63,7 @@ def score(
     if metric(task) in CORRELATIONS and are_alike(labels):
         warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
     for name, path in checkpoints.items():
-        turned = family(config.model).turned
+        turned = reading_of(config.model).turned
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())

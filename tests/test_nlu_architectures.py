@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 from common.core.errors import InputError
 from common.fda.matching import MatchingProblem, matching_loss
 from common.opening import open_experiment
-from common.pipeline import adapt, construct
+from common.pipeline import adapt, construct, merge_alone
 from helpers import assert_same_in_bf16, change
 from NLU import domain
 from pico_encoders import ENCODERS, fields_of
@@ -129,3 +129,29 @@ def test_what_cannot_be_anchored_is_refused_by_its_class(kind, said, tmp_path, n
         (tmp_path / place / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=said):
         construct(config_of(tmp_path, nlu_inputs / "data"), domain)
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "deberta-v2", "roformer", "xlnet", "xlm", "longformer", "luke"])
+def test_what_cannot_be_anchored_is_merged_all_the_same(kind, tmp_path, nlu_inputs):
+    """By scripts/merge.py, which anchors nothing: the average is that of the stock encoders, and stock opens it."""
+    fields = {k: v for k, v in fields_of("bert").items() if k != "model_type"} | {"relative_attention": True}
+    if kind == "xlnet":
+        fields = {"vocab_size": fields["vocab_size"], "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
+    torch.manual_seed(0)
+    body = AutoModel.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    experts = {}
+    for task in ("base", *TASKS):
+        folder = tmp_path / slug(task) / ("model" if task != "base" else "")
+        if task != "base":
+            with torch.no_grad():
+                for parameter in body.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            experts[task] = {name: p.detach().double() for name, p in body.named_parameters()}
+        body.save_pretrained(folder)
+        pico_tokenizer().save_pretrained(folder)
+    config = config_of(tmp_path, nlu_inputs / "data")
+    config = replace(config, start=replace(config.start, method="average"), run=replace(config.run, score=False))
+    merged = AutoModel.from_pretrained(merge_alone(config, domain))
+    for name, p in merged.named_parameters():
+        expected = sum(of_task[name] for of_task in experts.values()) / len(TASKS)
+        torch.testing.assert_close(p.detach().double(), expected, rtol=0, atol=1e-6, msg=name)
