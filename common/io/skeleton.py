@@ -146,7 +146,7 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     prefix = f"{skeleton.base_model_prefix}."
     made, is_left_aside = unsaved_buffers(skeleton), left_aside(skeleton)
     modules = modules_of(skeleton, known)
-    children = {name.removeprefix(prefix).split(".")[0] for name in known | made if name.startswith(prefix)}
+    children = {name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)}
     bare = (path for path, part in skeleton.named_modules() if not list(part.parameters(recurse=False)))
     holders = {path for path in bare if list(skeleton.get_submodule(path).children())}
 
@@ -160,7 +160,8 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
             return stored_as[0][0] if [shape for _, shape in stored_as] == [own[name].shape] else name  # a stack
         module, _, last = name.rpartition(".")
         is_mask = last in MASKS and module in holders
-        is_buffer = name in made or (is_left_aside(name) and module in modules)
+        is_made = name in made or prefix + stored in made
+        is_buffer = is_made or (is_left_aside(name) and module in modules)
         return None if is_mask or is_buffer or name.endswith("rotary_emb.inv_freq") else name
 
     return name_of
