@@ -16,6 +16,12 @@ from common.config import Config
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch) -> None:
+    """A warning is said once in a process; to a test, whatever others have heard."""
+    monkeypatch.setattr("common.core.notices._said", set())
+
+
 @pytest.fixture(scope="session")
 def pico_inputs(tmp_path_factory) -> Path:
     """CLIP checkpoints under clip/, images under data/."""

@@ -1,5 +1,6 @@
 """What runs on a GPU, without one: every tensor lies where those lie that it meets, and results are the CPU's."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,15 @@ from NLU import domain as nlu
 from Vision import domain as vision
 
 TWO = {"slerp", "layer_swap"}  # take two models
+BLIND = re.compile(
+    r"(key|k_proj|in_proj_)\.?bias"
+)  # softmax does not see the bias of the keys: its gradient is rounding
 CONFIGS = {"vision": "pico_config", "nlu": "nlu_config", "nlg": "nlg_config"}
+
+
+def seen(name):
+    """Whether a tensor is decided by what a block computes."""
+    return not BLIND.search(name)
 
 
 def test_tensors_that_lie_apart_are_refused(monkeypatch):
@@ -46,7 +55,7 @@ def test_both_boxes_and_the_scores_on_another_device(domain, start, request, mon
     with elsewhere(monkeypatch):
         construct(config, domain)
         there = Checkpoint(adapt(config, domain))
-    for name in here.shapes:
+    for name in filter(seen, here.shapes):
         torch.testing.assert_close(there.read([name]), here.read([name]), rtol=1e-3, atol=1e-4)
 
 
@@ -80,5 +89,5 @@ def test_every_method_with_data_merges_on_another_device(method, nlu_config, mon
     here = Checkpoint(merge_alone(config, nlu))
     with elsewhere(monkeypatch):
         there = Checkpoint(merge_alone(change(config, "run", name="elsewhere", device=str(DEVICE)), nlu))
-    for name in [name for name in here.shapes if "key.bias" not in name]:  # softmax does not see it: it is rounding
+    for name in filter(seen, here.shapes):
         torch.testing.assert_close(there.read([name]), here.read([name]), rtol=1e-3, atol=1e-4)
