@@ -9,13 +9,14 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
+from common.io.model_files import GENERATION_FILE
 from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
 from common.io.tokenizer_files import VOCABULARIES, has_tokenizer
 from common.io.unstacked import stacked
 from NLG.decoders import architecture, config_text, reading, skeleton
-from NLG.inputs import GENERATION_FILE, base_config, class_names, outside
+from NLG.inputs import base_config, class_names, outside
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKEN_FIELDS = (*TOKENS, "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "tokenizer_class")

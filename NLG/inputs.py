@@ -14,12 +14,11 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
-from common.io.model_files import shortened
+from common.io.model_files import GENERATION_FILE, shortened
 from common.io.skeleton import stored_shapes
 from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
 
-GENERATION_FILE = "generation_config.json"
 # The tensors of a head other than a language model's, and what transformers calls a model that has these.
 LANGUAGE = [classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
 CLASSES = {

@@ -13,7 +13,7 @@ from common.core.places import for_task
 from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.model_files import MODEL_FILE
+from common.io.model_files import GENERATION_FILE, MODEL_FILE
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
@@ -22,8 +22,6 @@ from common.io.tokenizer_files import has_tokenizer
 from NLU.encoders import POOLER, config_of, reading_of, skeleton
 from NLU.heads import class_name, expert_architecture, read_head
 from NLU.tasks import TASKS
-
-GENERATION_FILE = "generation_config.json"  # of an encoder-decoder: how it begins and ends an answer
 
 
 def check_export(model: Model) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor
 
 from common.core.errors import InputError
 from common.io.model_config import SHOWN, ModelConfig, config_file, read_config, resolve
+from common.io.tokenizer_files import contents
 
 TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2")  # the image's is called vision_model
 CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers")  # a backbone, and a head for each task
@@ -84,7 +85,7 @@ def require_same_preprocessing(path: Path, *folders: Path) -> None:
     """InputError if the files beside a model prepare an image otherwise than those in the first of the folders that has
     any, which are the base's. A model without such files goes with the base's."""
     base = processor_folder(*folders)
-    if not processor_folder(path) or not base:
+    if not processor_folder(path) or not base or contents(path, PROCESSORS) == contents(base, PROCESSORS):
         return
     theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (path, base))
     shapes = [{name: tuple(x.shape) for name, x in made.items()} for made in (theirs, ours)]

@@ -2,7 +2,7 @@
 silence."""
 
 from collections.abc import Collection, Iterable, Mapping
-from itertools import islice
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from common.io.checkpoints import Checkpoint
 from common.io.headers import Row
 from common.io.hub import is_stand_in
 from common.io.lora import open_checkpoint
+from common.io.model_files import State, same_bytes, state_of
 from common.io.stored_types import FLOATS
 from common.io.tensors import read_tensor
 
@@ -23,7 +24,6 @@ TEXT = (  # how names of a text tower begin in a file of either library
     "text_model.", "text_projection", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
 )  # fmt: skip
 LEFT = ("logit_scale", "logit_bias", "visual_projection.")  # of no weight in an answer; compared elsewhere
-PIECE = 2**24  # bytes of a tensor that are compared at once
 
 
 def warn_of_unmerged(model: Model, family: BlockFamily, known: Collection[str], others: Mapping[str, Path]) -> None:
@@ -76,12 +76,19 @@ def is_weight(checkpoint: Checkpoint, name: str) -> bool:
 
 def first_unlike(ours: Mapping[str, Row], theirs: Mapping[str, Row], names: Iterable[str]) -> list[str]:
     """The smallest tensor in which two models differ, in a list; an empty one if there is none."""
-    small_first = sorted(names, key=lambda name: theirs[name].nbytes)
-    return list(islice((name for name in small_first if not equal(ours[name], theirs[name])), 1))
+    for name in sorted(names, key=lambda name: theirs[name].nbytes):
+        one, other = ours[name], theirs[name]
+        if not equal(one, other, state_of((one.file, other.file))):
+            return [name]
+    return []
 
 
-def equal(one: Row, other: Row) -> bool:
-    """Whether two stored tensors are the same numbers, those of the wider type rounded to the other."""
+@cache
+def equal(one: Row, other: Row, state: State) -> bool:
+    """Whether two stored tensors are the same numbers, those of the wider type rounded to the other.
+
+    state: of their two files. A comparison of the same state is made once, for a run opens its models again and again.
+    """
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype:
@@ -90,12 +97,3 @@ def equal(one: Row, other: Row) -> bool:
         return False
     narrow = min(FLOATS[one.dtype], FLOATS[other.dtype], key=lambda dtype: dtype.itemsize)
     return torch.equal(read_tensor(one).to(narrow), read_tensor(other).to(narrow))
-
-
-def same_bytes(one: Row, other: Row) -> bool:
-    """Whether two tensors of one type and shape are stored alike."""
-    with open(one.file, "rb") as a, open(other.file, "rb") as b:
-        a.seek(one.begin)
-        b.seek(other.begin)
-        pieces = (min(PIECE, one.nbytes - done) for done in range(0, one.nbytes, PIECE))
-        return all(a.read(piece) == b.read(piece) for piece in pieces)

@@ -13,7 +13,7 @@ import torch
 import study
 from common.core.errors import InputError
 from common.evaluation import studies
-from common.evaluation.studies import data_of
+from common.evaluation.studies import split_of
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample
 from helpers import change
@@ -154,7 +154,7 @@ def test_methods_have_a_line_for_each_start_the_best_first(quick, capsys):
 
 def test_a_table_of_starts_says_which_of_them_see_data_of_the_tasks():
     named = {"WUDI": "", "RegMean": "train", "AdaMerging": "test", "RegMean + SVC": "train", "Pretrained": ""}
-    assert {start: data_of(start) for start in named} == named
+    assert {start: split_of(start) for start in named} == named
 
 
 def test_a_model_that_was_scored_in_part_has_no_line(quick):

@@ -21,12 +21,11 @@ from common.core.places import for_task, path_of
 from common.domain import FOLDERS, Domain
 from common.io.checkpoints import write_tensors
 from common.io.model_config import config_file, read_config
-from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 
 ModelLike = nn.Module | str | Path
 """A model of transformers or open_clip in memory, or where one is, as model.base of a config says it."""
 
-GENERATION_FILE = "generation_config.json"
 OF_OPEN_CLIP = (CLIP, CustomTextCLIP)
 HELD = {  # by the name of a class that wraps a model: where the model in it is
     "PeftModel": "merge_and_unload()",

@@ -73,7 +73,7 @@ def method_lines(rows: Rows, percent: bool) -> list[list[str]]:
     start |= {name: row["avg"] for name, row in alone.items()}
     for name in sorted(start, key=lambda name: -start[name]):
         seconds = f"{alone[name]['cpu_seconds']:.1f}" if name in alone else ""
-        line = [name, data_of(name), value(start[name], percent), seconds]
+        line = [name, split_of(name), value(start[name], percent), seconds]
         if fda := adapted.get(name):
             gain = in_words(Difference(*fda["step"]), percent)
             line += [value(fda["avg"], percent), f"{fda['cpu_seconds']:.0f}", gain]
@@ -81,7 +81,7 @@ def method_lines(rows: Rows, percent: bool) -> list[list[str]]:
     return lines
 
 
-def data_of(start: str) -> str:
+def split_of(start: str) -> str:
     """The split of the tasks' data that a start is given inputs of, by the name that tables call it; "" if of none."""
     splits = {row.label: row.data.split for row in METHODS.values() if row.data}
     return next((splits[part] for part in start.split(" + ") if part in splits), "")

@@ -21,13 +21,13 @@ from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
 from common.io.json_files import parse_object
-from common.io.model_files import WEIGHT_FILES, find_model, json_of
+from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, WEIGHT_FILES, find_model, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tensors import WHOLE, of_shape, read_tensor
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
-BESIDE = ("config.json", "open_clip_config.json", "generation_config.json")
+BESIDE = ("config.json", OPEN_CLIP_CONFIG, GENERATION_FILE)
 SURROUNDINGS = (*BESIDE, *TOKENIZER_FILES, *SENTENCE_FILES)
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 

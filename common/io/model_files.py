@@ -27,6 +27,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 OPEN_CLIP_PICKLES = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+GENERATION_FILE = "generation_config.json"  # how a model begins and ends an answer
 WEIGHT_FILES = (MODEL_FILE, *OPEN_CLIP_FILES)
 CHUNK_BYTES = 2**24
 

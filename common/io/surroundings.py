@@ -12,7 +12,7 @@ from typing import Any
 from common.core.notices import warn
 from common.io.checkpoints import BESIDE, copy_files, write_text
 from common.io.model_config import edited, read_text
-from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, VOCABULARIES, has_tokenizer, matching
+from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, VOCABULARIES, contents, has_tokenizer, matching
 
 AUTO_MAP = "auto_map"
 ELSEWHERE = "--"  # in an auto_map: what is before it is a place on the hub, from which the code is fetched
@@ -74,7 +74,7 @@ def lend_tokenizer(folder: Path, experts: Mapping[str, Path]) -> None:
     if not having or has_tokenizer(folder):
         return
     first, *others = having.values()
-    if all(vocabulary_of(other) == vocabulary_of(first) for other in others):
+    if all(contents(other, VOCABULARIES) == contents(first, VOCABULARIES) for other in others):
         copy_tokenizer(first, folder)
         warn(f"the base has no tokenizer; the merged model has that of {', '.join(having)}")
     else:
@@ -82,11 +82,6 @@ def lend_tokenizer(folder: Path, experts: Mapping[str, Path]) -> None:
             f"the base has no tokenizer and those of {', '.join(having)} differ, so the merged model has none; put the "
             "one that is meant beside the base"
         )
-
-
-def vocabulary_of(folder: Path) -> dict[str, bytes]:
-    """{name: content} of the files of a folder that hold a vocabulary."""
-    return {name: (folder / name).read_bytes() for name in matching(folder, VOCABULARIES)}
 
 
 def write_edited(text: str, target: Path, changes: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> None:

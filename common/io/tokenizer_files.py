@@ -34,6 +34,11 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in found)
 
 
+def contents(folder: Path, patterns: Iterable[str]) -> dict[str, bytes]:
+    """{name: content} of the files in a folder that one of the patterns describes."""
+    return {name: (folder / name).read_bytes() for name in matching(folder, patterns)}
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a vocabulary."""
     return bool(matching(folder, VOCABULARIES))
