@@ -24,6 +24,7 @@ from common.evaluation.refinement import choose_adaptation
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
+from common.experiment import Experiment
 from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance, with_same_rest
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
@@ -34,7 +35,6 @@ from common.planning.dry_run import (
     check_adapted,
     check_anchors_made,
     check_export,
-    check_scored,
     check_start,
     describe,
 )
@@ -170,9 +170,14 @@ def given_start(config: Config) -> str:
     return config.start.method if config.start.checkpoint else ""
 
 
+def check_all_scored(experiment: Experiment, domain: Domain) -> None:
+    """There is something to score models on, which a grid does whatever run.score says."""
+    check_test_data(experiment.config, domain, always=True)
+
+
 def plan(config: Config, domain: Domain) -> Plan:
     """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
-    one_run, grids = describe(config, domain, [check_scored, check_export]), candidates(config, domain)
+    one_run, grids = describe(config, domain, [check_all_scored, check_export]), candidates(config, domain)
     if grids:
         check_choices(held_out(config), domain)
     lines = [

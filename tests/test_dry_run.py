@@ -14,6 +14,7 @@ from common.io.checkpoints import Checkpoint, write_tensors
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import ADAPT, CONSTRUCT, MERGE, describe
 from compare import compare
+from compare import plan as plan_of_compare
 from helpers import change, command, rewrite
 from NLG import domain as nlg
 from pico_vision import PICO_TASKS
@@ -123,7 +124,9 @@ def test_a_task_without_data_is_refused_before_any_work(own, tmp_path, monkeypat
     with pytest.raises(InputError, match="no data for SVHN"):
         compare(config, domain)
     assert not config.run.dir.exists()
-    assert describe(change(config, "run", score=False), domain, MERGE).refusals == []
+    unscored = change(config, "run", score=False)
+    assert describe(unscored, domain, MERGE).refusals == []
+    assert "no data for SVHN" in plan_of_compare(unscored, domain).refusals[0], "a grid is scored all the same"
 
 
 def test_a_task_of_ones_own_is_merged_and_not_scored(own, capsys):
