@@ -36,7 +36,7 @@ MINILM_EVERY = (
     "--run.name=minilm-every",
     "--compare.seeds=[0]",
     "--adapt.speedup=5",
-    "--start.hyper={ta: {scale: 0.4}, wudi: {lr: 5.0e-4}}",
+    "--start.hyper={ta: {scale: 0.5}, wudi: {lr: 5.0e-4}}",
 )
 WITHOUT_DATA = (
     "pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,star,cart,iso_c,iso_cts,wudi,"
