@@ -2,7 +2,8 @@
 
 python scripts/regime.py --config configs/vision/toy.yaml [--compare.search '{ta: {scale: [0.2,0.4]}}']
 
-Writes runs/<name>/regime/: results.json and table.md of the starts alone, and regime.json with the three conditions.
+Writes runs/<name>/regime/: results.json and table.md of TA, TSV and what else compare.search chooses for, alone, and
+regime.json with the three conditions.
 """
 
 import json
@@ -15,6 +16,7 @@ from common.config import Config
 from common.domain import Domain, scored_tests
 from common.evaluation.rows import read_results, values_by_name
 from common.evaluation.scoring import RESULTS
+from common.evaluation.tuning import FDA
 from common.io.checkpoints import write_text
 from common.opening import open_experiment
 from common.planning.regime import relative_norms
@@ -29,9 +31,9 @@ SEARCH = {"ta": {"scale": [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8]}
 
 def regime(config: Config, domain: Domain) -> None:
     """Measure the conditions and print them, met or not."""
-    starts = ["ta", "tsv"]
     can_search = all(domain.TASKS[test].train_split for test in scored_tests(config, domain))
     search = config.compare.search or (SEARCH if can_search else {})  # else with the coefficient that the config has
+    starts = list(dict.fromkeys(["ta", "tsv", *(method for method in search if method != FDA)]))
     alone = replace(config.compare, inits=[], starts=starts, seeds=[], search=search)
     config = replace(config, compare=alone, run=replace(config.run, name=f"{config.run.name}/regime"))
     experiment = open_experiment(config, domain)
