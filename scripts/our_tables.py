@@ -32,11 +32,10 @@ RIDGE = ("--run.name=ridge", "--compare.starts=[swudi_a]", "--adapt.warm_start=r
 RIDGES = ("0", "0.01", "0.1", "1", "10", "30", "100")
 GUARD = ("--run.name=guard", "--compare.seeds=[0,1,2]", EVERY)
 MINILM_GUARD = ("--run.name=minilm-guard", "--compare.seeds=[0]", "--compare.starts=[tsv,wudi,swudi_a]")
-MINILM_EVERY = (
-    "--run.name=minilm-every",
-    "--compare.seeds=[0]",
-    "--adapt.speedup=5",
-    "--start.hyper={ta: {scale: 0.5}, wudi: {lr: 5.0e-4}}",
+MINILM_EVERY = ("--run.name=minilm-every", "--compare.seeds=[0]", "--adapt.speedup=5")
+MINILM_SEARCH = (
+    "--compare.search={ta: {scale: [0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6,0.8]}, "
+    "wudi: {lr: [2.0e-5,1.0e-4,5.0e-4,1.0e-3,2.0e-3]}}"
 )
 WITHOUT_DATA = (
     "pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,tsv,dc_merge,star,cart,iso_c,iso_cts,wudi,"
@@ -105,20 +104,9 @@ OURS = {
     "Vision/results/studies/rates.json": Ours((*VISION, *RATED), "vision/toy", ((FOUR,),), "rates"),
     "Vision/results/studies/ablations.json": Ours(VISION, "vision/toy", by="ablations"),
     "Vision/results/studies/tasks.json": Ours(VISION, "vision/toy", ((FOUR,),), "tasks"),
-    "NLU/results/minilm_regime.json": Ours(MINILM, "nlu/minilm", by="regime"),
-    "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", ((FIVE,),)),
+    "NLU/results/minilm_regime.json": Ours(MINILM, "nlu/minilm", ((MINILM_SEARCH,),), "regime"),
+    "NLU/results/minilm.json": Ours(MINILM, "nlu/minilm", (("--compare.seeds=[0,1,2]",),)),
     "NLU/results/cut.json": Ours(MINILM, "nlu/minilm", (MINILM_GUARD, (*MINILM_GUARD, *CUT))),
-    "NLU/results/wudi.json": Ours(
-        MINILM,
-        "nlu/minilm",
-        (
-            (
-                "--run.name=minilm-wudi",
-                "--compare.starts=[wudi,wudi_exact]",
-                "--compare.search={wudi: {lr: [2.0e-5,1.0e-4,5.0e-4,1.0e-3,2.0e-3]}}",
-            ),
-        ),
-    ),
     "NLU/results/studies/methods.json": Ours(
         MINILM,
         "nlu/minilm",

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_norms_are_those_of_all_blocks_and_conditions_are_judged(pico_config, monkeypatch, capsys):
-    monkeypatch.setattr(regime, "SEARCH", {"ta": {"scale": [0.1, 0.5]}})
+    monkeypatch.setattr(regime, "SEARCH", {"ta": {"scale": [0.1, 0.5]}, "ties": {"scale": [0.5, 1.0]}})
     regime.regime(pico_config, counting(Counter(), by_split))
     made = json.loads((pico_config.run.dir / "regime/regime.json").read_text())
     base = Checkpoint(pico_config.model.path("base")).read_under("visual.transformer.resblocks.")
@@ -25,8 +25,13 @@ def test_norms_are_those_of_all_blocks_and_conditions_are_judged(pico_config, mo
         apart = sum(float((expert[n].double() - p.double()).square().sum()) for n, p in base.items())
         assert norm == pytest.approx((apart / sum(float(p.double().square().sum()) for p in base.values())) ** 0.5)
     said = capsys.readouterr().out
-    assert "search ta" in said and all(c["says"] in said for c in made["conditions"]) and len(made["conditions"]) == 3
-    assert set(made["averages"]) == {"Pretrained", "Individual", "TA", "TSV"}
+    assert (
+        "search ta" in said
+        and "search ties" in said
+        and all(c["says"] in said for c in made["conditions"])
+        and len(made["conditions"]) == 3
+    )
+    assert set(made["averages"]) == {"Pretrained", "Individual", "TA", "TSV", "TIES"}  # what is searched for too
     assert not list((pico_config.run.dir / "regime").glob("anchors"))
 
 
