@@ -1,10 +1,10 @@
 """Which class of a task is meant by the names that a data set or a classifier has for its own numbers."""
 
-import re
 from collections.abc import Sequence
 
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.io.task_heads import folded
 
 
 def places_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
@@ -39,10 +39,3 @@ def places_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[
         "taken in the order of that file; if that is wrong, give its names"
     )
     return list(range(len(classes)))
-
-
-def folded(name: str) -> str:
-    """A name without case, punctuation and spaces of its own; of a number, alone or behind LABEL_, the number."""
-    words = re.sub(r"[\W_]+", " ", str(name).casefold()).strip()
-    number = words.removeprefix("label ")
-    return str(int(number)) if number.isdecimal() else words

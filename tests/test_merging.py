@@ -27,7 +27,7 @@ from common.merging.starts import check_hyper, merge, survey
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.dry_run import describe
-from common.planning.merging import tensors_held
+from common.planning.merging import memory_of_merge, tensors_held
 from helpers import assert_close, change, files_of
 from pico_nlg import pico_architecture, pico_tokenizer, save
 from pico_task_vectors import MATRICES, SHAPES, task_vectors
@@ -357,6 +357,14 @@ def test_the_dry_run_says_what_a_merge_holds(pico_config):
     (line,) = rows("doge_ta")
     assert float(re.fullmatch(r"doge_ta holds (\d+\.\d) tensors like visual.transformer\S+ at once", line)[1]) > 8
     assert rows("pretrained") == []
+
+
+def test_a_tensor_without_weights_is_no_memory(pico_config):
+    def said(shapes):
+        config = change(pico_config, "start", method="average")
+        return memory_of_merge(config, shapes, ("blocks.",), 0, lambda name: [slice(0, shapes[name][0])])
+
+    assert said({"blocks.0.w": (8, 4), "blocks.0.empty": (0, 4)}) == said({"blocks.0.w": (8, 4)}) != {}
 
 
 def test_the_dry_run_foresees_rows_where_they_are_merged_apart(pico_config, monkeypatch):

@@ -90,10 +90,15 @@ def write_task_head(place: Path, head: Params, file: Path, body: Iterable[str], 
 
 
 def order_of(outputs: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    """For each class the number of the output that has its name, in whatever case, with spaces, hyphens or underscores;
-    None unless each has one, and no other name is among them."""
-    plain, wanted = (
-        [re.sub(r"[\s_-]+", " ", name.strip().casefold()) for name in names] for names in (outputs, classes)
-    )
+    """For each class the number of the output that has its name, in whatever case and punctuation; None unless each has
+    one, and no other name is among them."""
+    plain, wanted = [folded(name) for name in outputs], [folded(name) for name in classes]
     same = len(set(plain)) == len(plain) and sorted(plain) == sorted(wanted)
     return [plain.index(name) for name in wanted] if same else None
+
+
+def folded(name: str) -> str:
+    """A name without case, punctuation and spaces of its own; of a number, alone or behind LABEL_, the number."""
+    words = re.sub(r"[\W_]+", " ", str(name).casefold()).strip()
+    number = words.removeprefix("label ")
+    return str(int(number)) if number.isdecimal() else words

@@ -58,6 +58,8 @@ def memory_of_merge(
     device = alone = 0.0
     holds = ""
     for each, shape in shapes.items():
+        if not math.prod(shape):  # a tensor without weights, as some files hold
+            continue
         size = 4 * math.prod(shape)
         rows, weights = first_of(parts(each), shape)
         at_once = 4 * weights
