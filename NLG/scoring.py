@@ -1,7 +1,6 @@
 """Test sets of language models: how an example becomes a prompt, and when the completion is right."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,7 +168,7 @@ def judge(
         batch_size=batch_size,
         name=f"{test}: {name}",
     )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(zip(completions, pool.map(RULES[row.rule].is_right, completions, examples), strict=True))
 
 

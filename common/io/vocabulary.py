@@ -12,7 +12,6 @@ Rows without a token, and those of models without a tokenizer, are matched by nu
 token whatever the experts call it: no model looks at it.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[st
         found = base
     if (found is None or base is None) and any(expert.touches(name) for name in names):
         which = "the base" if base is None else expert.path
-        print(f"{expert.path}: its rows are matched by number, {which} has no tokenizer.json", file=sys.stderr)
+        warn(f"the rows of {expert.path} are matched by number: {which} has no tokenizer.json")
     return found
 
 
