@@ -13,7 +13,7 @@ from common.core.blocks import Block, BlockFamily, nonzero_tensors
 from common.core.errors import InputError
 from common.core.fused import fuse, fused_block, fused_tensors
 from common.core.task_vectors import Params, require_same_shapes, subtract
-from common.fda.adaptation import shortened
+from common.fda.adaptation import FitSettings, shortened
 from common.fda.anchors import SCALES
 from common.io.checkpoints import Checkpoint
 from common.io.heads import open_like
@@ -172,6 +172,9 @@ class Experiment:
             by_token = with_copies(self.family.by_token, base, self.family.unread)
             axes = {n: axis for n, axis in by_token.items() if n in start.shapes and n in self.base.shapes}
             start.resize({n: with_size(start.shapes[n], axis, self.base.shapes[n][axis]) for n, axis in axes.items()})
+        if self.family.before_head and not self.base.names(self.family.before_head):
+            for name in start.names(self.family.before_head):  # left to the heads; a merge that we wrote has it again
+                start.drop(name)
         scope = self.family.scope
         require_same_shapes(start.shapes_under(scope), self.base.shapes_under(scope), str(start.path))
         return start
@@ -179,6 +182,11 @@ class Experiment:
     def hyper(self, method: str) -> dict[str, Any]:
         """All hyperparameters of a start, as `merge` takes them: its defaults, and over them the config's."""
         return hyper_of(method, self.config.start.hyper, defaults=True)
+
+    def fit_settings(self) -> FitSettings:
+        """How blocks are fitted from start.method."""
+        adapt = self.config.adapt.for_start(self.config.start.method)
+        return FitSettings(adapt.distance, adapt.lr, adapt.epochs, adapt.batch_size, adapt.speedup)
 
     def positions(self, task: str) -> Tensor:
         """What is added to the anchors of a task before a block sees them, on the device: 0, or with

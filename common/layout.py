@@ -12,6 +12,7 @@ runs/<name>/scores/<test set>.json                       rows of a test set, whi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,14 @@ def require_own_anchors(config: Config) -> None:
     """InputError if the anchors are made elsewhere: there are none to construct."""
     if source := config.anchors.source:
         raise InputError(f"anchors.source has anchors made elsewhere, {source}: none are to be constructed")
+
+
+def require_anchors(experiment: Experiment) -> None:
+    """InputError unless every block has a file of anchors for every task: an adapted model is made from all."""
+    layout = RunLayout(experiment.config)
+    for task, index in product(experiment.config.tasks, range(experiment.depth)):
+        if not layout.anchor_file(task, index).is_file():
+            raise no_anchors(layout.anchor_file(task, index), experiment.config)
 
 
 def no_anchors(file: Path, config: Config) -> InputError:

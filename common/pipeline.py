@@ -30,7 +30,7 @@ from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
 from common.experiment import Experiment, Unit
-from common.fda.adaptation import FitSettings, Trainable, coefficients, fit_block, own_weights, regmean_warm_start
+from common.fda.adaptation import Trainable, coefficients, fit_block, own_weights, regmean_warm_start
 from common.fda.anchors import initial_anchors
 from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_anchors, optimise_together
 from common.fda.matching import MatchingProblem
@@ -44,6 +44,7 @@ from common.layout import (
     block_provenance,
     fit_provenance,
     is_finished,
+    require_anchors,
     require_free,
     require_own_anchors,
 )
@@ -168,15 +169,16 @@ def search_anchors(
     return [optimise_anchors(p, x, settings, chunk=config.chunk, progress=progress) for p, x in pairs]
 
 
-def adapt(config: Config, domain: Domain) -> Path:
+def adapt(config: Config, domain: Domain) -> Path | None:
     """Box 2: for every block, fit the merged block to each expert's outputs on its anchors; put the model together.
 
-    Returns: the folder of the merged checkpoint, which stock libraries open.
+    Returns: the folder of the merged checkpoint, which stock libraries open; None while blocks are made elsewhere.
     """
     experiment = open_stage(config, domain)
     domain.check_export(config.model)
     folder = RunLayout(config).adapted
     require_free(folder, domain.SHARDED)
+    require_anchors(experiment)
     start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
@@ -187,7 +189,7 @@ def adapt(config: Config, domain: Domain) -> Path:
     if config.run.score:
         score_run(config, domain)
     write_cards(config, domain)
-    return folder
+    return folder if is_finished(folder, provenance) else None
 
 
 def adapt_blocks(experiment: Experiment, domain: Domain, provenance: Mapping[str, Any]) -> None:
@@ -217,7 +219,7 @@ def adapt_block(experiment: Experiment, start: Checkpoint, index: int, provenanc
     trained, x_ATD, y_ATD = fit_problem(experiment, start, index)
     # minimise the distance to the experts' outputs
     generator = seeded(experiment.config.run.seed, "adapt", index)
-    how, block = fit_settings_of(experiment.config), experiment.functions[index]
+    how, block = experiment.fit_settings(), experiment.functions[index]
     merged, trace = fit_block(block, trained, x_ATD, y_ATD, how, generator=generator, progress=bar.advance)
     write_tensors(file, merged, provenance | {"trace": trace})
 
@@ -241,12 +243,6 @@ def fit_problem(experiment: Experiment, start: Checkpoint, index: int) -> tuple[
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
         trained = regmean_warm_start(block, trained, zip(thetas, inputs, strict=True), settings.ridge)
     return trained, torch.cat(inputs), torch.cat(targets)
-
-
-def fit_settings_of(config: Config) -> FitSettings:
-    """How the blocks are fitted from start.method."""
-    settings = config.adapt.for_start(config.start.method)
-    return FitSettings(settings.distance, settings.lr, settings.epochs, settings.batch_size, settings.speedup)
 
 
 def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Params) -> Trainable:

@@ -20,6 +20,7 @@ from common.fda.adaptation import (
     regmean_warm_start,
 )
 from common.io.checkpoints import read_header
+from common.layout import RunLayout
 from common.pipeline import adapt, construct
 from common.planning.cost import Ledger, memory_of_warm_start
 from helpers import linear
@@ -222,7 +223,9 @@ def test_the_closed_form_alone_is_nearer_to_the_experts_than_the_start(pico_conf
     losses = {}
     for warm_start in ("none", "regmean"):  # steps too small to matter; the block waits for the other one
         settings = replace(quiet.adapt, warm_start=warm_start, label=warm_start, lr=1e-9, epochs=1, by_start={})
-        folder = adapt(replace(quiet, adapt=settings, run=replace(quiet.run, blocks=[0])), domain)
+        of_one = replace(quiet, adapt=settings, run=replace(quiet.run, blocks=[0]))
+        assert adapt(of_one, domain) is None
+        folder = RunLayout(of_one).adapted
         losses[warm_start] = read_header(folder / "blocks" / "block_00.safetensors")["trace"][0]
     assert losses["regmean"] < 0.5 * losses["none"]
     closed = replace(quiet, adapt=replace(quiet.adapt, warm_start="regmean", epochs=0, label="closed"))

@@ -84,8 +84,12 @@ def test_results_of_other_settings_are_refused_as_by_the_run(own, section, value
 def test_an_adaptation_without_anchors_is_refused_and_a_merge_is_not(own):
     config, _ = own
     assert describe(config, domain, MERGE).refusals == describe(config, domain, CONSTRUCT).refusals == []
-    [sentence] = describe(config, domain, ADAPT).refusals
+    [sentence] = refused_alike(config, adapt, ADAPT)
     assert sentence.startswith("there are no anchors at ") and "construct_fda.py" in sentence
+    assert not config.run.dir.joinpath("merged").exists()  # the start is not merged for nothing
+    one = change(config, "run", blocks=[0])
+    construct(one, domain)
+    assert "block_01" in refused_alike(one, adapt, ADAPT)[0]  # an adapted block is told apart by all anchors
 
 
 def test_a_start_that_does_not_fit_is_refused(own, tmp_path):

@@ -208,6 +208,9 @@ def test_classifiers_leave_the_encoder_the_base_s_pooler(nlu_inputs, own_nlu, tm
         merged, report = AutoModel.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values())
         assert torch.equal(merged.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
+        given = change(change(config, "start", checkpoint=str(folder)), "run", name=f"given{len(heads)}")
+        taken = merge_alone(given, domain)  # what we wrote can be a start
+        assert torch.equal(AutoModel.from_pretrained(taken).pooler.dense.weight, merged.pooler.dense.weight)
     mnli, report = AutoModelForSequenceClassification.from_pretrained(folder / "heads/MNLI", output_loading_info=True)
     assert not any(report.values())
     own = load_file(config.model.path("expert", "MNLI") / "model.safetensors")

@@ -33,7 +33,7 @@ from common.experiment import Experiment
 from common.fda.adaptation import fit_block
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample
-from common.pipeline import fit_problem, fit_settings_of
+from common.pipeline import fit_problem
 from common.run.stages import lines_only
 
 EXAMPLES, BATCH = 48, 24  # of each task
@@ -134,7 +134,7 @@ def block_path(experiment: Experiment, start: Checkpoint, index: int, axes: tupl
         rows.append([inner(delta, e_1), inner(delta, e_2), inner(delta, delta)])
 
     note()
-    how, generator = fit_settings_of(experiment.config), seeded(experiment.config.run.seed, "adapt", index)
+    how, generator = experiment.fit_settings(), seeded(experiment.config.run.seed, "adapt", index)
     fit_block(experiment.functions[index], trained, x_ATD, y_ATD, how, generator=generator, progress=note)
     return torch.tensor(rows, dtype=torch.float64)
 

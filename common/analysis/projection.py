@@ -45,7 +45,7 @@ from common.fda.adaptation import fit_block
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import Sample
 from common.opening import carry_out
-from common.pipeline import fit_settings_of, trainable
+from common.pipeline import trainable
 from common.run.engine import Memory
 from common.run.progress import UnitBar, Units
 
@@ -125,7 +125,7 @@ def attention_and_mlp(family: BlockFamily, module: BlockModule, theta: Params, x
 
 def adapted_alone(experiment: Experiment, start: Checkpoint, index: int, task: str, x_ATD: Tensor) -> Params:
     """τ': how far a block goes from the start when it is adapted to one expert on its anchors x."""
-    block, how = experiment.functions[index], fit_settings_of(experiment.config)
+    block, how = experiment.functions[index], experiment.fit_settings()
     theta_0, theta_t = (experiment.read_block(c, index) for c in (experiment.base, experiment.experts[task]))
     trained = trainable(experiment, start, index, theta_0)
     with torch.no_grad():

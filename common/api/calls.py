@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -156,12 +156,12 @@ def prepared(
         yield Prepared(config, of_domain, keeper)
 
 
-def result(base: ModelLike, folder: Folder, ready: Prepared, stage: Callable[[Config, Domain], Path]) -> Any:
+def result(base: ModelLike, folder: Folder, ready: Prepared, stage: Callable[[Config, Domain], Path | None]) -> Any:
     """What a stage that merges made: a module like the base, or its folder if the base is a place."""
     if isinstance(base, nn.Module):
         if not folder and (ready.config.model.heads or ready.config.model.tokenizers):
             raise InputError("model.heads and model.tokenizers make folders beside the weights; folder= says where")
-        return like_base(base, stage(ready.config, ready.domain))
+        return like_base(base, cast(Path, stage(ready.config, ready.domain)))  # of all blocks, so it is there
     if not folder:
         raise InputError("base is a place and no module, so the merged model is a folder; folder= says where")
     return stage(ready.config, ready.domain)

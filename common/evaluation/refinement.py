@@ -24,7 +24,7 @@ from common.evaluation.tuning import (
 )
 from common.experiment import Experiment
 from common.io.checkpoints import digest
-from common.layout import RunLayout, block_provenance, fit_provenance
+from common.layout import RunLayout, block_provenance, fit_provenance, require_anchors
 from common.opening import open_experiment
 
 Fit = Callable[[Experiment, Domain, Mapping[str, Any]], None]
@@ -75,6 +75,7 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
     """What search.json says of a candidate, which is made and scored if it says nothing yet."""
     experiment = open_experiment(config, domain)
     domain.check_export(config.model)
+    require_anchors(experiment)
     start, folder = merge_start(experiment, domain), RunLayout(config).adapted
     provenance = fit_provenance(experiment, start)
     row = {"method": FDA, "start": config.start.method, "init": config.anchors.init, "fields": fields}

@@ -30,7 +30,7 @@ from common.layout import (
     fit_settings,
     is_finished,
     merge_settings,
-    no_anchors,
+    require_anchors,
     require_free,
     require_own_anchors,
 )
@@ -165,11 +165,7 @@ def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
 
 def check_anchors(experiment: Experiment, domain: Domain) -> None:
     """All anchors that an adaptation needs are there, of these settings or in the released layout."""
-    layout = RunLayout(experiment.config)
-    for task, index in product(experiment.config.tasks, experiment.blocks):
-        file = layout.anchor_file(task, index)
-        if not file.is_file():
-            raise no_anchors(file, experiment.config)
+    require_anchors(experiment)
     if not experiment.config.anchors.source:
         check_anchors_made(experiment, domain)
 
