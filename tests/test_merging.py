@@ -592,9 +592,9 @@ def test_labels_are_unique_ideas_have_six_words_and_files_exist():
 def test_the_table_of_methods_has_a_row_for_each():
     head, *rows = method_table()
     assert len(rows) == len(METHODS) + len(STEPS) and {len(row) for row in rows} == {len(head)} == {4}
-    assert ("TIES (`ties`)", METHODS["ties"].idea, "no", "`common/merging/ties.py`") in rows
-    assert ("SVC (`…+svc`)", STEPS["svc"].idea, "no", "`common/merging/svc.py`") in rows
-    assert ("Fisher (`fisher`)", METHODS["fisher"].idea, "train inputs", "`common/merging/fisher.py`") in rows
+    assert ("TIES (`ties`)", METHODS["ties"].idea, "no", "[ties.py](ties.py)") in rows
+    assert ("SVC (`…+svc`)", STEPS["svc"].idea, "no", "[svc.py](svc.py)") in rows
+    assert ("Fisher (`fisher`)", METHODS["fisher"].idea, "train inputs", "[fisher.py](fisher.py)") in rows
 
 
 ADDED = """

@@ -163,8 +163,14 @@ def method_table() -> list[tuple[str, str, str, str]]:
     lines = [("Method (`start.method`)", "Idea", "Needs data", "File")]
     for key, method in METHODS.items():
         needs = f"{method.data.split} inputs" if method.data else "no"
-        lines.append((f"{method.label} (`{key}`)", method.idea, needs, f"`{method.file}`"))
+        lines.append((f"{method.label} (`{key}`)", method.idea, needs, link(method.file)))
     for key, step in STEPS.items():
         where = f"`{key}+…`" if step.stage == "before" else f"`…+{key}`"
-        lines.append((f"{step.label} ({where})", step.idea, "no", f"`{step.file}`"))
+        lines.append((f"{step.label} ({where})", step.idea, "no", link(step.file)))
     return lines
+
+
+def link(file: str) -> str:
+    """A file of common/merging/ for a page there."""
+    name = file.rpartition("/")[2]
+    return f"[{name}]({name})"
