@@ -14,7 +14,7 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
-from common.io.model_files import GENERATION_FILE, shortened
+from common.io.model_files import GENERATION_FILE, folder_of, shortened
 from common.io.skeleton import stored_shapes
 from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
@@ -122,7 +122,7 @@ def check_ends(model: Model, others: dict[str, Path]) -> None:
 
 def ends_of(path: Path) -> Any:
     """The tokens that end an answer, as generation_config.json or else config.json says; None if neither does."""
-    for file in (path / GENERATION_FILE, config_file(path)):
+    for file in (folder_of(path) / GENERATION_FILE, config_file(path)):
         if file and file.is_file():
             found = read_config(file).get("eos_token_id")
             if found is not None:

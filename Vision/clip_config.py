@@ -21,7 +21,7 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
 from common.io.lineage import check_lineage
 from common.io.model_config import SHOWN, config_file, flat, is_off, read_config
-from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, folder_of
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, kind_of
 from Vision.zero_shot import refuse_heads
 
@@ -44,7 +44,7 @@ OTHER_TOWERS = ("visual.trunk.", "visual.layer1.")  # of open_clip, but no Visio
 
 def clip_file(path: Path) -> Path | None:
     """The open_clip_config.json of the model at a path: in the folder, or beside the file that open_clip saves."""
-    file = (path.parent if path.name in OPEN_CLIP_FILES else path) / OPEN_CLIP_CONFIG
+    file = folder_of(path, OPEN_CLIP_FILES) / OPEN_CLIP_CONFIG
     return file if file.is_file() else None
 
 

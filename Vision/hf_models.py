@@ -270,5 +270,5 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     changes = dtype_field(parse(written, "config.json"), str(dtype).removeprefix("torch."))
     write_edited(written, folder / "config.json", changes)
     copy_surroundings(source, folder)
-    if source != model.path("base"):
-        copy_settings(model.path("base"), folder, PROCESSORS)
+    if source != base.folder:
+        copy_settings(base.folder, folder, PROCESSORS)

@@ -275,4 +275,4 @@ def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, La
     if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
         copy_modules(modules, folder)
     if experiment.matching.more:
-        write_with_more(experiment.base.path, folder, experiment.matching.more)
+        write_with_more(experiment.base.folder, folder, experiment.matching.more)

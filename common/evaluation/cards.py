@@ -14,7 +14,7 @@ from common.evaluation.scoring import identifying, results_of
 from common.evaluation.tables import table
 from common.io.checkpoints import write_text
 from common.io.model_config import CONFIG_FILE
-from common.io.model_files import OPEN_CLIP_CONFIG, json_of
+from common.io.model_files import OPEN_CLIP_CONFIG, folder_of, json_of
 from common.io.tokenizer_files import MODULES_FILE
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, read_provenance
 from common.merging.starts import JOINED
@@ -90,7 +90,7 @@ def front_matter(config: Config, folder: Path) -> str:
         base_model=known or None,
         base_model_relation="merge" if known else None,
         library_name=library_of(folder),
-        license=licence_of(config.model.path("base")),
+        license=licence_of(folder_of(config.model.path("base"))),
         tags=["merge", "model-merging", "functional-dual-anchors"],
         ignore_metadata_errors=True,
     )

@@ -21,7 +21,7 @@ from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import Row, opened
 from common.io.json_files import parse_object
-from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, WEIGHT_FILES, find_model, json_of
+from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tensors import WHOLE, of_shape, read_tensor
@@ -66,8 +66,8 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the model's config and tokenizer are. A file of a name of one's own may lie beside those of others."""
-        return self.path.parent if self.path.name in WEIGHT_FILES else self.path
+        """Where the model's config and tokenizer are."""
+        return folder_of(self.path)
 
     def check_weights(self, stored: Mapping[str, Row]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""

@@ -87,7 +87,7 @@ def refuse_other_model(adapter: Path, named: Path, config: ModelConfig) -> None:
 
 def names_of(base: Path, config: ModelConfig | None) -> set[str]:
     """What a base may be called, in lower case: its folder, its name in the hub's cache, what its config says."""
-    folder = base if base.is_dir() else base.parent
+    folder = base if base.is_dir() else base.parent  # of any file: what it is called is all that is looked for
     parts = [*folder.parts, *folder.resolve().parts]
     cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
     names = [folder.name, folder.resolve().name, base.stem, *cached]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.io.json_files import parse_object, read_object
-from common.io.model_files import MODEL_FILE
+from common.io.model_files import MODEL_FILE, folder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -94,9 +94,9 @@ class ModelConfig:
 
 
 def config_file(path: Path) -> Path | None:
-    """The config.json of the model at a path: in the folder, or beside the one file that is a folder's model."""
-    folder = path.parent if path.name == MODEL_FILE else path
-    return folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
+    """The config.json of the model at a path: in the folder, or beside the file that transformers saves, none other."""
+    file = folder_of(path, (MODEL_FILE,)) / CONFIG_FILE
+    return file if file.is_file() else None
 
 
 def read_text(file: Path) -> str:

@@ -11,7 +11,7 @@ Two files that one library could open must hold the same tensors, byte for byte;
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +59,14 @@ class ModelFiles:
         """For the dry run: what is read, and what is not."""
         read = self.files[0].name if len(self.files) == 1 else f"{len(self.files)} shards"
         return read + (f"; not read: {', '.join(self.unread)}" if self.unread else "")
+
+
+def folder_of(path: Path, saved: Collection[str] = WEIGHT_FILES) -> Path:
+    """Where a model's config and tokenizer are: the folder of a file that a library has `saved` a folder's model as.
+
+    A file of a name of one's own is its own place, with nothing beside it, for its neighbours may be of other models.
+    """
+    return path.parent if path.name in saved else path
 
 
 def weight_files(path: Path) -> list[Path]:
