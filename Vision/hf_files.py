@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from common.core.errors import InputError
-from common.io.model_config import SHOWN, ModelConfig, config_file, read_config, resolve
+from common.core.errors import InputError, in_short
+from common.io.model_config import ModelConfig, config_file, read_config, resolve
 from common.io.model_files import folder_of
 from common.io.tokenizer_files import contents
 
@@ -96,7 +96,7 @@ def require_same_preprocessing(path: Path, *bases: Path) -> None:
         return
     fields, others = (processor_fields(folder) for folder in (own, base))
     unlike = [key for key in {**fields, **others} if fields.get(key) != others.get(key)]
-    said = "; ".join(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike[:SHOWN])
+    said = "; ".join(in_short(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike))
     raise InputError(
         f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter says, "
         "for which these weights are not made; merge models of one base, or correct the file that is wrong"

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.core.errors import InputError, NotFetched
+from common.core.errors import InputError, NotFetched, in_short
 from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
 from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, tensor_rows
 
@@ -108,7 +108,7 @@ def in_folder(folder: Path) -> ModelFiles:
     read = {file.name for file in files}
     unread = [file.name for file in sorted(folder.glob("*.safetensors*")) if file.name not in {*read, INDEX_FILE}]
     index = within(folder / "config.json", Path(chosen)) if chosen.endswith(".json") else None
-    return ModelFiles(tuple(files), index, tuple(shortened(unread)))
+    return ModelFiles(tuple(files), index, tuple(in_short(unread)))
 
 
 def candidates_in(folder: Path) -> dict[str, list[Path]]:
@@ -210,11 +210,6 @@ def within(index: Path, shard: Path) -> Path:
     if shard.is_absolute() or ".." in shard.parts:
         raise InputError(f"{index} names the shard {shard}, which lies outside its folder")
     return index.parent / shard
-
-
-def shortened(names: list[str]) -> list[str]:
-    """The first names of many, and how many follow."""
-    return names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
 
 
 # ---- the same tensors? -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
@@ -30,7 +30,6 @@ from common.io.tensors import with_size
 from common.io.token_rows import are_comparable, require_equal_sizes, require_kept_sizes, row_count, row_counts
 from common.io.tokens import FAST, Tokens, read_tokens, with_more
 
-SHOWN = 4  # of the tokens that a sentence names
 PADDING = ""  # stands for the padding token that the base lacks, by whatever name
 
 
@@ -201,7 +200,7 @@ def taken_over(
         way = "; model.tokenizers gives an expert's a folder beside the merged model" if policy else ""
         if named:
             warn(
-                f"rows are merged of {', '.join(named[:SHOWN])}{', ...' if len(named) > SHOWN else ''}, tokens of "
+                f"rows are merged of {', '.join(in_short(named))}, tokens of "
                 f"{', '.join(dict.fromkeys(task for owners in new.values() for task in owners))}, which the merged "
                 f"model's tokenizer does not know, for it is the base's: {error}{way}"
             )
