@@ -98,7 +98,7 @@ def findings(
             gain = difference(scores[name], scores[other]) if other in scores else None
             if gain and gain != said:  # some starts have the same rest themselves
                 of_tasks = "" if rest else by_task(scores[name], scores[other], tasks)
-                lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}{of_tasks}")
+                lines.append(f"{name} against {start}{rest}: {difference_in_words(gain, percent)}{of_tasks}")
             said = gain
     merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
     if lines and len(merged) > 1:
@@ -127,7 +127,7 @@ def by_task(ours: Scores, theirs: Scores, tasks: Sequence[str]) -> str:
     return f"; of {len(tasks)} tasks better on {verdicts.count('better')}, worse on {', '.join(worse) or 'none'}"
 
 
-def in_words(gain: Difference, percent: bool) -> str:
+def difference_in_words(gain: Difference, percent: bool) -> str:
     """The difference, its interval and the verdict."""
     mean, low, high = (f"{100 * x:+.2f}" if percent else f"{x:+.4f}" for x in gain)
     return f"{mean} ({low} to {high}), {gain.verdict}"

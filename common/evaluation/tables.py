@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from common.evaluation.rows import Row, Values, display, in_same_rest, is_shown, means, rank, row_name, values_by_seed
 from common.evaluation.significance import DRAWS, LEVEL
-from common.run.stages import in_words
+from common.run.stages import seconds_in_words
 
 MISSING = "–"
 BOOTSTRAP = (
@@ -130,7 +130,7 @@ def cost_cells(rows: Iterable[Row]) -> list[str]:
     if not costs:
         return [MISSING, MISSING]
     seconds, gib = means(costs.values())
-    return [in_words(seconds), f"{gib:.2f} GiB"]
+    return [seconds_in_words(seconds), f"{gib:.2f} GiB"]
 
 
 def cell(value: float, percent: bool, sign: str = "") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.assembly import merge_start
 from common.config import Adapt, Config, as_dict
-from common.core.annotations import in_words, is_of
+from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.front import TRIED, front_of, map_search, write_front
@@ -82,7 +82,7 @@ def check_fields(config: Config, lists: Mapping[str, Any], grid: list[dict[str, 
     for chosen in grid:
         for name, value in chosen.items():
             if not is_of(value, known[name]):
-                raise InputError(f"compare.search.fda.{name} must be {in_words(known[name])}, it is {value!r}")
+                raise InputError(f"compare.search.fda.{name} must be {kind_in_words(known[name])}, it is {value!r}")
         for start in config.compare.starts:
             check_settings(with_fields(config, start, chosen))
 

@@ -97,7 +97,7 @@ def on_a_cpu(large: float, small: float) -> float:
     return large + (1 + HOLES) * small
 
 
-def in_words(gpu: float, host: float, alone: float) -> str:
+def memory_in_words(gpu: float, host: float, alone: float) -> str:
     """Bytes on a GPU and in the memory of its host, or on a CPU alone."""
     a, b, c = (f"{size / GIB:.2f} GiB" for size in (gpu, host, alone))
     return f"about {a} on a GPU and {b} of its host; {c} on a CPU alone"

@@ -42,8 +42,8 @@ from common.planning.cost import (
     blocks_of,
     construction_memory,
     cost_of_step,
-    in_words,
     largest_of,
+    memory_in_words,
     size_of,
 )
 from common.planning.merging import memory_of_merge, memory_with_data
@@ -262,10 +262,10 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
         "construct, in": precision,
-        "construct, memory": in_words(*construction_memory(construction, largest, shape)),
+        "construct, memory": memory_in_words(*construction_memory(construction, largest, shape)),
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
-        "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
+        "adapt, memory": memory_in_words(*adaptation._replace(host=max(adaptation.host, passing))),
         **memory_of_merge(config, merged, family.prefixes, passing, partial(merged_rows, experiment, config)),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{every / GIB:.2f} GiB a model in {dtype}",

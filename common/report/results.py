@@ -10,7 +10,15 @@ from statistics import fmean
 from typing import NamedTuple
 
 from common.evaluation.rows import Row, display, is_shown, rank, row_name, values_by_seed
-from common.evaluation.significance import Difference, Scores, average, difference, findings, in_words, scores_of
+from common.evaluation.significance import (
+    Difference,
+    Scores,
+    average,
+    difference,
+    difference_in_words,
+    findings,
+    scores_of,
+)
 from common.evaluation.tables import deviation, footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
@@ -118,7 +126,7 @@ def between(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
             if gain and gain.low == gain.high == 0:
                 alike.append(name)
             elif gain:
-                said.append(f"{name}, {run.name} against {first[0].name}: {in_words(gain, run.percent)}")
+                said.append(f"{name}, {run.name} against {first[0].name}: {difference_in_words(gain, run.percent)}")
         if alike:
             said.append(f"the same scores in {run.name} and {first[0].name}: {', '.join(alike)}")
     return said
