@@ -19,7 +19,7 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
-from common.io.headers import Row, opened
+from common.io.headers import StoredTensor, opened
 from common.io.json_files import parse_object
 from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
 from common.io.prefixes import unwrapped
@@ -44,7 +44,7 @@ class Checkpoint:
     def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
         self.path = Path(path)
         self.found = find_model(self.path)
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, StoredTensor] = {}
         self.left_out: list[str] = []
         stored = {row.stored: row for row in self.found.rows()}
         self.check_weights(stored)
@@ -69,7 +69,7 @@ class Checkpoint:
         """Where the model's config and tokenizer are."""
         return folder_of(self.path)
 
-    def check_weights(self, stored: Mapping[str, Row]) -> None:
+    def check_weights(self, stored: Mapping[str, StoredTensor]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
         named = next(quantiser_files(self.folder), "")
         require_weights(self.path, stored, json_of(self.folder / "config.json"), named)

@@ -19,7 +19,7 @@ from typing import Any
 
 from common.core.errors import InputError, NotFetched, in_short
 from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
-from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, tensor_rows
+from common.io.headers import CONVERT, StoredTensor, absent, mistaken_for, opened, tensor_rows
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,9 +40,9 @@ class ModelFiles:
     index: Path | None = None
     unread: tuple[str, ...] = ()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StoredTensor]:
         """All tensors, from the headers. InputError if one is in two shards, or not in that which the index says."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, StoredTensor] = {}
         for row in (row for file in self.files for row in tensor_rows(file)):
             if row.stored in rows:
                 where = f"{rows[row.stored].file} and {row.file.name}"
@@ -241,7 +241,7 @@ def difference(one: State, other: State) -> str:
     return next((name for name, row in first.items() if not same_bytes(row, second[name])), "")
 
 
-def same_bytes(one: Row, other: Row) -> bool:
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors of one type and shape hold the same bytes."""
     with opened(one.file), open(one.file, "rb") as a, open(other.file, "rb") as b:
         for at in range(0, one.nbytes, CHUNK_BYTES):
