@@ -10,7 +10,7 @@ import yaml
 from common.analysis.material import Numbers, spread
 from common.analysis.projection import BATCH, STARTS, UPDATES
 from common.analysis.registry import ANALYSES
-from common.analysis.report import analyse
+from common.analysis.run import analyse
 from common.command import watched
 from common.config import PRETRAINED, ROOT, Config
 from common.domain import Domain, anchored_part, module_of
