@@ -8,8 +8,8 @@ from common.config import Model
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
-from common.io.model_files import GENERATION_FILE, folder_of
+from common.io.model_config import config_file, dtype_field, parse, read_config, read_text
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, folder_of
 from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited

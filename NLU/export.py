@@ -12,8 +12,8 @@ from common.core.errors import InputError
 from common.core.places import for_task
 from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.model_files import GENERATION_FILE, MODEL_FILE, folder_of
+from common.io.model_config import config_file, dtype_field, parse, read_text
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, MODEL_FILE, folder_of
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited

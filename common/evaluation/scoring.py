@@ -12,7 +12,7 @@ import yaml
 from common.assembly import start_in_base
 from common.config import PRETRAINED, ROOT, Config, as_dict
 from common.domain import Domain, module_of, scored_tests
-from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
+from common.evaluation.rows import INDIVIDUAL, Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
@@ -187,7 +187,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
     """What is scored on the test sets of a task: (method, start, init, label) of the row, and the checkpoint."""
     row = {"method": PRETRAINED, "start": None, "init": None, "label": ""}
     yield row, experiment.base
-    yield row | {"method": "individual"}, experiment.experts[task]
+    yield row | {"method": INDIVIDUAL}, experiment.experts[task]
     if experiment.config.start.checkpoint:
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
@@ -201,7 +201,7 @@ def make_same_rests(experiment: Experiment, domain: Domain) -> None:
         made = read_provenance(file.parent)
         with interpreted(file, "provenance of a merged model"):
             start, rest = merged / str(made["start"]["method"]), made["adapt"]["rest"]
-        if rest == "pretrained" and (start / PROVENANCE_FILE).is_file():
+        if rest == PRETRAINED and (start / PROVENANCE_FILE).is_file():
             start_in_base(experiment, domain, Checkpoint(start))
 
 

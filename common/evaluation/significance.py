@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.evaluation.answers import resampled
-from common.evaluation.rows import Row, display, in_same_rest, is_shown, rank, row_name
+from common.evaluation.rows import INDIVIDUAL, Row, display, in_same_rest, is_shown, rank, row_name
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -100,14 +100,14 @@ def findings(
                 of_tasks = "" if rest else by_task(scores[name], scores[other], tasks)
                 lines.append(f"{name} against {start}{rest}: {difference_in_words(gain, percent)}{of_tasks}")
             said = gain
-    merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
+    merged = [name for name in scores if shown.get(name, {}).get("method", INDIVIDUAL) != INDIVIDUAL]
     if lines and len(merged) > 1:
         best = max(merged, key=lambda name: average(scores[name]))
         gains = {name: difference(scores[best], scores[name]) for name in merged if name != best}
         level = [name for name, gain in gains.items() if gain and gain.verdict != "better"]
         beside = f"not told apart from it: {', '.join(level)}" if level else "better than every other merged model"
         known = [name for name, gain in gains.items() if gain] + [best]
-        unknown = [name for name, row in shown.items() if row["method"] != "individual" and name not in known]
+        unknown = [name for name, row in shown.items() if row["method"] != INDIVIDUAL and name not in known]
         apart = f"; not compared, without answers or a seed in common: {', '.join(unknown)}" if unknown else ""
         lines.append(f"best mean: {best}; {beside}{apart}")
     return lines

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from common.config import PRETRAINED
 from common.evaluation.figures import COLOURS, DOT, FAINT, GREY, INK, RING, legend, save
-from common.evaluation.rows import display
+from common.evaluation.rows import INDIVIDUAL, display
 from common.evaluation.significance import Difference, difference_in_words
 from common.evaluation.tables import aligned
 from common.merging.registry import METHODS
@@ -36,7 +36,7 @@ def point_lines(kind: str, rows: Rows, percent: bool) -> list[list[str]]:
     head = {"tasks": "Tasks", "scale": "Scale", "rates": "Rate", "real": "Inputs"}[kind]
     lines = [[head, "‖τ‖/‖θ₀‖", "Pretrained", "Individual", "Start", "Avg", "FDA", "Δ"]]
     for row in rows:
-        values = [value(row[key], percent) for key in (PRETRAINED, "individual")]
+        values = [value(row[key], percent) for key in (PRETRAINED, INDIVIDUAL)]
         ends = [value(row[key], percent) for key in ("avg", "fda")]
         gain = difference_in_words(Difference(*row["gain"]), percent)
         lines.append([f"{row['at']:g}", f"{100 * row['norm']:.1f} %", *values, display(row["start"]), *ends, gain])

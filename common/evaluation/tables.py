@@ -4,7 +4,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from common.evaluation.rows import Row, Values, display, in_same_rest, is_shown, means, rank, row_name, values_by_seed
+from common.evaluation.rows import (
+    INDIVIDUAL,
+    Row,
+    Values,
+    display,
+    in_same_rest,
+    is_shown,
+    means,
+    rank,
+    row_name,
+    values_by_seed,
+)
 from common.evaluation.significance import DRAWS, LEVEL
 from common.run.stages import seconds_in_words
 
@@ -81,7 +92,7 @@ def gain_cell(
 def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True) -> str:
     """A short table, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
     Time is the merge's, and behind each Δ that of the anchors and the adaptation."""
-    rows = sorted((row for row in rows if row["method"] != "individual" and is_shown(row)), key=rank)
+    rows = sorted((row for row in rows if row["method"] != INDIVIDUAL and is_shown(row)), key=rank)
     ours, named = values_by_seed(rows, tasks), {row_name(row): row for row in rows}
     starts = {name: row["method"] for name, row in named.items() if row["method"] != "fda"}
     kinds = list(

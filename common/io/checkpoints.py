@@ -21,13 +21,13 @@ from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import StoredTensor, opened
 from common.io.json_files import parse_object
-from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tensors import WHOLE, of_shape, read_tensor
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
-BESIDE = ("config.json", OPEN_CLIP_CONFIG, GENERATION_FILE)
+BESIDE = (CONFIG_FILE, OPEN_CLIP_CONFIG, GENERATION_FILE)
 SURROUNDINGS = (*BESIDE, *TOKENIZER_FILES, *SENTENCE_FILES)
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
@@ -72,7 +72,7 @@ class Checkpoint:
     def check_weights(self, stored: Mapping[str, StoredTensor]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
         named = next(quantiser_files(self.folder), "")
-        require_weights(self.path, stored, json_of(self.folder / "config.json"), named)
+        require_weights(self.path, stored, json_of(self.folder / CONFIG_FILE), named)
 
     def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """From now on the named tensors have these shapes: surplus rows are cut, missing ones the mean of the rest."""

@@ -18,8 +18,8 @@ from common.io.checkpoints import Checkpoint
 from common.io.headers import opened
 from common.io.lora import open_checkpoint
 from common.io.model_config import config_file, known_config, parse, read_config
+from common.io.model_files import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 ROWS = 4096  # of an embedding and a head that are compared at a time
 
 

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.json_files import parse_object, read_object
-from common.io.model_files import MODEL_FILE, folder_of
+from common.io.model_files import CONFIG_FILE, MODEL_FILE, folder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CONFIG_FILE = "config.json"
 AUTO = "auto"  # model.family: whatever the config says
 WHAT = "config file, JSON with a model_type"
 

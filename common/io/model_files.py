@@ -21,6 +21,7 @@ from common.core.errors import InputError, NotFetched, in_short
 from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
 from common.io.headers import CONVERT, StoredTensor, absent, mistaken_for, opened, tensor_rows
 
+CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -107,7 +108,7 @@ def in_folder(folder: Path) -> ModelFiles:
             )
     read = {file.name for file in files}
     unread = [file.name for file in sorted(folder.glob("*.safetensors*")) if file.name not in {*read, INDEX_FILE}]
-    index = within(folder / "config.json", Path(chosen)) if chosen.endswith(".json") else None
+    index = within(folder / CONFIG_FILE, Path(chosen)) if chosen.endswith(".json") else None
     return ModelFiles(tuple(files), index, tuple(in_short(unread)))
 
 
@@ -137,9 +138,9 @@ def alike(folder: Path, own: Path) -> dict[str, list[Path]]:
 
 def transformers_candidates(folder: Path) -> dict[str, list[Path]]:
     """What transformers would open in a folder, its choice first."""
-    named = json_of(folder / "config.json").get("transformers_weights")
+    named = json_of(folder / CONFIG_FILE).get("transformers_weights")
     if isinstance(named, str) and named.endswith((".safetensors", INDEX_FILE)):
-        file = within(folder / "config.json", Path(named))
+        file = within(folder / CONFIG_FILE, Path(named))
         return {named: whole(file) if named.endswith(".json") else [file]}
     found = {MODEL_FILE: [folder / MODEL_FILE]} if is_there(folder / MODEL_FILE) else {}
     if not found and is_there(folder / INDEX_FILE):

@@ -16,8 +16,8 @@ from common.core.notices import warn
 from common.io.checkpoints import copy_files
 from common.io.hashes import file_hash
 from common.io.json_files import interpreted, read_object
-from common.io.model_config import CONFIG_FILE, read_text
-from common.io.model_files import folder_of
+from common.io.model_config import read_text
+from common.io.model_files import CONFIG_FILE, folder_of
 from common.io.tokenizer_files import IN_MODULE, MODULES_FILE, SENTENCE_SETTINGS, matching
 
 WHAT = "list of the modules of a sentence-transformers model"
