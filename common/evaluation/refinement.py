@@ -23,7 +23,7 @@ from common.evaluation.tuning import (
     with_fields,
 )
 from common.experiment import Experiment
-from common.io.checkpoints import digest
+from common.io.hashes import digest
 from common.layout import RunLayout, block_provenance, fit_provenance
 from common.opening import open_experiment
 

@@ -15,8 +15,9 @@ from common.domain import Domain, module_of, scored_tests
 from common.evaluation.rows import INDIVIDUAL, Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, digest, read_header
+from common.io.checkpoints import Checkpoint, read_header
 from common.io.examples import identity_of
+from common.io.hashes import digest
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.opening import carry_out, open_experiment

@@ -18,8 +18,9 @@ from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.front import TRIED, front_of, map_search, write_front
-from common.io.checkpoints import digest, write_text
+from common.io.checkpoints import write_text
 from common.io.examples import identity_of
+from common.io.hashes import digest
 from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper

@@ -253,14 +253,11 @@ def remove_leftovers(file: Path) -> None:
             pass  # somebody else's
 
 
-def digest(value: Params | Any) -> str:
-    """16 hexadecimal digits that identify tensors by name, type, shape and bytes, or anything that JSON can say."""
-    sha = hashlib.sha256()
-    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
-        for name in sorted(value):
-            tensor = value[name].detach().cpu().contiguous()
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    else:
-        sha.update(json.dumps(value, sort_keys=True).encode())
+def tensor_digest(tensors: Params) -> str:
+    """16 hexadecimal digits that identify tensors by name, type, shape and bytes."""
+    sha = hashlib.sha256(b"" if tensors else b"{}")  # of no tensors as of {} in JSON, in files that exist
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]

@@ -48,9 +48,14 @@ def file_hash(file: Path) -> str:
     return found
 
 
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that identify anything that JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def identity(parts: Sequence) -> str:
-    """What identifies a checkpoint: the scheme, and 16 hexadecimal digits of anything that JSON can say."""
-    return SCHEME + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """What identifies a checkpoint: the scheme, and the digest of its parts."""
+    return SCHEME + digest(parts)
 
 
 BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
