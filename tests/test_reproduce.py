@@ -20,7 +20,8 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.answers import scored
 from common.evaluation.rows import write_results
-from common.run.stages import Units, current
+from common.run.stages import current
+from common.run.units import Units
 from common.validation import check_choices
 from helpers import change
 from pico_vision import PICO_TASKS

@@ -16,7 +16,8 @@ from common.core.notices import warn
 from common.pipeline import construct
 from common.run.plain_log import told
 from common.run.progress import UnitBar
-from common.run.stages import Units, command_stages, current, seconds_in_words
+from common.run.stages import command_stages, current, seconds_in_words
+from common.run.units import Units
 from compare import compare
 from compare import stages_of as grid_of
 from helpers import change, heeding_interrupts

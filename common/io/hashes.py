@@ -59,9 +59,6 @@ def identity(parts: Sequence) -> str:
     return SCHEME + digest(parts)
 
 
-BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
-
-
 def read_hash(file: Path) -> str:
     """SHA-256 of a file, read from its first byte to its last."""
     sha, piece = hashlib.sha256(), memoryview(bytearray(PIECE))

@@ -224,7 +224,7 @@ def merged_rows(experiment: Experiment | None, config: Config, name: str) -> Seq
     return parts_of(experiment, config.start.method, name)
 
 
-def in_short(alike: Sequence[BlockModule]) -> str:
+def blocks_in_words(alike: Sequence[BlockModule]) -> str:
     """So many blocks of one kind: the first's name, the number of its tensors, their size."""
     prefix, module = alike[0]
     names = re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") if len(alike) > 1 else prefix.removesuffix(".")
@@ -255,7 +255,7 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
     anchored = sum(len(group) * size_of(group[0].module) for group in kinds) * dtype.itemsize // 4
     sizes = Bytes(every, anchored * blocks // depth, anchors * units)
     rows = {
-        "blocks": "; ".join(map(in_short, kinds))
+        "blocks": "; ".join(map(blocks_in_words, kinds))
         + (f"; anchored part {anchored_part(config, domain)}" if len(domain.PARTS) > 1 else "")
         + f"; D {shape[2]}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
@@ -273,6 +273,3 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
         **on_paper(config, family, kinds, shape, sizes),
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
