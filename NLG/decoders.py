@@ -19,7 +19,8 @@ from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_b
 from common.core.errors import InputError
 from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls, require_second_derivative
-from common.io.model_config import CONFIG_FILE, config_file, known_config, parse, read_text, require_family
+from common.io.model_config import config_file, known_config, parse, read_text, require_family
+from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import (
     beginnings,
     canonical_names,

@@ -8,8 +8,8 @@ from common.config import Model
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.io.checkpoints import Checkpoint
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
-from common.io.model_files import GENERATION_FILE
+from common.io.model_config import config_file, dtype_field, parse, read_config, read_text
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, folder_of
 from common.io.shards import publish_shards, stage_shards
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
@@ -26,7 +26,7 @@ def check_export(model: Model) -> None:
     """InputError if a merged model could not be written, or not with the tokenizers asked for."""
     architecture(model)
     for task in model.tokenizers:
-        folder = model.path("expert", task)
+        folder = folder_of(model.path("expert", task))
         if not has_tokenizer(folder):
             raise InputError(f"model.tokenizers names {task}, but {folder} holds none of {', '.join(VOCABULARIES)}")
 
@@ -50,8 +50,8 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     if head in shapes and getattr(architecture(model), "tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False  # an expert's head can differ from its embedding
     write_edited(text, folder / CONFIG_FILE, changes)
-    write_generation(model.path("base"), folder, {})
-    copy_surroundings(model.path("base"), folder)
+    write_generation(base.folder, folder, {})
+    copy_surroundings(base.folder, folder)
     for task in model.tokenizers:
         write_expert_surroundings(model, task, text, changes, folder / task)
     publish_shards(folder)
@@ -80,7 +80,7 @@ def write_expert_surroundings(model: Model, task: str, text: str, changes: dict[
 
     An expert without a config, as an adapter is, has the special tokens that its tokenizer has.
     """
-    expert = model.path("expert", task)
+    expert, base = (folder_of(model.path(which, task)) for which in ("expert", "base"))
     file = config_file(expert)
     if file:
         own = read_config(file)
@@ -89,9 +89,9 @@ def write_expert_surroundings(model: Model, task: str, text: str, changes: dict[
         write_edited(text, place / CONFIG_FILE, changes | tokens, dropped)
         write_generation(expert, place, {})
     else:
-        tokens = other_tokens(model.path("base"), expert)
+        tokens = other_tokens(base, expert)
         write_edited(text, place / CONFIG_FILE, changes | tokens)
-        source = expert if (expert / GENERATION_FILE).is_file() else model.path("base")
+        source = expert if (expert / GENERATION_FILE).is_file() else base
         write_generation(source, place, tokens if source != expert else {})
     copy_tokenizer(expert, place)
 

@@ -7,14 +7,14 @@ from typing import Any
 from transformers.models.auto import modeling_auto as classes
 
 from common.config import Config, Model
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
-from common.io.model_files import GENERATION_FILE, shortened
+from common.io.model_files import GENERATION_FILE, folder_of
 from common.io.skeleton import stored_shapes
 from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
@@ -101,7 +101,7 @@ def check_head(model: Model, config: ModelConfig, other: Path) -> None:
         return
     said = [
         f"{path} is a {(class_names(model, each, head) or ['model of an unknown class'])[0]}, with "
-        f"{', '.join(shortened(sorted(head))) or 'no tensor'} outside its body"
+        f"{', '.join(in_short(sorted(head))) or 'no tensor'} outside its body"
         for path, each, head in ((other, own, theirs), (base, config, mine))
     ]
     raise InputError(f"{said[0]}; the base {said[1]}: they do not merge; take a base of the experts' class")
@@ -122,7 +122,7 @@ def check_ends(model: Model, others: dict[str, Path]) -> None:
 
 def ends_of(path: Path) -> Any:
     """The tokens that end an answer, as generation_config.json or else config.json says; None if neither does."""
-    for file in (path / GENERATION_FILE, config_file(path)):
+    for file in (folder_of(path) / GENERATION_FILE, config_file(path)):
         if file and file.is_file():
             found = read_config(file).get("eos_token_id")
             if found is not None:

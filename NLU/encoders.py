@@ -21,7 +21,8 @@ from common.domain import other_models
 from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
-from common.io.model_config import CONFIG_FILE, config_file, known_config, read_config, require_family, resolve
+from common.io.model_config import config_file, known_config, read_config, require_family, resolve
+from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import layers_of, stored_shapes, token_axes, turned_weights
 from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder

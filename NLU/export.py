@@ -12,8 +12,8 @@ from common.core.errors import InputError
 from common.core.places import for_task
 from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_text
-from common.io.model_files import GENERATION_FILE, MODEL_FILE
+from common.io.model_config import config_file, dtype_field, parse, read_text
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, MODEL_FILE, folder_of
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
@@ -57,8 +57,8 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     merged = as_stored(with_pooler(tensors, base, POOLER), dtype, base)
     write_stored(folder / MODEL_FILE, merged)
     write_edited(text, folder / CONFIG_FILE, adjusted(text, dtype, type(skeleton(model)).__name__))
-    copy_surroundings(model.path("base"), folder)
-    copy_files(model.path("base"), folder, [GENERATION_FILE])
+    copy_surroundings(base.folder, folder)
+    copy_files(base.folder, folder, [GENERATION_FILE])
     prefix = f"{skeleton(model).base_model_prefix}."
     for task, own in stored_heads(model).items():
         write_task_head(folder / "heads" / task, own, folder / MODEL_FILE, merged, prefix)
@@ -74,8 +74,8 @@ def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
 
 def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
     """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
-    expert, base, config = model.path("expert", task), model.path("base"), expert_architecture(model, task)
-    name = class_name(model, task)
+    expert, base = (folder_of(model.path(which, task)) for which in ("expert", "base"))
+    name, config = class_name(model, task), expert_architecture(model, task)
     own = config_file(expert)
     text = read_text(own or config_of(model, base))
     labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}

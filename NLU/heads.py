@@ -20,6 +20,7 @@ from common.core.task_vectors import Params
 from common.io.adapters import is_adapter, open_adapter
 from common.io.lora import open_checkpoint
 from common.io.model_config import config_file, read_config
+from common.io.model_files import CONFIG_FILE
 from common.io.task_heads import read_task_head
 from NLU.encoder_decoders import UNSCORED
 from NLU.encoders import architecture, body_name, is_encoder_decoder, skeleton
@@ -56,7 +57,7 @@ def expert_architecture(model: Model, task: str) -> PretrainedConfig:
     folder = model.path("expert", task)
     if is_encoder_decoder(skeleton(model)):
         raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
-    if not is_adapter(folder) or (folder / "config.json").is_file():
+    if not is_adapter(folder) or (folder / CONFIG_FILE).is_file():
         return architecture(model, folder)
     config = architecture(model, model.path("base"))
     config.num_labels = TASKS[task].labels if task in TASKS else saved_outputs(model, task, config)

@@ -62,8 +62,8 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     if metric(task) in CORRELATIONS and are_alike(labels):
         warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
+    turned = reading_of(config.model).turned
     for name, path in checkpoints.items():
-        turned = reading_of(config.model).turned
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())

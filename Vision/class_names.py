@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.core.errors import InputError
 from common.core.notices import warn
-from common.io.task_heads import folded
+from common.io.task_heads import folded, order_of
 
 
 def places_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
@@ -19,9 +19,9 @@ def places_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[
         where: what has these names, as the beginning of a sentence.
     Raises: InputError if not all are names of classes and one of them is at another place: the order is wrong.
     """
+    if (places := order_of(classes, names)) is not None:
+        return places
     ours, wanted = [folded(name) for name in names], [folded(name) for name in classes]
-    if set(ours) == set(wanted) and len(set(ours)) == len(ours):
-        return [wanted.index(name) for name in ours]
     numbers = [int(name) for name in ours if name.isdecimal()]
     first = min(numbers, default=0)
     by_number = sorted(numbers) == list(range(first, first + len(classes))) and first in (0, 1)

@@ -14,14 +14,14 @@ from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from common.config import Config, Model
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
 from common.io.lineage import check_lineage
-from common.io.model_config import SHOWN, config_file, flat, is_off, read_config
-from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+from common.io.model_config import config_file, flat, is_off, read_config
+from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, folder_of
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, kind_of
 from Vision.zero_shot import refuse_heads
 
@@ -44,7 +44,7 @@ OTHER_TOWERS = ("visual.trunk.", "visual.layer1.")  # of open_clip, but no Visio
 
 def clip_file(path: Path) -> Path | None:
     """The open_clip_config.json of the model at a path: in the folder, or beside the file that open_clip saves."""
-    file = (path.parent if path.name in OPEN_CLIP_FILES else path) / OPEN_CLIP_CONFIG
+    file = folder_of(path, OPEN_CLIP_FILES) / OPEN_CLIP_CONFIG
     return file if file.is_file() else None
 
 
@@ -130,10 +130,9 @@ def compare(ours: Mapping[str, Any], where: str, others: Mapping[str, Path]) -> 
         differing = [field for field in {**ours, **theirs} if ours.get(field) != theirs.get(field)]
         counted = [field for field in differing if not HARMLESS & set(field.split("."))]
         if counted:
-            said = [f"{field} is {theirs.get(field)!r}, not {ours.get(field)!r}" for field in counted[:SHOWN]]
-            more = f", and {len(counted) - SHOWN} more differ" if len(counted) > SHOWN else ""
+            said = in_short(f"{field} is {theirs.get(field)!r}, not {ours.get(field)!r}" for field in counted)
             raise InputError(
-                f"{file}: {'; '.join(said)}{more} as {where} has it: the merged model computes with the latter, for "
+                f"{file}: {'; '.join(said)} as {where} has it: the merged model computes with the latter, for "
                 "which these weights are not made; merge models of one base, or correct the config that is wrong"
             )
         for field in differing:

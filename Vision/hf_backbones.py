@@ -17,7 +17,8 @@ from common.core.errors import InputError
 from common.domain import other_models
 from common.io.cached import cached_by_files
 from common.io.lineage import compare_models
-from common.io.model_config import CONFIG_FILE, known_config, require_family, resolve
+from common.io.model_config import known_config, require_family, resolve
+from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import first_input, layers_of, renamed_pieces, stored_parts
 from Vision.hf_files import CLASSIFIERS, own_config, prepared_size, preprocessing, processor_folder
 

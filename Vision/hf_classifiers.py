@@ -12,8 +12,8 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, require_same_shapes
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
-from common.io.model_config import CONFIG_FILE, config_file, dtype_field, parse, read_config, read_text
-from common.io.model_files import MODEL_FILE
+from common.io.model_config import config_file, dtype_field, parse, read_config, read_text
+from common.io.model_files import CONFIG_FILE, MODEL_FILE
 from common.io.shards import write_stored
 from common.io.skeleton import stored_shapes
 from common.io.stored_types import as_stored, output_type

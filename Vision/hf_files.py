@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from common.core.errors import InputError
-from common.io.model_config import SHOWN, ModelConfig, config_file, read_config, resolve
+from common.core.errors import InputError, in_short
+from common.io.model_config import ModelConfig, config_file, read_config, resolve
+from common.io.model_files import folder_of
 from common.io.tokenizer_files import contents
 
 TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2")  # the image's is called vision_model
@@ -57,17 +58,19 @@ def image_config(path: Path) -> ModelConfig:
     return resolve(fields | {"model_type": f"{kind}_vision_model"}, str(file))
 
 
-def processor_folder(*folders: Path) -> Path | None:
-    """The first of some folders that says how an image is prepared."""
-    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSORS)), None)
+def processor_folder(*paths: Path) -> Path | None:
+    """The first folder of some models that says how an image is prepared."""
+    return next(
+        (folder for folder in map(folder_of, paths) if any((folder / name).is_file() for name in PROCESSORS)), None
+    )
 
 
-def preprocessing(*folders: Path) -> Pixels:
-    """From records with an image each to what a model sees of them, as the files in the first of the folders say that
-    has any. InputError if none has."""
-    folder = processor_folder(*folders)
+def preprocessing(*paths: Path) -> Pixels:
+    """From records with an image each to what a model sees of them, as the files beside the first of the models say
+    that has any. InputError if none has."""
+    folder = processor_folder(*paths)
     if folder is None:
-        raise InputError(f"{' and '.join(map(str, folders))}: no {PROCESSORS[0]}, which says how an image is prepared")
+        raise InputError(f"{' and '.join(map(str, paths))}: no {PROCESSORS[0]}, which says how an image is prepared")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the class of a processor makes of any value
@@ -81,19 +84,19 @@ def prepared_size(pixels: Pixels) -> tuple[int, int]:
     return tuple(pixels([{"image": BLANK}])["pixel_values"].shape[-2:])
 
 
-def require_same_preprocessing(path: Path, *folders: Path) -> None:
-    """InputError if the files beside a model prepare an image otherwise than those in the first of the folders that has
-    any, which are the base's. A model without such files goes with the base's."""
-    base = processor_folder(*folders)
-    if not processor_folder(path) or not base or contents(path, PROCESSORS) == contents(base, PROCESSORS):
+def require_same_preprocessing(path: Path, *bases: Path) -> None:
+    """InputError if the files beside a model prepare an image otherwise than those beside the first of the paths that
+    has any, which are the base's. A model without such files goes with the base's."""
+    own, base = processor_folder(path), processor_folder(*bases)
+    if not own or not base or contents(own, PROCESSORS) == contents(base, PROCESSORS):
         return
-    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (path, base))
+    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (own, base))
     shapes = [{name: tuple(x.shape) for name, x in made.items()} for made in (theirs, ours)]
     if shapes[0] == shapes[1] and all(((x - ours[name]).abs() <= LEVEL).all() for name, x in theirs.items()):
         return
-    fields, others = (processor_fields(folder) for folder in (path, base))
+    fields, others = (processor_fields(folder) for folder in (own, base))
     unlike = [key for key in {**fields, **others} if fields.get(key) != others.get(key)]
-    said = "; ".join(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike[:SHOWN])
+    said = "; ".join(in_short(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike))
     raise InputError(
         f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter says, "
         "for which these weights are not made; merge models of one base, or correct the file that is wrong"

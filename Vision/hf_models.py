@@ -37,6 +37,7 @@ from common.io.model_config import (
     require_family,
     require_same_function,
 )
+from common.io.model_files import CONFIG_FILE
 from common.io.shards import write_stored
 from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
@@ -260,15 +261,15 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
     """Write a merged model that stock transformers opens, the text tower included."""
     text, base = text_checkpoint(model), Checkpoint(model.path("base"), family(model).names)
     source = text.folder
-    written = read_text(config_file(source) or source / "config.json")
-    dtype = output_type(base, read_config(source / "config.json"))
+    written = read_text(config_file(source) or source / CONFIG_FILE)
+    dtype = output_type(base, read_config(source / CONFIG_FILE))
     names = skeleton(model).state_dict()
     image = {name: tensor for name, tensor in tensors.items() if name.startswith(IMAGE_TOWER)}
     others = [name for name in text.names() if name in names and not name.startswith(IMAGE_TOWER)]
     stored = as_stored(image, dtype, base) | as_stored(text.lazy(others), dtype, text)
     write_stored(folder / "model.safetensors", stored)
-    changes = dtype_field(parse(written, "config.json"), str(dtype).removeprefix("torch."))
-    write_edited(written, folder / "config.json", changes)
+    changes = dtype_field(parse(written, CONFIG_FILE), str(dtype).removeprefix("torch."))
+    write_edited(written, folder / CONFIG_FILE, changes)
     copy_surroundings(source, folder)
-    if source != model.path("base"):
-        copy_settings(model.path("base"), folder, PROCESSORS)
+    if source != base.folder:
+        copy_settings(base.folder, folder, PROCESSORS)

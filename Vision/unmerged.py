@@ -13,7 +13,7 @@ from common.core.errors import InputError
 from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
-from common.io.headers import Row
+from common.io.headers import StoredTensor
 from common.io.hub import is_stand_in
 from common.io.lora import open_checkpoint
 from common.io.model_files import State, same_bytes, state_of
@@ -74,7 +74,9 @@ def is_weight(checkpoint: Checkpoint, name: str) -> bool:
     return is_adapter(checkpoint.path) or checkpoint.rows[name].dtype in FLOATS
 
 
-def first_unlike(ours: Mapping[str, Row], theirs: Mapping[str, Row], names: Iterable[str]) -> list[str]:
+def first_unlike(
+    ours: Mapping[str, StoredTensor], theirs: Mapping[str, StoredTensor], names: Iterable[str]
+) -> list[str]:
     """The smallest tensor in which two models differ, in a list; an empty one if there is none."""
     for name in sorted(names, key=lambda name: theirs[name].nbytes):
         one, other = ours[name], theirs[name]
@@ -84,7 +86,7 @@ def first_unlike(ours: Mapping[str, Row], theirs: Mapping[str, Row], names: Iter
 
 
 @cache
-def equal(one: Row, other: Row, state: State) -> bool:
+def equal(one: StoredTensor, other: StoredTensor, state: State) -> bool:
     """Whether two stored tensors are the same numbers, those of the wider type rounded to the other.
 
     state: of their two files. A comparison of the same state is made once, for a run opens its models again and again.

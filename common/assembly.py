@@ -18,7 +18,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.headers import tensor_rows
-from common.io.model_config import CONFIG_FILE
+from common.io.model_files import CONFIG_FILE
 from common.io.sentence_modules import compare_modules, copy_modules
 from common.io.surroundings import lend_tokenizer
 from common.io.tensors import WHOLE, read_tensor
@@ -275,4 +275,4 @@ def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, La
     if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
         copy_modules(modules, folder)
     if experiment.matching.more:
-        write_with_more(experiment.base.path, folder, experiment.matching.more)
+        write_with_more(experiment.base.folder, folder, experiment.matching.more)

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 from yaml import YAMLError
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from common.core.annotations import WORDS, in_words, is_of
+from common.core.annotations import WORDS, is_of, kind_in_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
@@ -239,7 +239,7 @@ def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
             if key not in known:
                 raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
             if not is_of(value, known[key]):
-                raise InputError(f"adapt.by_start.{start}.{key} must be {in_words(known[key])}, it is {value!r}")
+                raise InputError(f"adapt.by_start.{start}.{key} must be {kind_in_words(known[key])}, it is {value!r}")
     return replace(
         adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
     )

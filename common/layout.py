@@ -23,7 +23,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params
 from common.experiment import Experiment, Unit
 from common.io.anchor_files import load_anchors, load_published
-from common.io.checkpoints import Checkpoint, check_provenance, digest
+from common.io.checkpoints import Checkpoint, check_provenance, tensor_digest
 from common.io.examples import identity_of
 from common.io.hashes import file_hash, identity
 from common.io.headers import tensor_rows
@@ -173,9 +173,9 @@ def anchor_provenance(
     experiment: Experiment, task: str, index: int, theta_0: Params, theta_t: Params
 ) -> dict[str, Any]:
     """What decides the anchors of a unit: settings, seed, and the weights they are made from."""
-    weights = {"base": digest(experiment.matched(theta_0)), "expert": digest(experiment.matched(theta_t))}
+    weights = {"base": tensor_digest(experiment.matched(theta_0)), "expert": tensor_digest(experiment.matched(theta_t))}
     if experiment.config.anchors.position_embeddings:
-        weights["positions"] = digest({experiment.family.positions: experiment.positions(task)})
+        weights["positions"] = tensor_digest({experiment.family.positions: experiment.positions(task)})
     return anchor_settings(experiment, task, index) | {"weights": weights}
 
 

@@ -191,7 +191,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking, anchored: bo
     base, experts, matching = compare_experts(config, family, base, experts, checking)
     if len(experts) < len(config.tasks):
         return None
-    shape = (config.anchors.number, config.anchors.tokens or tokens, width)
+    shape = config.anchors.shape(tokens, width)
     if config.anchors.position_embeddings:
         with checking("base"):
             check_positions(family, base, *shape[1:])

@@ -253,7 +253,7 @@ def trainable(experiment: Experiment, start: Checkpoint, index: int, theta_0: Pa
     config = experiment.config
     if config.start.method == PRETRAINED:
         return own_weights(theta_0)
-    if config.start.method == "ta" and config.adapt.for_start("ta").per_task and not config.start.checkpoint:
+    if config.has_coefficients_per_task:
         thetas = (experiment.read_block(expert, index) for expert in experiment.experts.values())
         return coefficients(theta_0, (subtract(theta_t, theta_0) for theta_t in thetas), ta_scales(experiment))
     return coefficients(theta_0, [subtract(experiment.read_block(start, index), theta_0)], [1.0])

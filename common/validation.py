@@ -15,6 +15,7 @@ from common.domain import FOLDERS, Domain, anchored_part, scored_tests
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.matched import Matching
+from common.io.paper_tables import paper_table
 from common.merging.registry import every_row, method_choices
 from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
 
@@ -56,7 +57,8 @@ def check_tasks(config: Config) -> None:
 
 
 def check_tests(config: Config, domain: Domain) -> None:
-    """Test sets that are scored exist, belong to one task each, and have the split that is asked for."""
+    """Test sets that are scored exist, belong to one task each, and have the split that is asked for; the paper has the
+    table that is named."""
     for test in scored_tests(config, domain):
         if test not in domain.TASKS:
             raise InputError(f"eval.tests: unknown test set {test!r}; choose from {', '.join(domain.TASKS)}")
@@ -68,6 +70,7 @@ def check_tests(config: Config, domain: Domain) -> None:
     for task in config.eval.tests:
         if task not in config.tasks:
             raise InputError(f"eval.tests names the task {task!r}; tasks are {', '.join(config.tasks)}")
+    paper_table(config.eval.paper_table)
 
 
 def check_test_data(config: Config, domain: Domain, always: bool = False) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from common.analysis.registry import ANALYSES
-from common.analysis.report import analyse, check_domain_has, check_run_has, material_of
+from common.analysis.run import analyse, check_domain_has, check_run_has, material_of
 from common.command import run
 from common.config import Config
 from common.core.errors import InputError

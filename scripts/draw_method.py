@@ -12,7 +12,7 @@ from common.core.seeding import seeded
 from common.fda.adaptation import FitSettings, fit_block, own_weights
 from common.fda.anchors import initial_anchors
 from common.fda.construction import SearchSettings, optimise_anchors
-from common.fda.matching import MatchingProblem, squared
+from common.fda.matching import MatchingProblem, squared_distance
 
 COLOURS = ("#0072B2", "#D55E00")
 TAU = (torch.tensor([[2.0, 0.4]]), torch.tensor([[0.5, 1.8]]))  # the two task vectors; θ₀ is the origin
@@ -28,7 +28,7 @@ def block(params, x_ATD):
 def gradient(theta_t, x_ATD):
     """Unit vector along −∂Dist/∂θ at θ₀."""
     w = THETA_0["weight"].clone().requires_grad_()
-    (g,) = torch.autograd.grad(squared(block({"weight": w}, x_ATD), block(theta_t, x_ATD)), w)
+    (g,) = torch.autograd.grad(squared_distance(block({"weight": w}, x_ATD), block(theta_t, x_ATD)), w)
     return -g[0] / g.norm()
 
 
@@ -59,7 +59,7 @@ def draw(path: Path) -> None:
         targets.append(block(theta_t, x))
     x, y = torch.cat(inputs), torch.cat(targets)
     grid = torch.stack(torch.meshgrid(torch.linspace(-0.5, 3, 120), torch.linspace(-0.5, 3, 120), indexing="xy"), -1)
-    loss = torch.tensor([[squared(block({"weight": w[None]}, x), y) for w in row] for row in grid])
+    loss = torch.tensor([[squared_distance(block({"weight": w[None]}, x), y) for w in row] for row in grid])
     right.contour(*grid.permute(2, 0, 1), loss.sqrt(), levels=14, colors="#bbbbbb", linewidths=0.6)
     path_of = torch.cat(
         [

@@ -30,6 +30,7 @@ from common.config import ROOT, Model
 from common.core.errors import InputError
 from common.domain import FOLDERS
 from common.evaluation.rows import Row, display, read_results, row_name, values_by_name, write_results
+from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import Scores, difference, findings, scores_of
 from common.evaluation.studies import FIGURES, table_of
 from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
@@ -84,7 +85,7 @@ def with_tables(text: str, page: str) -> str:
 
 def keep_rows(run: Path, file: Path) -> None:
     """Write what results.json of a run holds, but for time and memory."""
-    rows, tasks = read_results(run / "results.json")
+    rows, tasks = read_results(run / RESULTS)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_results(file, [{k: v for k, v in row.items() if k not in COST} for row in rows], tasks)
 

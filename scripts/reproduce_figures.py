@@ -10,7 +10,7 @@ import yaml
 from common.analysis.material import Numbers, spread
 from common.analysis.projection import BATCH, STARTS, UPDATES
 from common.analysis.registry import ANALYSES
-from common.analysis.report import analyse
+from common.analysis.run import analyse
 from common.command import watched
 from common.config import PRETRAINED, ROOT, Config
 from common.domain import Domain, anchored_part, module_of
@@ -21,7 +21,7 @@ from common.io.checkpoints import write_text
 from common.pipeline import construct
 from common.planning.dry_run import CONSTRUCT, Plan
 from common.planning.dry_run import describe as plan_of
-from common.planning.on_paper import all_of_fine_tuning, in_words
+from common.planning.on_paper import all_of_fine_tuning, hours_in_words
 from compare import compare
 from compare import plan as plan_of_compare
 from reproduce_tables import PAPER, config_of, described, not_fetched
@@ -126,7 +126,7 @@ def fine_tuning_of(times: int, config: Config, domain: Domain) -> str:
     batch = (BATCH, *domain.token_shape(config.model, part))
     work = all_of_fine_tuning(config, family, family.modules(domain.skeleton(config.model)), batch, UPDATES)
     said = f"fine-tunes {times} times, {UPDATES} updates of {BATCH} training examples each"
-    return f"{said}: on an H100 {in_words(work * times, 0, 'float32')}; nothing of it is measured"
+    return f"{said}: on an H100 {hours_in_words(work * times, 0, 'float32')}; nothing of it is measured"
 
 
 def plan_of_construction(config: Config, domain: Domain) -> Plan:

@@ -18,7 +18,7 @@ from common.core.errors import InputError
 from common.domain import module_of
 from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS
-from common.evaluation.significance import difference, in_words, scores_of
+from common.evaluation.significance import difference, difference_in_words, scores_of
 from common.evaluation.tables import MISSING
 from common.io.checkpoints import write_text
 from common.run.run_log import CLOCKS
@@ -140,7 +140,7 @@ def shifted(known: Path, found: Path) -> str:
     committed, made = scores_of(rows, tests), scores_of(now, tests)
     gains = {name: difference(made[name], committed[name]) for name in committed if name in made}
     return "".join(
-        f"- Avg of {name}, now against committed: {in_words(gain, percent=False)}\n"
+        f"- Avg of {name}, now against committed: {difference_in_words(gain, percent=False)}\n"
         for name, gain in gains.items()
         if gain and any(gain)
     )

@@ -13,11 +13,12 @@ from common.config import ROOT, Config
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.rows import values_by_name
-from common.evaluation.scoring import paper_table, results_of
+from common.evaluation.scoring import results_of
 from common.evaluation.significance import scores_of
 from common.evaluation.tables import MISSING, aligned, cell, published_values
 from common.io.checkpoints import write_text
 from common.io.hub import headers_only
+from common.io.paper_tables import paper_table
 from common.planning.dry_run import Plan, needs
 from compare import compare, plan
 
@@ -121,7 +122,7 @@ def beside_paper(config: Config, domain: Domain) -> str:
     bootstrap over the test sets' examples."""
     rows, tests = results_of(config), list(scored_tests(config, domain))
     ours, drawn = values_by_name(rows, tests), scores_of(rows, tests)
-    published, percent = paper_table(config), domain.PERCENT
+    published, percent = paper_table(config.eval.paper_table), domain.PERCENT
     if not published:
         raise InputError("eval.paper_table is empty: there is nothing to set beside our numbers")
     paper = published_values(published, tests)

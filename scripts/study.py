@@ -28,7 +28,7 @@ from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
 from common.domain import Domain, anchored_part, first_tests, scored_tests
-from common.evaluation.rows import Row, display, read_results, row_name
+from common.evaluation.rows import INDIVIDUAL, Row, display, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import average, difference, scores_of
 from common.evaluation.studies import FIGURES, Rows, table_of
@@ -140,7 +140,7 @@ def point_rows(at: float, point: Config, domain: Domain) -> Rows:
     results, tasks = results_of(point, domain)
     experiment, scores = open_experiment(point, domain), scores_of(results, tasks)
     norms = relative_norms(experiment, range(experiment.depth))
-    ends = {name: average(scores[display(name)]) for name in (PRETRAINED, "individual")}
+    ends = {name: average(scores[display(name)]) for name in (PRETRAINED, INDIVIDUAL)}
     made = []
     for start in point.compare.starts:
         for init in point.compare.inits:

@@ -21,8 +21,8 @@ from common.analysis.landscape import plane
 from common.analysis.material import plain, spread
 from common.analysis.projection import Cone, attention_and_mlp
 from common.analysis.registry import ANALYSES
-from common.analysis.report import analyse
 from common.analysis.residual import rank_correlation, residual
+from common.analysis.run import analyse
 from common.analysis.spectrum import relative_spectrum
 from common.analysis.subspace import similarity, top_subspace
 from common.analysis.tsne import mixing

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.core import notices
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.io.lineage import compare_models
 from common.io.model_config import compare_configs, differences, edited, require_same_function, resolve
 from helpers import edit_config
@@ -68,6 +68,14 @@ def test_a_field_that_changes_the_function_counts(base, changes, field):
 )  # fmt: skip
 def test_two_spellings_of_one_function_are_no_difference(base, one, two):
     assert compared(base | one, base | two) == (set(), set())
+
+
+def test_of_many_fields_that_count_three_are_named_and_the_rest_counted():
+    many = {"hidden_act": "gelu", "head_dim": 4, "attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    with pytest.raises(InputError, match=r"^two: [^;]+; [^;]+; [^;]+; 2 more \(one\)"):
+        require_same_function(resolve(LLAMA, "one"), resolve(LLAMA | many, "two"))
+    names = [f"field{i}" for i in range(4)]
+    assert in_short(names) == names and in_short(names, most=2) == ["field0", "3 more"]
 
 
 def test_what_changes_no_function_does_not_count():

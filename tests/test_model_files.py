@@ -12,7 +12,8 @@ from transformers import modeling_utils
 from common.core.errors import InputError
 from common.io import headers, model_files
 from common.io.checkpoints import Checkpoint
-from common.io.model_files import INDEX_FILE, find_model, weight_files
+from common.io.model_config import config_file
+from common.io.model_files import INDEX_FILE, find_model, folder_of, weight_files
 
 ONE, TWO = {"a": torch.ones(3), "b": torch.zeros(2)}, {"a": torch.ones(3), "b": torch.zeros(2) + 1}
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -41,6 +42,15 @@ def refusal(path):
         Checkpoint(path)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "open_clip_model.safetensors", "a.safetensors"])
+def test_a_file_of_a_name_of_ones_own_has_nothing_beside_it(tmp_path, name):
+    """Its neighbours may be of other models; and a config of transformers beside a file of open_clip is not its own."""
+    (tmp_path / "config.json").write_text("{}")
+    assert folder_of(tmp_path / name) == (tmp_path / name if name == "a.safetensors" else tmp_path)
+    beside = tmp_path / "config.json" if name == "model.safetensors" else None
+    assert folder_of(tmp_path) == tmp_path and config_file(tmp_path / name) == beside
 
 
 # ---- what the stock library opens ------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.answers import scored
 from common.evaluation.rows import write_results
-from common.run.stages import Units, current
+from common.run.stages import current
+from common.run.units import Units
+from common.validation import check_choices
 from helpers import change
 from pico_vision import PICO_TASKS
 from study import KINDS
@@ -46,18 +48,28 @@ def row(method, task, right, n=400, **more):
 def test_every_table_has_a_config_and_the_paper_s_rows():
     for name, table in tables.PAPER.items():
         (config,) = tables.configs_of(name, [])
-        assert tables.paper_table(config)["source"].startswith(f"paper table {name.removeprefix('table')}"), name
+        assert tables.paper_table(config.eval.paper_table)["source"].startswith(
+            f"paper table {name.removeprefix('table')}"
+        ), name
         if table.released:
             both = tables.configs_of(name, [], published=True)
             assert [c.compare.inits for c in both] == [["weight"], ["gauss"]]
             assert all(c.anchors.source.startswith("hf://datasets/SphereLab/FDA_for_") for c in both)
 
 
+def test_an_unknown_table_of_the_paper_is_refused_before_anything_is_read(pico_config):
+    with pytest.raises(
+        InputError, match="eval.paper_table: unknown table 'ViT-B'; choose from RoBERTa-large, ViT-B-16"
+    ):
+        check_choices(change(pico_config, "eval", paper_table="ViT-B"), domain)
+    check_choices(change(pico_config, "eval", paper_table="ViT-B-16"), domain)
+
+
 def test_a_row_is_judged_by_the_standard_error_of_its_test_sets(pico_config, monkeypatch):
     """400 examples of two sets at 1/2: the error of their mean is sqrt(2 · (1/4)/400)/2 = 1.77 points."""
     rows = [row("ta", "MNIST", 200), row("ta", "SVHN", 200), row("tsv", "MNIST", 200), row("tsv", "SVHN", 200)]
     published = PUBLISHED | {"rows": {"TA": [51, 52, 51.5], "TSV": [52, 52, 52.0], "WUDI": [1, 1, 1]}}
-    monkeypatch.setattr(tables, "paper_table", lambda config: published)
+    monkeypatch.setattr(tables, "paper_table", lambda name: published)
     config = change(change(pico_config, "run", name="judged"), "eval", paper_table="any")
     monkeypatch.setattr(tables, "config_of", lambda *_: config)
     write_results(config.run.dir / "results.json", rows, ["MNIST", "SVHN"])

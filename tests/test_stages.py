@@ -16,7 +16,8 @@ from common.core.notices import warn
 from common.pipeline import construct
 from common.run.plain_log import told
 from common.run.progress import UnitBar
-from common.run.stages import Units, command_stages, current, in_words
+from common.run.stages import command_stages, current, seconds_in_words
+from common.run.units import Units
 from compare import compare
 from compare import stages_of as grid_of
 from helpers import change, heeding_interrupts
@@ -80,7 +81,7 @@ def test_stages_that_had_nothing_left_are_passed_over(clock):
 
 @pytest.mark.parametrize(("seconds", "words"), [(3, "3.0 s"), (119, "119.0 s"), (150, "2.5 min"), (9000, "2.5 h")])
 def test_a_time_has_the_unit_that_is_worth_reading(seconds, words):
-    assert in_words(seconds) == words
+    assert seconds_in_words(seconds) == words
 
 
 def test_the_grid_goes_through_the_stages_that_it_said(pico_config, no_figures, monkeypatch):

@@ -213,6 +213,18 @@ def test_an_identical_copy_of_the_embedding_is_no_head(tmp_path, where):
     torch.testing.assert_close(merged.state_dict(), merged_by_hand(models, 0.5), atol=1e-6, rtol=1e-6)
 
 
+def test_a_copy_is_no_head_of_models_named_by_their_file_either(tmp_path):
+    """The config that says so lies beside the file."""
+    models = write_models(tmp_path, {"base": True, "a": True})
+    for name, model in models.items():
+        rewrite(tmp_path / name, head=model.lm_head.weight.detach().clone())
+    config = config_of(tmp_path, "a", scale=0.5)
+    files = replace(config.model, base="base/model.safetensors", expert="{task}/model.safetensors")
+    merged = opened(merge_alone(replace(config, model=files), domain))
+    assert merged.config.tie_word_embeddings
+    torch.testing.assert_close(merged.state_dict(), merged_by_hand(models, 0.5), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("where", ["base", "a"])
 def test_a_stored_head_that_differs_counts_as_in_transformers(tmp_path, where):
     """The config says tied; transformers 5 opens such a file untied, and so it is merged."""

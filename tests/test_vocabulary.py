@@ -119,6 +119,22 @@ def test_the_union_has_a_row_for_every_token(tmp_path, tied):
     assert opened.config.vocab_size == 44 and opened(torch.tensor([[3, 43]])).logits.shape[-1] == 44
 
 
+@pytest.mark.parametrize("policy", ["union", "pad"])
+def test_models_named_by_their_file_have_the_tokenizer_beside_it(tmp_path, policy):
+    """What is written is what is written of the folders, but for the names of the models in what says so."""
+    two_tokens(tmp_path)
+    if policy == "pad":
+        write(tmp_path, "code", with_tokens(), VOCABULARY)
+    config = config_of(tmp_path, policy)
+    files = replace(config.model, base="base/model.safetensors", expert="{task}/model.safetensors")
+    named = replace(config, model=files, run=replace(config.run, name="files"))
+    whole, same = merge_alone(config, domain), merge_alone(named, domain)
+    written = sorted(file.name for file in whole.iterdir())
+    assert "tokenizer.json" in written and written == sorted(file.name for file in same.iterdir())
+    unlike = [name for name in written if (whole / name).read_bytes() != (same / name).read_bytes()]
+    assert set(unlike) <= {"README.md", "provenance.json"}
+
+
 def test_a_token_that_one_expert_lacks_is_moved_by_the_other_alone(tmp_path):
     write(tmp_path, "base", with_tokens(), VOCABULARY)
     write(tmp_path, "math", with_tokens("<think>"), VOCABULARY + 1)

@@ -36,6 +36,14 @@ class Config:
         """Every test set, and the task whose expert it asks."""
         return {test: task for task in self.tasks for test in self.eval.tests.get(task, [task])}
 
+    @property
+    def has_coefficients_per_task(self) -> bool:
+        """Whether adaptation trains a coefficient for each task: from task arithmetic merged here, unless switched off.
+
+        From any other start that is a merge there is one for each weight of its one merged task vector.
+        """
+        return self.start.method == "ta" and self.adapt.for_start("ta").per_task and not self.start.checkpoint
+
     def at_start(self, method: str) -> "Config":
         """The config of one of compare.starts alone; start.checkpoint is that of start.method only."""
         checkpoint = self.start.checkpoint if method == self.start.method else ""

@@ -58,6 +58,10 @@ class Anchors:
     snapshots: list[int] = field(default_factory=list)
     source: str = ""
 
+    def shape(self, tokens: int, width: int) -> tuple[int, int, int]:
+        """(A, T, D) of the anchors of a unit whose block sees so many tokens of that width."""
+        return self.number, self.tokens or tokens, width
+
     def path(self, task: str) -> Path:
         """Folder of the anchors of one task under `source`."""
         return path_of(for_task(self.source if "{" in self.source else f"{self.source}/{{task}}", task))

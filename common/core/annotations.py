@@ -26,14 +26,14 @@ def is_of(value: object, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def in_words(kind: Any) -> str:
+def kind_in_words(kind: Any) -> str:
     """What an annotation asks for, as a refusal says it: "a number or a list of numbers", "'layer' or 'task'"."""
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is Sequence:
-        return f"a list of {in_words(get_args(kind)[0]).removeprefix('a ')}s"
+        return f"a list of {kind_in_words(get_args(kind)[0]).removeprefix('a ')}s"
     if get_origin(kind) in (list, tuple, dict):
         return WORDS[get_origin(kind).__name__]
     if get_args(kind):
-        return " or ".join(map(in_words, get_args(kind)))
+        return " or ".join(map(kind_in_words, get_args(kind)))
     return WORDS.get(kind.__name__, str(kind))

@@ -44,7 +44,7 @@ def nearest_isometry(x: Tensor) -> Tensor:
     return x @ (v / s @ v.mT).to(x.dtype)
 
 
-def noise(x: Tensor) -> float:
+def rounding_share(x: Tensor) -> float:
     """The part of its largest singular value that those which are zero but for the rounding of a matrix x stay below.
 
     4 √n eps of x's type, n its longer side; n eps where that is less. Rounding each number of a matrix of rank r once
@@ -68,7 +68,7 @@ def right_singular_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
         gram.addmm_(wide.mT, wide)
     squares, v = torch.linalg.eigh(gram)
     of_gram = max(x.shape) * torch.finfo(torch.float64).eps
-    keep = squares > squares[-1] * max(noise(x) ** 2, of_gram)  # what exceeds the rounding of the largest one
+    keep = squares > squares[-1] * max(rounding_share(x) ** 2, of_gram)  # what exceeds the rounding of the largest one
     return squares[keep].sqrt().flip(0), v[:, keep].flip(1)
 
 
@@ -103,7 +103,7 @@ def normal_equations(tasks: Iterable[tuple[Params, Params]], alpha: float = 1.0)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for tau, grams in tasks:
         for name, gram_DD in grams.items():
-            sums[name] = added(sums.get(name), tau[name], scale_off_diagonal(gram_DD.double(), alpha))
+            sums[name] = add_task(sums.get(name), tau[name], scale_off_diagonal(gram_DD.double(), alpha))
     return sums
 
 
@@ -117,12 +117,12 @@ def regression_mean(taus: Sequence[Tensor], grams_DD: Iterable[Tensor], rtol: fl
     zeros = torch.zeros_like(taus[0], dtype=torch.float64), taus[0].new_zeros(width, width, dtype=torch.float64)
     sums, grams = zeros, iter(grams_DD)  # no zip: it would keep one while the next is made
     for tau in taus:
-        sums = added(sums, tau, next(grams))
+        sums = add_task(sums, tau, next(grams))
         del tau
     return solve_normal_equations(*sums, rtol).to(taus[0].dtype)
 
 
-def added(sums: tuple[Tensor, Tensor] | None, tau: Tensor, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
+def add_task(sums: tuple[Tensor, Tensor] | None, tau: Tensor, gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ τᵢGᵢ, Σ Gᵢ) in float64 with one more task, in place; of the first task its Gram matrix itself."""
     target = tau.double() @ gram_DD.double()
     return (target, gram_DD) if sums is None else (sums[0].add_(target), sums[1].add_(gram_DD))

@@ -1,5 +1,6 @@
-"""From what a config calls a place to a path: a path is one, and what begins with scheme:// is had by its resolver."""
+"""From what a config calls a place to a path, which a resolver has of scheme://; and where the user's cache is."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def within(text: str, root: str) -> str:
     """A place below a root on a hub; what is a place or an absolute path by itself, or has another root, as it is."""
     own = "://" in text or Path(text).expanduser().is_absolute()
     return text if own or "://" not in root else f"{root.rstrip('/')}/{text}"
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again. RuntimeError if there is no home folder that it could be in."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "functional-dual-anchors"
 
 
 def path_of(text: str, root: str = ".") -> Path:

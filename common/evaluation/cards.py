@@ -9,12 +9,11 @@ import yaml
 from common.config import PRETRAINED, Config, as_dict
 from common.core.places import place_name
 from common.domain import Domain, scored_tests
-from common.evaluation.rows import Row, display, row_name
+from common.evaluation.rows import INDIVIDUAL, Row, display, row_name
 from common.evaluation.scoring import identifying, results_of
 from common.evaluation.tables import table
 from common.io.checkpoints import write_text
-from common.io.model_config import CONFIG_FILE
-from common.io.model_files import OPEN_CLIP_CONFIG, json_of
+from common.io.model_files import CONFIG_FILE, OPEN_CLIP_CONFIG, folder_of, json_of
 from common.io.tokenizer_files import MODULES_FILE
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, read_provenance
 from common.merging.starts import JOINED
@@ -90,7 +89,7 @@ def front_matter(config: Config, folder: Path) -> str:
         base_model=known or None,
         base_model_relation="merge" if known else None,
         library_name=library_of(folder),
-        license=licence_of(config.model.path("base")),
+        license=licence_of(folder_of(config.model.path("base"))),
         tags=["merge", "model-merging", "functional-dual-anchors"],
         ignore_metadata_errors=True,
     )
@@ -161,7 +160,7 @@ def settings(config: Config, made: Mapping[str, Any]) -> str:
 def scores(config: Config, domain: Domain, made: Mapping[str, Any], rows: Iterable[Row]) -> str:
     """The table of this model beside the base, the experts and its start; "" if it was not scored."""
     own = row_name({"start": None, "init": None, **made})
-    wanted = {own, display(PRETRAINED), display("individual"), display(str(made.get("start") or PRETRAINED))}
+    wanted = {own, display(PRETRAINED), display(INDIVIDUAL), display(str(made.get("start") or PRETRAINED))}
     shown = [
         {key: value for key, value in row.items() if key not in ("seconds", "cpu_seconds", "peak_gib", "hardware")}
         for row in rows

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from common.evaluation.rows import Row, Values, display, rank, row_name, values_by_name
+from common.config import PRETRAINED
+from common.evaluation.rows import INDIVIDUAL, Row, Values, display, rank, row_name, values_by_name
 from common.evaluation.tables import by_start, footnotes, table
 from common.io.checkpoints import replacing, write_text
 
@@ -69,9 +70,9 @@ def plot_accuracy(rows: Iterable[Row], tasks: Sequence[str], path: Path | str, p
     at = {name: [scale * v for v in values] for name, values in values_by_name(rows, tasks).items()}
     nowhere = [math.nan] * (len(tasks) + 1)
     inits = list(dict.fromkeys(row["init"] for row in sorted(rows, key=rank) if row["method"] == "fda"))
-    starts = {row["start"] if row["method"] == "fda" else row["method"] for row in rows} - {"pretrained", "individual"}
-    if not starts or any(row.get("start") == "pretrained" for row in rows):
-        starts.add("pretrained")
+    starts = {row["start"] if row["method"] == "fda" else row["method"] for row in rows} - {PRETRAINED, INDIVIDUAL}
+    if not starts or any(row.get("start") == PRETRAINED for row in rows):
+        starts.add(PRETRAINED)
     columns = 2 if len(starts) == 4 else min(len(starts), 3)
     lines = math.ceil(len(starts) / columns)
     size = (3.4 * columns + 2, (0.3 * len(tasks) + 0.9) * lines + 0.5)
@@ -91,8 +92,8 @@ def plot_accuracy(rows: Iterable[Row], tasks: Sequence[str], path: Path | str, p
     label = metrics.pop() if len(metrics) == 1 else "score"
     figure.supxlabel(f"{label} (%)" if percent else label, fontsize=10, color=INK)
     marks = [
-        Line2D([], [], label="pretrained", **TICK, color=GREY),
-        Line2D([], [], label="individual", **TICK, color=INK),
+        Line2D([], [], label=PRETRAINED, **TICK, color=GREY),
+        Line2D([], [], label=INDIVIDUAL, **TICK, color=INK),
     ]
     marks += [Line2D([], [], label="start", **RING)]
     marks += [Line2D([], [], label=f"FDA, {display(i)}", **DOT, color=c) for i, c in zip(inits, COLOURS, strict=False)]

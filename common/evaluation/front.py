@@ -27,7 +27,7 @@ from common.evaluation.pareto import (
 )
 from common.io.checkpoints import write_text
 
-Row = Mapping[str, Any]  # of search.json
+Candidate = Mapping[str, Any]  # a row of search.json
 MAP = "map"  # what compare.search calls it
 TRIED = 5  # points of the front that are merged and scored
 DIRECTIONS = 200  # weights of the test sets that a point of the front is looked for with
@@ -83,7 +83,7 @@ def map_search(method: str, lists: Mapping[str, Any], tasks: int) -> MapSearch |
     return None
 
 
-def front_of(asked: MapSearch, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+def front_of(asked: MapSearch, rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
     """The front that is foreseen from what search.json says of the samples, and which of its points are to be tried:
     those of the highest mean that lie apart.
     """
@@ -116,7 +116,7 @@ def directions(tests: int, seed: int) -> np.ndarray:
 
 
 def write_front(
-    folder: Path, method: str, found: Mapping[str, Any], rows: Sequence[Row], best: int, percent: bool
+    folder: Path, method: str, found: Mapping[str, Any], rows: Sequence[Candidate], best: int, percent: bool
 ) -> None:
     """Write what was found, with what search.json says of the points tried and which is the best, as JSON and PNG."""
     from common.evaluation.figures import plot_front  # imports matplotlib

@@ -15,15 +15,15 @@ from common.evaluation.tuning import (
     SPLIT,
     candidates,
     held_out,
-    judged,
     read_search,
     record,
+    row_of_scores,
     scored_on,
     scores_on_cut,
     with_fields,
 )
 from common.experiment import Experiment
-from common.io.checkpoints import digest
+from common.io.hashes import digest
 from common.layout import RunLayout, block_provenance, fit_provenance, require_anchors
 from common.opening import open_experiment
 
@@ -91,6 +91,6 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
         fit(experiment, domain, provenance)
         write_model(experiment, domain, adapted_tensors(experiment, start), folder)
         path = folder
-    row |= judged(config, scores_on_cut(config, domain, folder.name, path))
+    row |= row_of_scores(config, scores_on_cut(config, domain, folder.name, path))
     record(config, candidate=row)
     return row

@@ -23,13 +23,14 @@ from common.layout import SAME_REST
 from common.merging.registry import METHODS, every_row
 from common.merging.starts import JOINED
 
+INDIVIDUAL = "individual"  # what rows call the experts, each scored on its own task
 Row = Mapping[str, Any]
 Values = Sequence[float]  # a line of a table: one fraction a task, then their mean; NaN where there is none
 
 # What tables call models, methods and initialisations, in the order of their rows. Others: upper case, last.
 LABELS = {
-    "pretrained": "Pretrained",
-    "individual": "Individual",
+    PRETRAINED: "Pretrained",
+    INDIVIDUAL: "Individual",
     **{name: row.label for name, row in every_row().items()},
     "gauss": "Gauss",
     "weight": "Weight",

@@ -7,17 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from common.assembly import start_in_base
-from common.config import PRETRAINED, ROOT, Config, as_dict
+from common.config import PRETRAINED, Config, as_dict
 from common.domain import Domain, module_of, scored_tests
-from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
+from common.evaluation.rows import INDIVIDUAL, Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
 from common.experiment import Experiment
-from common.io.checkpoints import Checkpoint, digest, read_header
+from common.io.checkpoints import Checkpoint, read_header
 from common.io.examples import identity_of
+from common.io.hashes import digest
 from common.io.json_files import interpreted
+from common.io.paper_tables import paper_table
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.opening import carry_out, open_experiment
 from common.run.engine import Memory, gpus_of
@@ -166,7 +166,7 @@ def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping
     from common.evaluation.significance import findings
 
     rows, tests = [row for row in rows if row["split"] == config.eval.split], list(scored_tests(config, domain))
-    style = {"percent": domain.PERCENT, "published": paper_table(config)}
+    style = {"percent": domain.PERCENT, "published": paper_table(config.eval.paper_table)}
     found = findings(rows, tests, percent=domain.PERCENT)
     write_report(config.run.dir, rows, tests, curves, found, **style)
     print(table(rows, tests, **style))
@@ -187,7 +187,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
     """What is scored on the test sets of a task: (method, start, init, label) of the row, and the checkpoint."""
     row = {"method": PRETRAINED, "start": None, "init": None, "label": ""}
     yield row, experiment.base
-    yield row | {"method": "individual"}, experiment.experts[task]
+    yield row | {"method": INDIVIDUAL}, experiment.experts[task]
     if experiment.config.start.checkpoint:
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
@@ -201,7 +201,7 @@ def make_same_rests(experiment: Experiment, domain: Domain) -> None:
         made = read_provenance(file.parent)
         with interpreted(file, "provenance of a merged model"):
             start, rest = merged / str(made["start"]["method"]), made["adapt"]["rest"]
-        if rest == "pretrained" and (start / PROVENANCE_FILE).is_file():
+        if rest == PRETRAINED and (start / PROVENANCE_FILE).is_file():
             start_in_base(experiment, domain, Checkpoint(start))
 
 
@@ -231,10 +231,3 @@ def trace_of(file: Path, changed: int) -> tuple[str, tuple[str, int], tuple[floa
     with interpreted(file, "file of anchors"):
         unit = (str(header["run"]["task"]), int(header["run"]["block"]))
         return str(header["anchors"]["init"]), unit, tuple(float(loss) for loss in header["trace"])
-
-
-def paper_table(config: Config) -> dict[str, Any] | None:
-    """The paper's table for the config's model, if the config names one."""
-    if not config.eval.paper_table:
-        return None
-    return yaml.safe_load((ROOT / "configs" / "paper_results.yaml").read_text())[config.eval.paper_table]

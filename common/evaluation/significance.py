@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.evaluation.answers import resampled
-from common.evaluation.rows import Row, display, in_same_rest, is_shown, rank, row_name
+from common.evaluation.rows import INDIVIDUAL, Row, display, in_same_rest, is_shown, rank, row_name
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -98,16 +98,16 @@ def findings(
             gain = difference(scores[name], scores[other]) if other in scores else None
             if gain and gain != said:  # some starts have the same rest themselves
                 of_tasks = "" if rest else by_task(scores[name], scores[other], tasks)
-                lines.append(f"{name} against {start}{rest}: {in_words(gain, percent)}{of_tasks}")
+                lines.append(f"{name} against {start}{rest}: {difference_in_words(gain, percent)}{of_tasks}")
             said = gain
-    merged = [name for name in scores if shown.get(name, {}).get("method", "individual") != "individual"]
+    merged = [name for name in scores if shown.get(name, {}).get("method", INDIVIDUAL) != INDIVIDUAL]
     if lines and len(merged) > 1:
         best = max(merged, key=lambda name: average(scores[name]))
         gains = {name: difference(scores[best], scores[name]) for name in merged if name != best}
         level = [name for name, gain in gains.items() if gain and gain.verdict != "better"]
         beside = f"not told apart from it: {', '.join(level)}" if level else "better than every other merged model"
         known = [name for name, gain in gains.items() if gain] + [best]
-        unknown = [name for name, row in shown.items() if row["method"] != "individual" and name not in known]
+        unknown = [name for name, row in shown.items() if row["method"] != INDIVIDUAL and name not in known]
         apart = f"; not compared, without answers or a seed in common: {', '.join(unknown)}" if unknown else ""
         lines.append(f"best mean: {best}; {beside}{apart}")
     return lines
@@ -127,7 +127,7 @@ def by_task(ours: Scores, theirs: Scores, tasks: Sequence[str]) -> str:
     return f"; of {len(tasks)} tasks better on {verdicts.count('better')}, worse on {', '.join(worse) or 'none'}"
 
 
-def in_words(gain: Difference, percent: bool) -> str:
+def difference_in_words(gain: Difference, percent: bool) -> str:
     """The difference, its interval and the verdict."""
     mean, low, high = (f"{100 * x:+.2f}" if percent else f"{x:+.4f}" for x in gain)
     return f"{mean} ({low} to {high}), {gain.verdict}"

@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 
 from common.config import PRETRAINED
 from common.evaluation.figures import COLOURS, DOT, FAINT, GREY, INK, RING, legend, save
-from common.evaluation.rows import display
-from common.evaluation.significance import Difference, in_words
+from common.evaluation.rows import INDIVIDUAL, display
+from common.evaluation.significance import Difference, difference_in_words
 from common.evaluation.tables import aligned
 from common.merging.registry import METHODS
 
@@ -36,9 +36,9 @@ def point_lines(kind: str, rows: Rows, percent: bool) -> list[list[str]]:
     head = {"tasks": "Tasks", "scale": "Scale", "rates": "Rate", "real": "Inputs"}[kind]
     lines = [[head, "‖τ‖/‖θ₀‖", "Pretrained", "Individual", "Start", "Avg", "FDA", "Δ"]]
     for row in rows:
-        values = [value(row[key], percent) for key in (PRETRAINED, "individual")]
+        values = [value(row[key], percent) for key in (PRETRAINED, INDIVIDUAL)]
         ends = [value(row[key], percent) for key in ("avg", "fda")]
-        gain = in_words(Difference(*row["gain"]), percent)
+        gain = difference_in_words(Difference(*row["gain"]), percent)
         lines.append([f"{row['at']:g}", f"{100 * row['norm']:.1f} %", *values, display(row["start"]), *ends, gain])
     return lines
 
@@ -47,7 +47,7 @@ def ablation_lines(rows: Rows, percent: bool) -> list[list[str]]:
     """A line for each change."""
     lines = [["Changed", "To", "FDA (Pretrained)", "Against the config's own"]]
     for row in rows:
-        gain = in_words(Difference(*row["gain"]), percent) if row["at"] else ""
+        gain = difference_in_words(Difference(*row["gain"]), percent) if row["at"] else ""
         lines.append([row["what"], row["at"], value(row["fda"], percent), gain])
     return lines
 
@@ -75,7 +75,7 @@ def method_lines(rows: Rows, percent: bool) -> list[list[str]]:
         seconds = f"{alone[name]['cpu_seconds']:.1f}" if name in alone else ""
         line = [name, split_of(name), value(start[name], percent), seconds]
         if fda := adapted.get(name):
-            gain = in_words(Difference(*fda["step"]), percent)
+            gain = difference_in_words(Difference(*fda["step"]), percent)
             line += [value(fda["avg"], percent), f"{fda['cpu_seconds']:.0f}", gain]
         lines.append([*line, *[""] * (len(lines[0]) - len(line))])
     return lines

@@ -4,9 +4,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from common.evaluation.rows import Row, Values, display, in_same_rest, is_shown, means, rank, row_name, values_by_seed
+from common.evaluation.rows import (
+    INDIVIDUAL,
+    Row,
+    Values,
+    display,
+    in_same_rest,
+    is_shown,
+    means,
+    rank,
+    row_name,
+    values_by_seed,
+)
 from common.evaluation.significance import DRAWS, LEVEL
-from common.run.stages import in_words
+from common.run.stages import seconds_in_words
 
 MISSING = "–"
 BOOTSTRAP = (
@@ -81,7 +92,7 @@ def gain_cell(
 def by_start(rows: Iterable[Row], tasks: Sequence[str], *, percent: bool = True) -> str:
     """A short table, a line a start: its Avg, then Avg and Δ of what each kind of anchors made of it, see `table`;
     Time is the merge's, and behind each Δ that of the anchors and the adaptation."""
-    rows = sorted((row for row in rows if row["method"] != "individual" and is_shown(row)), key=rank)
+    rows = sorted((row for row in rows if row["method"] != INDIVIDUAL and is_shown(row)), key=rank)
     ours, named = values_by_seed(rows, tasks), {row_name(row): row for row in rows}
     starts = {name: row["method"] for name, row in named.items() if row["method"] != "fda"}
     kinds = list(
@@ -130,7 +141,7 @@ def cost_cells(rows: Iterable[Row]) -> list[str]:
     if not costs:
         return [MISSING, MISSING]
     seconds, gib = means(costs.values())
-    return [in_words(seconds), f"{gib:.2f} GiB"]
+    return [seconds_in_words(seconds), f"{gib:.2f} GiB"]
 
 
 def cell(value: float, percent: bool, sign: str = "") -> str:

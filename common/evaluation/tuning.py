@@ -14,12 +14,13 @@ from typing import Any
 
 from common.assembly import merge_start
 from common.config import Adapt, Config, as_dict
-from common.core.annotations import in_words, is_of
+from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.front import TRIED, front_of, map_search, write_front
-from common.io.checkpoints import digest, write_text
+from common.io.checkpoints import write_text
 from common.io.examples import identity_of
+from common.io.hashes import digest
 from common.io.json_files import read_object
 from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
@@ -82,7 +83,7 @@ def check_fields(config: Config, lists: Mapping[str, Any], grid: list[dict[str, 
     for chosen in grid:
         for name, value in chosen.items():
             if not is_of(value, known[name]):
-                raise InputError(f"compare.search.fda.{name} must be {in_words(known[name])}, it is {value!r}")
+                raise InputError(f"compare.search.fda.{name} must be {kind_in_words(known[name])}, it is {value!r}")
         for start in config.compare.starts:
             check_settings(with_fields(config, start, chosen))
 
@@ -147,7 +148,7 @@ def candidate_rows(
     bar.keep(len(rows) - len(trials))
     for number, scores in scored_trials(config, domain, trials):
         with bar.unit(f"candidate {number}"):
-            row = rows[number] | judged(config, scores)
+            row = rows[number] | row_of_scores(config, scores)
             record(config, candidate=row)
             known[row["id"]] = row
     record(config, order=[row["id"] for row in rows])
@@ -178,7 +179,7 @@ def scored_trials(
         asked = Demand(len(trials), 0.0, True, lambda: Memory(model, model, model))
         place = place_for(config.run, asked, libraries_of(config))
     if place is None:
-        yield from ((number, scores_of(domain, trials[number])) for number in trials)
+        yield from ((number, score_candidate(domain, trials[number])) for number in trials)
     else:
         there = {n: replace(t, run=replace(t.run, root=place.root or t.run.root)) for n, t in trials.items()}
         files = Files(Path(config.run.root).expanduser(), lambda number: (), lambda number: ())
@@ -189,10 +190,10 @@ def scored_trials(
 
 def scores_at_worker(trials: Mapping[int, Config], number: int) -> dict[str, dict[str, Any]]:
     """The scores of a candidate, in a process that has its domain still to import."""
-    return scores_of(module_of(trials[number].domain), trials[number])
+    return score_candidate(module_of(trials[number].domain), trials[number])
 
 
-def scores_of(domain: Domain, trial: Config) -> dict[str, dict[str, Any]]:
+def score_candidate(domain: Domain, trial: Config) -> dict[str, dict[str, Any]]:
     """{test set: value and examples} of a candidate, which is merged for it and removed again."""
     path = merge_start(open_experiment(trial, domain), domain).path
     scores = scores_on_cut(trial, domain, trial.start.method, path)
@@ -207,7 +208,7 @@ def scores_on_cut(config: Config, domain: Domain, name: str, path: Path) -> dict
     return {test: {"value": of_test.value, "n": of_test.n} for test, of_test in found.items()}
 
 
-def judged(config: Config, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def row_of_scores(config: Config, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What a row of search.json says besides of a model with these scores."""
     average = sum(of_test["value"] for of_test in scores.values()) / len(scores)
     return {"scores": scores, "avg": average, "config": digest(as_dict(config)), "commit": commit()}

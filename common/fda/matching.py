@@ -50,12 +50,12 @@ def cosine(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(y_ATD.flatten(1), target_ATD.flatten(1), dim=1)).sum()
 
 
-def squared(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
+def squared_distance(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
     """Sum of the squared differences."""
     return (y_ATD - target_ATD).square().sum()
 
 
-def absolute(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
+def absolute_distance(y_ATD: Tensor, target_ATD: Tensor) -> Tensor:
     """Sum of the absolute differences."""
     return (y_ATD - target_ATD).abs().sum()
 
@@ -196,4 +196,8 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "size": lambda tau: tau.new_full((), tau.numel()),
     "norm": lambda tau: dot(tau, tau).sqrt(),
 }
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cos": cosine, "mse": squared, "l1": absolute}
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cos": cosine,
+    "mse": squared_distance,
+    "l1": absolute_distance,
+}

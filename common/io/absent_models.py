@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.core.errors import in_short
+
 HUB_ID = r"[\w.-]+/[\w.-]+"
 CACHED = "models--"
 NOT_FETCHED: dict[Path, str] = {}  # in a dry run: where a model would be, and a sentence on what a run fetches first
@@ -80,7 +82,7 @@ def hints(folder: Path) -> Iterator[str]:
     if not snapshots and not cached:
         below = sorted(p.name for p in folder.iterdir() if p.is_dir() and holds_weights(p))
         if below:
-            yield f"name the folder in it that is meant: {', '.join(below[:5])}{', ...' * (len(below) > 5)}"
+            yield f"name the folder in it that is meant: {', '.join(in_short(below))}"
 
 
 def hints_of_files(folder: Path) -> Iterator[str]:

@@ -32,7 +32,7 @@ def cached_by_files(function: Callable[Concatenate[Model, Rest], Made]) -> Calla
 def files_of(model: Model) -> Iterator[Path]:
     """The files in the folders of a model's base and text tower, in order; not those that are being written."""
     for path in [model.path(which) for which in ("base", "text") if getattr(model, which)]:
-        try:
+        try:  # the folder of any file, for the file itself may change too
             with os.scandir(path if path.is_dir() else path.parent) as entries:
                 names = sorted(each.path for each in entries if each.is_file() and not each.name.startswith("."))
         except OSError:  # what cannot be read is refused where it is read

@@ -19,15 +19,15 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, is_finite
 from common.io.hashes import SCHEME, file_hash, identity
-from common.io.headers import Row, opened
+from common.io.headers import StoredTensor, opened
 from common.io.json_files import parse_object
-from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, WEIGHT_FILES, find_model, json_of
+from common.io.model_files import CONFIG_FILE, GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
 from common.io.tensors import WHOLE, of_shape, read_tensor
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
-BESIDE = ("config.json", OPEN_CLIP_CONFIG, GENERATION_FILE)
+BESIDE = (CONFIG_FILE, OPEN_CLIP_CONFIG, GENERATION_FILE)
 SURROUNDINGS = (*BESIDE, *TOKENIZER_FILES, *SENTENCE_FILES)
 HEADER_KEY = "fda"  # one key holding JSON: safetensors writes several keys in no fixed order
 
@@ -44,7 +44,7 @@ class Checkpoint:
     def __init__(self, path: Path | str, names: Callable[[str], str | None] = str):
         self.path = Path(path)
         self.found = find_model(self.path)
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, StoredTensor] = {}
         self.left_out: list[str] = []
         stored = {row.stored: row for row in self.found.rows()}
         self.check_weights(stored)
@@ -66,13 +66,13 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the model's config and tokenizer are. A file of a name of one's own may lie beside those of others."""
-        return self.path.parent if self.path.name in WEIGHT_FILES else self.path
+        """Where the model's config and tokenizer are."""
+        return folder_of(self.path)
 
-    def check_weights(self, stored: Mapping[str, Row]) -> None:
+    def check_weights(self, stored: Mapping[str, StoredTensor]) -> None:
         """InputError if what is stored are no weights: codes of a quantised model, or the empty places of ZeRO-3."""
         named = next(quantiser_files(self.folder), "")
-        require_weights(self.path, stored, json_of(self.folder / "config.json"), named)
+        require_weights(self.path, stored, json_of(self.folder / CONFIG_FILE), named)
 
     def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """From now on the named tensors have these shapes: surplus rows are cut, missing ones the mean of the rest."""
@@ -253,14 +253,11 @@ def remove_leftovers(file: Path) -> None:
             pass  # somebody else's
 
 
-def digest(value: Params | Any) -> str:
-    """16 hexadecimal digits that identify tensors by name, type, shape and bytes, or anything that JSON can say."""
-    sha = hashlib.sha256()
-    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
-        for name in sorted(value):
-            tensor = value[name].detach().cpu().contiguous()
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    else:
-        sha.update(json.dumps(value, sort_keys=True).encode())
+def tensor_digest(tensors: Params) -> str:
+    """16 hexadecimal digits that identify tensors by name, type, shape and bytes."""
+    sha = hashlib.sha256(b"" if tensors else b"{}")  # of no tensors as of {} in JSON, in files that exist
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]

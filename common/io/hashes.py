@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.core.errors import InputError
+from common.core.places import cache_folder
 
 SCHEME = "sha256:"  # begins what identifies a file or checkpoint by all its bytes
 SETTLED = 2.0  # seconds: a change in the same tick of a file system's clock as the reading (FAT: 2 s) goes unseen
@@ -48,12 +49,14 @@ def file_hash(file: Path) -> str:
     return found
 
 
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that identify anything that JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def identity(parts: Sequence) -> str:
-    """What identifies a checkpoint: the scheme, and 16 hexadecimal digits of anything that JSON can say."""
-    return SCHEME + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
+    """What identifies a checkpoint: the scheme, and the digest of its parts."""
+    return SCHEME + digest(parts)
 
 
 def read_hash(file: Path) -> str:
@@ -83,9 +86,8 @@ def state_of(file: Path) -> list[int]:
 
 def record_of(file: Path) -> Path:
     """Where the hash of a file is kept, whatever links lead to the file."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(os.fsencode(os.path.realpath(file))).hexdigest()
-    return root / "functional-dual-anchors" / "hashes" / f"{key[:32]}.json"
+    return cache_folder() / "hashes" / f"{key[:32]}.json"
 
 
 def recall(file: Path, state: list[int]) -> str | None:

@@ -29,7 +29,7 @@ BEGINNINGS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class StoredTensor:
     """A tensor as a header has it: its file, name, first byte and end there, its type as safetensors calls it."""
 
     file: Path
@@ -58,7 +58,7 @@ def opened(file: Path) -> Iterator[Any]:
         raise InputError(why) from error
 
 
-def tensor_rows(file: Path) -> list[Row]:
+def tensor_rows(file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, from its header alone. InputError if the file is truncated or damaged."""
     with opened(file), open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -67,7 +67,7 @@ def tensor_rows(file: Path) -> list[Row]:
     for name, row in header.items():
         if name != "__metadata__":
             begin, end = (8 + length + offset for offset in row["data_offsets"])
-            rows.append(Row(file, name, row["dtype"], tuple(row["shape"]), begin, end))
+            rows.append(StoredTensor(file, name, row["dtype"], tuple(row["shape"]), begin, end))
     return rows
 
 

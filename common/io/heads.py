@@ -17,16 +17,16 @@ from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.headers import opened
 from common.io.lora import open_checkpoint
-from common.io.model_config import known_config, parse, read_config
+from common.io.model_config import config_file, known_config, parse, read_config
+from common.io.model_files import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 ROWS = 4096  # of an embedding and a head that are compared at a time
 
 
-def declared_config(folder: Path, text: str = "") -> dict[str, Any]:
-    """The config.json in a folder, or what `text` says where there is none; {} if there is neither."""
-    file = folder / CONFIG_FILE
-    return read_config(file) if file.is_file() else parse(text or "{}", "model.arch")
+def declared_config(path: Path, text: str = "") -> dict[str, Any]:
+    """The config.json of the model at a path, or what `text` says where there is none; {} if there is neither."""
+    file = config_file(path)
+    return read_config(file) if file else parse(text or "{}", "model.arch")
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.places import RESOLVERS
 from common.io.absent_models import NOT_FETCHED
 from common.io.conversion import convert, target_of
@@ -106,9 +106,9 @@ def files_wanted(place: Place, sizes: Sequence[str] | dict[str, int]) -> list[st
     if not weights and names and not here:
         weights = [name for name in names if name.endswith(".npy")]  # a folder of folders, as anchors are released
     if not weights:
-        near = sorted(here if names else {name.split("/")[0] for name in sizes})[:8]
+        near = sorted(here if names else {name.split("/")[0] for name in sizes})
         where = place.text if names else f"{place.repo}@{place.revision}"
-        raise InputError(f"{place.text} holds no weights; {where} has {', '.join(near) or 'nothing'}")
+        raise InputError(f"{place.text} holds no weights; {where} has {', '.join(in_short(near, most=8)) or 'nothing'}")
     small = [name for name in here if not name.endswith((*NOT_READ, ".npy"))]
     if MODULES_FILE in here:
         in_folders = [PurePosixPath(name) for name in names if name.count("/") == 1]

@@ -7,12 +7,11 @@ nothing, since models are renamed and moved, so another name is a warning.
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from common.io.adapters import is_adapter
 from common.io.model_config import (
-    SHOWN,
     ModelConfig,
     compare_configs,
     config_file,
@@ -81,13 +80,13 @@ def refuse_other_model(adapter: Path, named: Path, config: ModelConfig) -> None:
         )
     counted, _ = differences(config, resolve(written, str(file)))
     if counted:
-        said = [f"{field} is {one!r} there and {two!r}" for field, (one, two) in list(counted.items())[:SHOWN]]
-        raise InputError(f"{says}, which is another model: {', '.join(said)} in {config.file}")
+        said = [f"{field} is {one!r} there and {two!r}" for field, (one, two) in counted.items()]
+        raise InputError(f"{says}, which is another model: {', '.join(in_short(said))} in {config.file}")
 
 
 def names_of(base: Path, config: ModelConfig | None) -> set[str]:
     """What a base may be called, in lower case: its folder, its name in the hub's cache, what its config says."""
-    folder = base if base.is_dir() else base.parent
+    folder = base if base.is_dir() else base.parent  # of any file: what it is called is all that is looked for
     parts = [*folder.parts, *folder.resolve().parts]
     cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
     names = [folder.name, folder.resolve().name, base.stem, *cached]

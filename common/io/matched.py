@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.core.task_vectors import Params
-from common.io.checkpoints import Checkpoint, digest
+from common.io.checkpoints import Checkpoint, tensor_digest
 from common.io.tensors import with_size
 
 PIECE = 4096  # rows that are copied at a time
@@ -32,7 +32,7 @@ class Matching:
         """What identifies the matching, if any expert's rows are not simply the merged ones; {} otherwise."""
         plain = torch.arange(self.rows)
         unlike = {task: source for task, source in self.sources.items() if not torch.equal(source, plain)}
-        return {"rows": digest(unlike)} if unlike else {}
+        return {"rows": tensor_digest(unlike)} if unlike else {}
 
 
 class MatchedExpert(Checkpoint):

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.json_files import parse_object, read_object
-from common.io.model_files import MODEL_FILE
+from common.io.model_files import CONFIG_FILE, MODEL_FILE, folder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CONFIG_FILE = "config.json"
 AUTO = "auto"  # model.family: whatever the config says
 WHAT = "config file, JSON with a model_type"
-SHOWN = 4  # of the fields that differ
 
 # Fields that say where a file comes from. They differ between any two models and tell nothing.
 ORIGIN = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
@@ -94,9 +92,9 @@ class ModelConfig:
 
 
 def config_file(path: Path) -> Path | None:
-    """The config.json of the model at a path: in the folder, or beside the one file that is a folder's model."""
-    folder = path.parent if path.name == MODEL_FILE else path
-    return folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
+    """The config.json of the model at a path: in the folder, or beside the file that transformers saves, none other."""
+    file = folder_of(path, (MODEL_FILE,)) / CONFIG_FILE
+    return file if file.is_file() else None
 
 
 def read_text(file: Path) -> str:
@@ -234,9 +232,8 @@ def require_same_function(base: ModelConfig, other: ModelConfig, computing: froz
     counted, harmless = differences(base, other, computing)
     if counted:
         said = [f"{other.spelling(field)} is {one!r}, the base's is {two!r}" for field, (one, two) in counted.items()]
-        more = f", and {len(said) - SHOWN} more differ" if len(said) > SHOWN else ""
         raise InputError(
-            f"{other.file}: {'; '.join(said[:SHOWN])}{more} ({base.file}): the merged model computes with the base's, "
+            f"{other.file}: {'; '.join(in_short(said))} ({base.file}): the merged model computes with the base's, "
             "for which these weights are not made; merge models of one base, or correct the file that is wrong"
         )
     return {field.split(".")[0] for field in harmless}

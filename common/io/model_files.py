@@ -11,16 +11,17 @@ Two files that one library could open must hold the same tensors, byte for byte;
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.core.errors import InputError, NotFetched
+from common.core.errors import InputError, NotFetched, in_short
 from common.io.absent_models import NOT_FETCHED, nothing_at, nothing_in
-from common.io.headers import CONVERT, Row, absent, mistaken_for, opened, tensor_rows
+from common.io.headers import CONVERT, StoredTensor, absent, mistaken_for, opened, tensor_rows
 
+CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -40,9 +41,9 @@ class ModelFiles:
     index: Path | None = None
     unread: tuple[str, ...] = ()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StoredTensor]:
         """All tensors, from the headers. InputError if one is in two shards, or not in that which the index says."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, StoredTensor] = {}
         for row in (row for file in self.files for row in tensor_rows(file)):
             if row.stored in rows:
                 where = f"{rows[row.stored].file} and {row.file.name}"
@@ -59,6 +60,14 @@ class ModelFiles:
         """For the dry run: what is read, and what is not."""
         read = self.files[0].name if len(self.files) == 1 else f"{len(self.files)} shards"
         return read + (f"; not read: {', '.join(self.unread)}" if self.unread else "")
+
+
+def folder_of(path: Path, saved: Collection[str] = WEIGHT_FILES) -> Path:
+    """Where a model's config and tokenizer are: the folder of a file that a library has `saved` a folder's model as.
+
+    A file of a name of one's own is its own place, with nothing beside it, for its neighbours may be of other models.
+    """
+    return path.parent if path.name in saved else path
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -99,8 +108,8 @@ def in_folder(folder: Path) -> ModelFiles:
             )
     read = {file.name for file in files}
     unread = [file.name for file in sorted(folder.glob("*.safetensors*")) if file.name not in {*read, INDEX_FILE}]
-    index = within(folder / "config.json", Path(chosen)) if chosen.endswith(".json") else None
-    return ModelFiles(tuple(files), index, tuple(shortened(unread)))
+    index = within(folder / CONFIG_FILE, Path(chosen)) if chosen.endswith(".json") else None
+    return ModelFiles(tuple(files), index, tuple(in_short(unread)))
 
 
 def candidates_in(folder: Path) -> dict[str, list[Path]]:
@@ -129,9 +138,9 @@ def alike(folder: Path, own: Path) -> dict[str, list[Path]]:
 
 def transformers_candidates(folder: Path) -> dict[str, list[Path]]:
     """What transformers would open in a folder, its choice first."""
-    named = json_of(folder / "config.json").get("transformers_weights")
+    named = json_of(folder / CONFIG_FILE).get("transformers_weights")
     if isinstance(named, str) and named.endswith((".safetensors", INDEX_FILE)):
-        file = within(folder / "config.json", Path(named))
+        file = within(folder / CONFIG_FILE, Path(named))
         return {named: whole(file) if named.endswith(".json") else [file]}
     found = {MODEL_FILE: [folder / MODEL_FILE]} if is_there(folder / MODEL_FILE) else {}
     if not found and is_there(folder / INDEX_FILE):
@@ -204,11 +213,6 @@ def within(index: Path, shard: Path) -> Path:
     return index.parent / shard
 
 
-def shortened(names: list[str]) -> list[str]:
-    """The first names of many, and how many follow."""
-    return names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-
-
 # ---- the same tensors? -----------------------------------------------------------------------------------------------
 
 
@@ -238,7 +242,7 @@ def difference(one: State, other: State) -> str:
     return next((name for name, row in first.items() if not same_bytes(row, second[name])), "")
 
 
-def same_bytes(one: Row, other: Row) -> bool:
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors of one type and shape hold the same bytes."""
     with opened(one.file), open(one.file, "rb") as a, open(other.file, "rb") as b:
         for at in range(0, one.nbytes, CHUNK_BYTES):

@@ -16,8 +16,8 @@ from common.core.notices import warn
 from common.io.checkpoints import copy_files
 from common.io.hashes import file_hash
 from common.io.json_files import interpreted, read_object
-from common.io.model_config import CONFIG_FILE, read_text
-from common.io.model_files import MODEL_FILE
+from common.io.model_config import read_text
+from common.io.model_files import CONFIG_FILE, folder_of
 from common.io.tokenizer_files import IN_MODULE, MODULES_FILE, SENTENCE_SETTINGS, matching
 
 WHAT = "list of the modules of a sentence-transformers model"
@@ -41,7 +41,7 @@ class Module:
 
 def modules_of(path: Path) -> tuple[Path, list[Module]]:
     """The folder of a model, and its modules; none if it is no sentence-transformers model, or one with own code."""
-    folder = path.parent if path.name == MODEL_FILE else path
+    folder = folder_of(path)
     file = folder / MODULES_FILE
     if not file.is_file():
         return folder, []

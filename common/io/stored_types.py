@@ -11,7 +11,7 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, is_finite
 from common.io.checkpoints import Checkpoint
-from common.io.headers import Row, opened
+from common.io.headers import StoredTensor, opened
 from common.io.shards import Stored, stored_when_made
 from common.io.tensors import bytes_of
 
@@ -27,7 +27,7 @@ def output_type(base: Checkpoint, fields: Mapping[str, Any], asked: str = "") ->
     return NAMES.get(named) or most_of(base.rows.values())
 
 
-def most_of(rows: Iterable[Row]) -> torch.dtype:
+def most_of(rows: Iterable[StoredTensor]) -> torch.dtype:
     """The floating-point type in which most bytes are stored; float32 if there is none that can be computed with."""
     sizes = Counter()
     for row in rows:
@@ -63,7 +63,7 @@ def as_stored(
     return stored
 
 
-def read_buffer(row: Row) -> list[memoryview]:
+def read_buffer(row: StoredTensor) -> list[memoryview]:
     """The bytes of a buffer of the base."""
     with opened(row.file) as handle:
         return [bytes_of(handle.get_tensor(row.stored).clone())]

@@ -12,6 +12,7 @@ from typing import Any
 from common.core.notices import warn
 from common.io.checkpoints import BESIDE, copy_files, write_text
 from common.io.model_config import edited, read_text
+from common.io.model_files import folder_of
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES, VOCABULARIES, contents, has_tokenizer, matching
 
 AUTO_MAP = "auto_map"
@@ -69,7 +70,7 @@ def lend_tokenizer(folder: Path, experts: Mapping[str, Path]) -> None:
 
     experts: the folder or file of each, by task.
     """
-    folders = {task: path if path.is_dir() else path.parent for task, path in experts.items()}
+    folders = {task: folder_of(path) for task, path in experts.items()}
     having = {task: place for task, place in folders.items() if has_tokenizer(place)}
     if not having or has_tokenizer(folder):
         return

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.io.headers import Row, absent, opened
+from common.io.headers import StoredTensor, absent, opened
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -22,7 +22,7 @@ PIECE = 8 * 2**20  # weights
 WHOLE = slice(None)
 
 
-def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
+def read_tensor(row: StoredTensor, rows: slice = WHOLE) -> Tensor:
     """A tensor of a file in float32, or some of its rows, one behind the other.
 
     It is read and not mapped: what is mapped is memory in use, and comes a page fault at a time. Of a large tensor of
@@ -50,7 +50,7 @@ def read_tensor(row: Row, rows: slice = WHOLE) -> Tensor:
     return tensor
 
 
-def fill(flat: Tensor, handle: FileIO, row: Row) -> Tensor:
+def fill(flat: Tensor, handle: FileIO, row: StoredTensor) -> Tensor:
     """A tensor of one axis, filled with the next bytes of a file. InputError if there are too few."""
     left = bytes_of(flat)
     while left:

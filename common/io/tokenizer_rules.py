@@ -10,14 +10,16 @@ from typing import Any
 
 from common.core.notices import warn
 from common.io.model_config import read_text
+from common.io.model_files import folder_of
 from common.io.tokens import FAST, SETTINGS, read_json
 
 TEMPLATE, MORE_TEMPLATES, OF_PROCESSOR = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 READING = ("normalizer", "pre_tokenizer")  # the parts of tokenizer.json by which a text becomes pieces
 
 
-def chat_templates(folder: Path) -> dict[str, str]:
-    """{name: chat template} of a folder where transformers looks for them: files of their own, or else its settings."""
+def chat_templates(path: Path) -> dict[str, str]:
+    """{name: chat template} of a model where transformers looks for them: files of their own, or else its settings."""
+    folder = folder_of(path)
     files = {"default": folder / TEMPLATE} | {file.stem: file for file in sorted(folder.glob(f"{MORE_TEMPLATES}/*"))}
     found = {name: read_text(file) for name, file in files.items() if file.is_file()}
     if found:
@@ -33,7 +35,7 @@ def warn_of_templates(base: Path, others: Mapping[str, Path], with_folder: Colle
     """Say which experts word a conversation otherwise than the base, whose chat template the merged model has.
 
     Args:
-        base, others: Folders of the base and of each expert.
+        base, others: Paths of the base and of each expert.
         with_folder: Experts whose tokenizer gets a folder of its own beside the merged one.
     """
     ours = chat_templates(base)
@@ -58,9 +60,10 @@ def warn_of_reading(base: Path, others: Mapping[str, Path], with_folder: Collect
         theirs = reading_of(path)
         parts = [part for part in READING if ours and theirs and ours[part] != theirs[part]]
         if parts:
+            file, its = folder_of(path) / FAST, folder_of(base) / FAST
             warn(
-                f"the {' and the '.join(parts)} in {path / FAST} {'is' if len(parts) == 1 else 'are'} not the base's, "
-                f"{base / FAST}: the merged model reads a text as the base does{beside([task], with_folder, option)}"
+                f"the {' and the '.join(parts)} in {file} {'is' if len(parts) == 1 else 'are'} not the base's, {its}: "
+                f"the merged model reads a text as the base does{beside([task], with_folder, option)}"
             )
 
 
@@ -72,11 +75,12 @@ def beside(tasks: Sequence[str], with_folder: Collection[str], option: str) -> s
     return f"; {option} can name experts whose tokenizer, with all this, gets a folder beside the merged model's"
 
 
-def reading_of(folder: Path) -> dict[str, Any] | None:
+def reading_of(path: Path) -> dict[str, Any] | None:
     """{part: its settings} of how a text becomes pieces, every default written out; None without a tokenizer.json."""
-    if not (folder / FAST).is_file():
+    file = folder_of(path) / FAST
+    if not file.is_file():
         return None
-    whole = read_json(folder / FAST)
+    whole = read_json(file)
     parts = {part: whole.get(part) for part in READING}
     from tokenizers import Tokenizer
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+from common.core.errors import in_short
 from common.core.notices import warn
 from common.io.checkpoints import Checkpoint
 
@@ -33,5 +34,5 @@ def with_copies(axes: Mapping[str, int], base: Checkpoint, unread: Callable[[str
 
 def said(names: set[str]) -> str:
     """Tensors, for a sentence."""
-    more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-    return f"{min(names)}{more}, which transformers leaves aside when it opens such a model"
+    named = " and ".join(in_short(sorted(names), most=2))
+    return f"{named}, which transformers leaves aside when it opens such a model"

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.adapters import is_adapter
 from common.io.checkpoints import Checkpoint
 from common.io.matched import JoinedBase, MatchedExpert, Matching
+from common.io.model_files import folder_of
 from common.io.tensors import with_size
 from common.io.token_rows import are_comparable, require_equal_sizes, require_kept_sizes, row_count, row_counts
 from common.io.tokens import FAST, Tokens, read_tokens, with_more
 
-SHOWN = 4  # of the tokens that a sentence names
 PADDING = ""  # stands for the padding token that the base lacks, by whatever name
 
 
@@ -55,22 +55,22 @@ def match_vocabularies(
     if policy == "refuse":
         require_equal_sizes(base, sizes)
     names = list(axes)
-    own = read_tokens(base.path)
+    own = read_tokens(base.folder)
     tokens = {task: tokens_of_expert(expert, own, names) for task, expert in experts.items()}
     counts = {task: sizes[expert] for task, expert in experts.items()}
     paths = {task: expert.path for task, expert in experts.items()}
     new = {} if policy == "base" or own is None else new_tokens(own, tokens, counts)
     more: dict[str, tuple[int, Mapping[str, Any]]] = {}
     if policy == "union":
-        require_tokenizers(base.path, own, tokens, paths)
+        require_tokenizers(base.folder, own, tokens, paths)
         places = {key: max(own.ids.values()) + 1 + i for i, key in enumerate(new)} if own else {}
         more = described(new, places, tokens, paths)
-        with_more(base.path, more)
+        with_more(base.folder, more)
         rows = max([sizes[base], *(place + 1 for place in places.values())])
     else:
         rows = max(sizes.values()) if policy == "pad" else sizes[base]
         places = own_places(new, own, paths, base.path, policy)
-        more = taken_over(base.path, new, places, tokens, paths, policy)
+        more = taken_over(base.folder, new, places, tokens, paths, policy)
     own_rows = {
         task: {key: owners[task] for key, owners in new.items() if task in owners and owners[task] < counts[task]}
         for task in experts
@@ -94,8 +94,8 @@ def match_vocabularies(
 
 def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[str]) -> Tokens | None:
     """An expert's tokens; the base's for an adapter without a tokenizer; None, with a warning, if they are unknown."""
-    if not is_adapter(expert.path) or any((expert.path / file).is_file() for file in (FAST, "vocab.json")):
-        found = read_tokens(expert.path)
+    if not is_adapter(expert.path) or any((expert.folder / file).is_file() for file in (FAST, "vocab.json")):
+        found = read_tokens(expert.folder)
     else:
         found = base
     if (found is None or base is None) and any(expert.touches(name) for name in names):
@@ -199,7 +199,7 @@ def taken_over(
         way = "; model.tokenizers gives an expert's a folder beside the merged model" if policy else ""
         if named:
             warn(
-                f"rows are merged of {', '.join(named[:SHOWN])}{', ...' if len(named) > SHOWN else ''}, tokens of "
+                f"rows are merged of {', '.join(in_short(named))}, tokens of "
                 f"{', '.join(dict.fromkeys(task for owners in new.values() for task in owners))}, which the merged "
                 f"model's tokenizer does not know, for it is the base's: {error}{way}"
             )
@@ -245,7 +245,7 @@ def moved_token(
 
 def tokenizer_folder(expert: Path, base: Path, files: Sequence[str]) -> Path:
     """The expert's folder, or else the base's, where one of a tokenizer's files is; InputError if in neither."""
-    for folder in (expert, base):
+    for folder in map(folder_of, (expert, base)):
         if any(file.is_file() for name in files for file in folder.glob(name)):
             return folder
     raise InputError(f"no tokenizer: neither {expert} nor {base} holds one of {', '.join(files)}")

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.linalg import truncated_svd
 from common.core.task_vectors import Params
-from common.merging.tensorwise import by_pieces, each_matrix, inner, require_fraction, rounded_down
+from common.merging.tensorwise import by_pieces, each_matrix, inner_by_pieces, require_fraction, rounded_down
 
 TINY = 1e-12  # the code's, in logarithms and traces
 SLACK = 1e-9  # of γ, which is rounding where all tasks are of one size
@@ -48,7 +48,7 @@ def ace(
         raise InputError(f"ace: epsilon above 0 and uneven of at least 0 are needed, they are {epsilon} and {uneven}")
 
     def merged(taus: Sequence[Tensor]) -> Tensor:
-        sizes = [inner(tau, tau) for tau in taus]
+        sizes = [inner_by_pieces(tau, tau) for tau in taus]
         evened = variation([size for size in sizes if size]) > uneven + SLACK
         delta, residual = regularised(taus, sizes, epsilon, evened)
         if evened and (residual := residual.add_(delta)).any():

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.core.errors import InputError
-from common.core.task_vectors import Params, add
+from common.core.task_vectors import Params, add, inner
 from common.merging.calibration import CalibrationTask
 from common.merging.entropy import only_regressions, summed_gradients
 from common.merging.tensorwise import require_examples, total
@@ -81,5 +81,5 @@ def alignment(gradients: Params, theta: Params) -> float:
     cosines = 0.0
     for name, gradient in gradients.items():
         size = float(gradient.norm()) * float(theta[name].norm())
-        cosines += float((gradient.double() * theta[name].double()).sum()) / size if size > 0 else 0.0
+        cosines += inner({name: gradient}, theta) / size if size > 0 else 0.0
     return cosines

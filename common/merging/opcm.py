@@ -78,8 +78,8 @@ def squares_of(delta: Tensor, squares: Sequence[float]) -> list[float]:
 def novel(tau: Tensor, merged: Tensor, alpha: float) -> Tensor:
     """P(τ): τ (R, D) without what it shares with `merged` (R, D), which is not 0."""
     u, s, v = truncated_svd(merged, min(merged.shape))
-    inner = u.mT @ tau @ v
+    rotated = u.mT @ tau @ v
     k = rank_of_share(s, alpha)
-    shared = inner.diagonal().diag()
-    shared[:k, :k] = inner[:k, :k]
+    shared = rotated.diagonal().diag()
+    shared[:k, :k] = rotated[:k, :k]
     return tau - u @ shared @ v.mT

@@ -27,7 +27,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Row:
+class RegistryRow:
     """What a start can be made of.
 
     where: "file:function", the file in common/merging/ without its ending.
@@ -51,7 +51,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Method(Row):
+class Method(RegistryRow):
     """A merge method.
 
     scope: "blocks" if its paper merges the Transformer blocks alone, so that all other tensors stay at the base.
@@ -74,7 +74,7 @@ class Method(Row):
 
 
 @dataclass(frozen=True)
-class Step(Row):
+class Step(RegistryRow):
     """What any method can be joined with.
 
     stage: "before": (base, deltas, **hyper) -> the deltas that the method is given; "after": (base, deltas, delta,
@@ -142,7 +142,7 @@ STEPS: dict[str, Step] = {
 }
 
 
-def every_row() -> dict[str, Row]:
+def every_row() -> dict[str, RegistryRow]:
     """The rows of both tables, by key."""
     return {**METHODS, **STEPS}
 

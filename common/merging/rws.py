@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params
-from common.merging.tensorwise import Taus, inner, layer_of
+from common.merging.tensorwise import Taus, inner_by_pieces, layer_of
 
 
 def rws(
@@ -39,11 +39,11 @@ def rws(
         layer = layer_of(name)
         if keep is not None and (layer is None or layer >= keep):
             return own.clone()
-        size, delta = inner(own, own), own.clone()
+        size, delta = inner_by_pieces(own, own), own.clone()
         for i in range(len(taus)):
             if i != clean:
                 tau = taus[i]
-                along = inner(tau, own) / size if size > 0 else 0.0
+                along = inner_by_pieces(tau, own) / size if size > 0 else 0.0
                 delta.add_(tau, alpha=lam).sub_(own, alpha=lam * along)
                 del tau
         return delta

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.core.task_vectors import Params
 from common.merging.magnitude import largest
-from common.merging.tensorwise import each_tensor, inner, require_fraction, rounded_down, total
+from common.merging.tensorwise import each_tensor, inner_by_pieces, require_fraction, rounded_down, total
 
 EQUAL = 1e-5  # relative difference of variances that are equal but for rounding
 
@@ -89,7 +89,7 @@ def variation_ratios(taus: Sequence[Tensor], mask: Tensor | None) -> list[float]
     sizes = []
     for tau in taus:
         tau = tau if mask is None else tau * mask
-        sizes.append(inner(tau, tau))
+        sizes.append(inner_by_pieces(tau, tau))
         del tau
     every = sum(sizes)
     return [size / every for size in sizes] if every > 0 else [1 / len(sizes)] * len(sizes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.core.annotations import in_words, is_of
+from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, made_anew, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION, CalibrationTask
@@ -192,7 +192,7 @@ def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
             raise InputError(f"{part}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
         kind = accepted[name].annotation
         if not is_of(value, kind):
-            raise InputError(f"{part}: {name} must be {in_words(kind)}, it is {value!r}")
+            raise InputError(f"{part}: {name} must be {kind_in_words(kind)}, it is {value!r}")
     if tasks is None:
         return
     if tasks < 1:

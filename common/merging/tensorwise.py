@@ -112,7 +112,7 @@ def by_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(tensor.split(math.ceil(shape[0] / pieces)) for tensor in tensors), strict=True)
 
 
-def inner(a: Tensor, b: Tensor) -> float:
+def inner_by_pieces(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ of two tensors of one shape, added up in float64 piece by piece."""
     return sum(float((x * y).sum(dtype=torch.float64)) for x, y in by_pieces(a, b))
 

@@ -97,7 +97,7 @@ def on_a_cpu(large: float, small: float) -> float:
     return large + (1 + HOLES) * small
 
 
-def in_words(gpu: float, host: float, alone: float) -> str:
+def memory_in_words(gpu: float, host: float, alone: float) -> str:
     """Bytes on a GPU and in the memory of its host, or on a CPU alone."""
     a, b, c = (f"{size / GIB:.2f} GiB" for size in (gpu, host, alone))
     return f"about {a} on a GPU and {b} of its host; {c} on a CPU alone"
@@ -117,9 +117,8 @@ def blocks_of(config: Config, domain: Domain) -> tuple[BlockFamily, list[list[Bl
     """The family of the base, its blocks kind by kind, and the shape of the anchors of a unit; all without weights."""
     part = anchored_part(config, domain)
     family = domain.family(config.model, part)
-    tokens, width = domain.token_shape(config.model, part)
     kinds = list(by_kind(family.modules(domain.skeleton(config.model))))
-    return family, kinds, (config.anchors.number, config.anchors.tokens or tokens, width)
+    return family, kinds, config.anchors.shape(*domain.token_shape(config.model, part))
 
 
 def largest_of(kinds: Iterable[Sequence[BlockModule]]) -> nn.Module:
@@ -187,8 +186,7 @@ def cost_of_fit(block: Block, module: nn.Module, shape: tuple[int, int, int], co
     """Memory of an adaptation step."""
     settings = config.adapt.for_start(config.start.method)
     like, tasks = dict(module.named_parameters()), len(config.tasks)
-    per_task = config.start.method == "ta" and settings.per_task and not config.start.checkpoint
-    vectors = tasks if per_task else 1
+    vectors = tasks if config.has_coefficients_per_task else 1
     weights = config.start.method == PRETRAINED
     with Ledger() as ledger:
         held = [torch.empty((tasks * shape[0], *shape[1:]), device="meta") for _ in range(4)]  # in lists, and joined

@@ -42,8 +42,8 @@ from common.planning.cost import (
     blocks_of,
     construction_memory,
     cost_of_step,
-    in_words,
     largest_of,
+    memory_in_words,
     size_of,
 )
 from common.planning.merging import memory_of_merge, memory_with_data
@@ -220,7 +220,7 @@ def merged_rows(experiment: Experiment | None, config: Config, name: str) -> Seq
     return parts_of(experiment, config.start.method, name)
 
 
-def in_short(alike: Sequence[BlockModule]) -> str:
+def blocks_in_words(alike: Sequence[BlockModule]) -> str:
     """So many blocks of one kind: the first's name, the number of its tensors, their size."""
     prefix, module = alike[0]
     names = re.sub(r"\.\d+(?=\.)", ".N", prefix).removesuffix(".") if len(alike) > 1 else prefix.removesuffix(".")
@@ -251,17 +251,17 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
     anchored = sum(len(group) * size_of(group[0].module) for group in kinds) * dtype.itemsize // 4
     sizes = Bytes(every, anchored * blocks // depth, anchors * units)
     rows = {
-        "blocks": "; ".join(map(in_short, kinds))
+        "blocks": "; ".join(map(blocks_in_words, kinds))
         + (f"; anchored part {anchored_part(config, domain)}" if len(domain.PARTS) > 1 else "")
         + f"; D {shape[2]}",
         "anchors of a unit": f"{' x '.join(map(str, shape))}, {anchors / 2**20:.1f} MiB",
         "construct": f"{units} units of {config.anchors.steps} steps, {operations / 1e9:.1f} GFLOP a step, "
         f"{operations * units * (config.anchors.steps + 1) / 1e15:.2f} PFLOP in all",
         "construct, in": precision,
-        "construct, memory": in_words(*construction_memory(construction, largest, shape)),
+        "construct, memory": memory_in_words(*construction_memory(construction, largest, shape)),
         "construct, disk": f"{anchors * units / GIB:.2f} GiB",
         "adapt": f"{blocks} units of {epochs} epochs, {len(config.tasks) * shape[0]} anchors each",
-        "adapt, memory": in_words(*adaptation._replace(host=max(adaptation.host, passing))),
+        "adapt, memory": memory_in_words(*adaptation._replace(host=max(adaptation.host, passing))),
         **memory_of_merge(config, merged, family.prefixes, passing, partial(merged_rows, experiment, config)),
         **memory_with_data(config, sum(weights)),
         "merge, disk": f"{every / GIB:.2f} GiB a model in {dtype}",
@@ -269,6 +269,3 @@ def needs(config: Config, domain: Domain, experiment: Experiment | None = None) 
         **on_paper(config, family, kinds, shape, sizes),
     }
     return ["Needs", *(f"  {what:18} {much}" for what, much in rows.items())]
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from common.config import PRETRAINED, Config
 from common.core.task_vectors import Params, add, lazy_task_vector
 from common.merging.registry import hyperparameters
 from common.merging.starts import Hyper, by_part, chain_of, hyper_of, merge, survey
-from common.planning.cost import GIB, HEAP_BYTES, Ledger, in_words
+from common.planning.cost import GIB, HEAP_BYTES, Ledger, memory_in_words
 
 SMALL = 48  # the smaller side of the matrices on which a merge method is tried
 
@@ -73,7 +73,7 @@ def memory_of_merge(
             holds = f"{needed / size:.1f} tensors like {each}"
             if surveying * size < merging * at_once < merging * size:
                 holds = f"{merging:.1f} times {rows} rows of {each}"
-    return {"merge, memory": f"{in_words(device, passing, alone)}; {method} holds {holds} at once"}
+    return {"merge, memory": f"{memory_in_words(device, passing, alone)}; {method} holds {holds} at once"}
 
 
 def first_of(parts: Sequence[slice], shape: tuple[int, ...]) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def hours_of(work: Work, precision: str) -> dict[str, float]:
     return {what: each / 3600 for what, each in seconds.items()}
 
 
-def in_words(work: Work, read: float, precision: str) -> str:
+def hours_in_words(work: Work, read: float, precision: str) -> str:
     """GPU hours, what bounds them, and the hours of each by itself."""
     hours = hours_of(work, precision) | {"reading": read / DISK / 3600}
     bound = max(hours, key=lambda what: hours[what])
@@ -126,8 +126,8 @@ def on_paper(
     stored = {"checkpoints": models * sizes.model, "anchors": sizes.anchors, "a merged model": sizes.model}
     assumed = f"{SHARE:.0%} of peak and bandwidth, {LAUNCH * 1e6:.0f} µs a kernel, {DISK / 1e9:.0f} GB/s read"
     return {
-        "H100, construct": in_words(construction, moved["construct"][0], how),
-        "H100, adapt": in_words(adaptation, moved["adapt"][0], "float32"),
+        "H100, construct": hours_in_words(construction, moved["construct"][0], how),
+        "H100, adapt": hours_in_words(adaptation, moved["adapt"][0], "float32"),
         "H100, on paper": f"{assumed}; nothing of it is measured",
         "stored": ", ".join(f"{what} {size / GIB:,.1f} GiB" for what, size in stored.items()),
         "moved": "; ".join(said),

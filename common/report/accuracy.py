@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.evaluation.rows import Row, display, rank, row_name, values_by_name
+from common.config import PRETRAINED
+from common.evaluation.rows import INDIVIDUAL, Row, display, rank, row_name, values_by_name
 from common.report.charts import Chart, Panel, Spec, layers, named, quantity, tips
 from common.report.reading import RunRecord
 
@@ -19,14 +20,14 @@ def accuracy(run: RunRecord) -> Chart | None:
     at = {n: [scale * v for v in values] for n, values in values_by_name(run.rows, run.tasks).items()}
     adapted = {row_name(row): row for row in sorted(run.rows, key=rank) if row["method"] == "fda"}
     starts = {row["start"] for row in adapted.values()} | {row["method"] for row in run.rows}
-    starts -= {"fda", "individual", *(["pretrained"] if adapted and not made_of(adapted, "pretrained") else [])}
+    starts -= {"fda", INDIVIDUAL, *([PRETRAINED] if adapted and not made_of(adapted, PRETRAINED) else [])}
     order = sorted(starts, key=lambda start: rank({"method": start}))
     kinds = list(dict.fromkeys(kind_of(row) for row in adapted.values()))
     metrics = {row["metric"] for row in run.rows}
     label = f"{metrics.pop() if len(metrics) == 1 else 'score'}{' (%)' if run.percent else ''}"
     panels = []
     for start in order:
-        ends = {"pretrained": at.get("Pretrained"), "individual": at.get("Individual"), "start": at.get(display(start))}
+        ends = {end: at.get(display(end)) for end in (PRETRAINED, INDIVIDUAL)} | {"start": at.get(display(start))}
         data = [
             {"task": task, "what": what, "x": values[i]}
             for what, values in ends.items()
@@ -71,8 +72,8 @@ def accuracy_panel(data: Sequence[Spec], tasks: Sequence[str], kinds: Sequence[s
     return layers(
         data,
         of("fda", {"type": "rule", "strokeWidth": 2}, y=y, x=x, x2={"field": "from"}, **shift, **colour),
-        of("pretrained", {"type": "tick", "thickness": 2, "style": "floor"}, y=y, x=x, tooltip=tip),
-        of("individual", {"type": "tick", "thickness": 2, "style": "ceiling"}, y=y, x=x, tooltip=tip),
+        of(PRETRAINED, {"type": "tick", "thickness": 2, "style": "floor"}, y=y, x=x, tooltip=tip),
+        of(INDIVIDUAL, {"type": "tick", "thickness": 2, "style": "ceiling"}, y=y, x=x, tooltip=tip),
         of("fda", {"type": "point", "filled": True, "size": 45}, y=y, x=x, tooltip=tip, **shift, **colour),
         of("start", {"type": "point", "style": "ring", "size": 45}, y=y, x=x, tooltip=tip),
         height=22 * len(tasks) + 10 * len(tasks) * max(0, len(kinds) - 1),

@@ -1,7 +1,6 @@
 """One page for a run or several: self-contained HTML that opens offline, with tables to sort and figures to look at."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from common.core.errors import InputError
 from common.core.notices import warn
+from common.core.places import cache_folder
 from common.io.checkpoints import write_text
 from common.report import accuracy
 from common.report.charts import COLOURS
@@ -115,10 +115,6 @@ def vega() -> str:
     except InputError as error:
         warn(f"{error}; every page takes two seconds more")
     return script
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "functional-dual-anchors"
 
 
 def noted_state(runs: Sequence[RunRecord]) -> State:

@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from common.config import ROOT
 from common.core.errors import InputError
 from common.domain import FOLDERS
 from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS, identifying, traces
 from common.io.json_files import interpreted, read_object
+from common.io.paper_tables import paper_table
 from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST, read_provenance
 from common.report.vectors import VECTORS_FILE
 from common.run.run_log import NOTES, WHAT, read_notes
@@ -77,13 +74,7 @@ class RunRecord:
     @property
     def published(self) -> dict[str, Any] | None:
         """The paper's table beside the results, if the config names one."""
-        named = self.config["eval"]["paper_table"]
-        return paper_tables().get(named) if named else None
-
-
-@cache
-def paper_tables() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "configs" / "paper_results.yaml").read_text(encoding="utf-8"))
+        return paper_table(self.config["eval"]["paper_table"])
 
 
 def is_run(folder: Path) -> bool:

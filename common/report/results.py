@@ -9,8 +9,17 @@ from functools import lru_cache
 from statistics import fmean
 from typing import NamedTuple
 
-from common.evaluation.rows import Row, display, is_shown, rank, row_name, values_by_seed
-from common.evaluation.significance import Difference, Scores, average, difference, findings, in_words, scores_of
+from common.config import PRETRAINED
+from common.evaluation.rows import INDIVIDUAL, Row, display, is_shown, rank, row_name, values_by_seed
+from common.evaluation.significance import (
+    Difference,
+    Scores,
+    average,
+    difference,
+    difference_in_words,
+    findings,
+    scores_of,
+)
 from common.evaluation.tables import deviation, footnotes, is_fixed, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
@@ -103,7 +112,7 @@ def together(runs: Sequence[RunRecord]) -> Results | None:
     )
 
 
-ENDS = ("pretrained", "individual")
+ENDS = (PRETRAINED, INDIVIDUAL)
 
 
 def between(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
@@ -118,7 +127,7 @@ def between(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
             if gain and gain.low == gain.high == 0:
                 alike.append(name)
             elif gain:
-                said.append(f"{name}, {run.name} against {first[0].name}: {in_words(gain, run.percent)}")
+                said.append(f"{name}, {run.name} against {first[0].name}: {difference_in_words(gain, run.percent)}")
         if alike:
             said.append(f"the same scores in {run.name} and {first[0].name}: {', '.join(alike)}")
     return said
@@ -148,7 +157,7 @@ def order_of(text: str) -> float | str:
 
 def group_of(row: Row) -> str:
     method = row["method"]
-    if method in ("pretrained", "individual", "fda"):
+    if method in (*ENDS, "fda"):
         return "fda" if method == "fda" else "end"
     return "data" if any(part in METHODS and METHODS[part].data for part in method.split(JOINED)) else "merge"
 
@@ -164,7 +173,7 @@ def beside_starts(lines: Iterable[Line], by_name: Mapping[str, Row]) -> list[Lin
 
 def against(scores: Mapping[str, Scores], by_name: Mapping[str, Row], percent: bool) -> list[tuple[str, list[Cell]]]:
     """For each merged model its difference from each other one, and the verdict; both by their means, best first."""
-    shown = [name for name in scores if is_shown(by_name[name]) and by_name[name]["method"] != "individual"]
+    shown = [name for name in scores if is_shown(by_name[name]) and by_name[name]["method"] != INDIVIDUAL]
     names = sorted(shown, key=lambda name: -average(scores[name]))
     table = []
     for name in names:

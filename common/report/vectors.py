@@ -13,7 +13,8 @@ import torch
 
 from common.core.task_vectors import squared
 from common.experiment import Experiment
-from common.io.checkpoints import digest, write_text
+from common.io.checkpoints import write_text
+from common.io.hashes import digest
 from common.io.json_files import read_object
 from common.layout import inputs_of
 

@@ -19,7 +19,8 @@ from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
 from common.run.device import prepare
-from common.run.stages import Units, current
+from common.run.stages import current
+from common.run.units import Units
 
 PARTS = ("torch", "open_clip_torch", "transformers", "datasets", "safetensors", "numpy")
 

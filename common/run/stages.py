@@ -64,7 +64,7 @@ class Stages:
             within = "" if now is self.going[0] else f"{name} "
             self.last = self.reached
             self.going.remove(now)
-        took = f"{self.last}, {within}done in {in_words(time.monotonic() - now.began)}"
+        took = f"{self.last}, {within}done in {seconds_in_words(time.monotonic() - now.began)}"
         self.tell(f"{took}, {units.kept} kept" if units and units.kept else took)
 
     def measure(self, stage: Going, done: float) -> None:
@@ -80,7 +80,7 @@ class Stages:
             return self.tell("")
         units, left = self.going[0].units, self.seconds_of_stage()
         loss = f"loss {units.loss:.4f}" if units and units.loss is not None else ""
-        parts = [self.reached, name, loss, f"{in_words(left)} left" if left else "", self.left]
+        parts = [self.reached, name, loss, f"{seconds_in_words(left)} left" if left else "", self.left]
         self.tell(", ".join(filter(None, parts)))
 
     def tell(self, line: str) -> None:
@@ -141,7 +141,7 @@ class Stages:
         seconds, all_known = self.seconds_left()
         if not self.expected or not seconds:
             return ""
-        return f"{'about' if all_known else 'more than'} {in_words(seconds)} left in all"
+        return f"{'about' if all_known else 'more than'} {seconds_in_words(seconds)} left in all"
 
 
 def named(run: str, stage: str) -> str:
@@ -154,7 +154,7 @@ def kind_of(stage: str) -> str:
     return stage.partition(" ")[0]
 
 
-def in_words(seconds: float) -> str:
+def seconds_in_words(seconds: float) -> str:
     """A time in the unit that is worth reading."""
     size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * s or s == 1)
     return f"{seconds / size:.1f} {unit}"

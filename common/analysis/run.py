@@ -17,7 +17,8 @@ from common.core.errors import InputError
 from common.domain import Domain
 from common.evaluation.figures import INK, legend, panels, save
 from common.experiment import Experiment
-from common.io.checkpoints import digest, write_text
+from common.io.checkpoints import write_text
+from common.io.hashes import digest
 from common.layout import RunLayout, no_anchors
 from common.opening import open_experiment
 from common.run.device import threads_for
