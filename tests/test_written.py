@@ -70,7 +70,9 @@ def test_heads_that_are_asked_for_later_or_no_longer_are_refused(nlu_config):
     folder = merge_alone(config, nlu)
     assert read_provenance(folder)["inputs"]["model"] == ALWAYS  # as before there was a record of heads
     with_heads = change(config, "model", heads=("CoLA",))
-    with pytest.raises(InputError, match=r"inputs\.model\.heads = None, now it is \['CoLA'\]"):
+    with pytest.raises(
+        InputError, match=r"says nothing of inputs\.model\.heads: it was made without, or .* now it is \['CoLA'\]"
+    ):
         merge_alone(with_heads, nlu)
     said = describe(with_heads, nlu, checks=MERGE, anchored=False)
     assert any("inputs.model.heads" in sentence for sentence in said.refusals)
