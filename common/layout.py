@@ -239,7 +239,7 @@ def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     base, experts = experiment.base.fingerprint(), {t: e.fingerprint() for t, e in experiment.experts.items()}
     warn_of_equals(base, experts, experiment.config.start.mixes_models)
-    written = written_as(experiment.config) | contents_of(experiment.config.model) | experiment.matching.provenance()
+    written = written_as(experiment.config) | contents_of(experiment.config) | experiment.matching.provenance()
     return {"base": base, "experts": [[task, expert] for task, expert in experts.items()], "model": written}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from common.opening import open_experiment
 from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
 from helpers import change, rewrite
+from NLG import domain as nlg
 from NLU import domain as nlu
 from pico_hf_classifiers import pico_classifier_config, write_pico_classifiers
 from Vision import domain as vision
@@ -81,6 +83,28 @@ def test_heads_that_are_asked_for_later_or_no_longer_are_refused(nlu_config):
     merge_alone(with_heads, nlu)
     with pytest.raises(InputError, match=r"inputs\.model\.heads = \['CoLA'\], now it is None"):
         merge_alone(change(with_heads, "model", heads=()), nlu)
+
+
+def test_the_head_of_an_unmerged_expert_is_told_by_its_bytes(own_nlu):
+    config = change(merging(replace(own_nlu, tasks=["CoLA", "STS-B"])), "model", heads=("MNLI",))
+    merge_alone(config, nlu)
+    merge_alone(config, nlu)
+    file = config.model.path("expert", "MNLI") / "model.safetensors"
+    rewrite(file, lambda t: t["classifier.out_proj.weight"].add_(1))
+    with pytest.raises(InputError, match=r"was made with inputs\.model\.heads_of\.MNLI = "):
+        merge_alone(config, nlu)
+
+
+def test_the_tokenizer_of_an_unmerged_expert_is_told_by_its_bytes(own_nlg):
+    root, config = own_nlg
+    one = change(replace(config, tasks=["math"]), "eval", tests={"math": ["arithmetic"]})  # its tokenizers: code
+    assert "tokenizers_of" not in read_provenance(merge_alone(config, nlg))["inputs"]["model"]
+    one = change(one, "run", name="one")
+    merge_alone(one, nlg)
+    file = root / "code/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": True}))
+    with pytest.raises(InputError, match=r"was made with inputs\.model\.tokenizers_of\.code = "):
+        merge_alone(one, nlg)
 
 
 def test_a_head_in_a_file_is_told_by_its_bytes_where_it_is_copied(tmp_path, pico_inputs):

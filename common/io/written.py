@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from common.config import Config, Model
+from common.io.bytes_of import beside_model, whole_model
 from common.io.checkpoints import Checkpoint
-from common.io.hashes import file_hash
+from common.io.hashes import file_hash, identity
 from common.io.model_config import config_file
 
 WHERE_SET = ("arch", "heads")  # recorded where they are set alone, and compared whether they are or not
@@ -28,15 +29,23 @@ def written_as(config: Config) -> dict[str, Any]:
 def set_options(config: Config) -> dict[str, Any]:
     """Those that are recorded where they are set alone, and the contents of what they name."""
     written = written_as(config)
-    return {name: written[name] for name in WHERE_SET if name in written} | contents_of(config.model)
+    return {name: written[name] for name in WHERE_SET if name in written} | contents_of(config)
 
 
-def contents_of(model: Model) -> dict[str, Any]:
+def contents_of(config: Config) -> dict[str, Any]:
     """What identifies the files that options name and that are copied into a merged folder: the text tower of another
-    checkpoint, and heads in files of their own."""
+    checkpoint, heads, which may be in files of their own, and tokenizers of experts that are not merged."""
+    model = config.model
     text = {"text": Checkpoint(model.path("text")).fingerprint()} if model.text and model.path("text").exists() else {}
-    heads = head_files(model, model.heads)
-    return text | ({"head_files": heads} if heads else {})
+    unmerged = [task for task in model.tokenizers if task not in config.tasks]
+    experts = {task: model.path("expert", task) for task in (*model.heads, *unmerged)}
+    there = {task: path for task, path in experts.items() if path.exists()}  # else the export refuses it
+    found = {
+        "head_files": head_files(model, model.heads),
+        "heads_of": {task: identity(whole_model(there[task])) for task in model.heads if task in there},
+        "tokenizers_of": {task: identity(beside_model(there[task])) for task in unmerged if task in there},
+    }
+    return text | {name: files for name, files in found.items() if files}
 
 
 def head_files(model: Model, tasks: Iterable[str]) -> dict[str, str]:
