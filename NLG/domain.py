@@ -4,7 +4,7 @@ from NLG.decoders import family, skeleton, token_shape
 from NLG.decoders import reading as unanchored
 from NLG.export import check_export, export
 from NLG.inputs import check_inputs
-from NLG.scoring import TASKS, metric, score
+from NLG.scoring import TASKS, metric, score, scorer
 
 __all__ = [
     "NAME",
@@ -20,6 +20,7 @@ __all__ = [
     "labelled_task",
     "metric",
     "score",
+    "scorer",
     "skeleton",
     "token_shape",
     "unanchored",

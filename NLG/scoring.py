@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,16 @@ from common.core.errors import InputError
 from common.domain import Scored
 from common.evaluation.answers import scored
 from common.io.adapters import is_adapter
+from common.io.bytes_of import files_in
 from common.io.checkpoints import Checkpoint, write_text
 from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
+from common.io.model_config import CONFIG_FILE
+from common.io.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from NLG.answers import is_right_expression, is_right_number, is_right_text
 from NLG.decoders import architecture, opener_of, reading
 from NLG.generation import complete, open_tokenizer
-from NLG.harness import check_backend, judged_by_harness
+from NLG.harness import TASKS_FOLDER, check_backend, judged_by_harness
 from NLG.programs import program_in, runs
 
 if TYPE_CHECKING:  # an import of a second, which commands that read no examples go without
@@ -100,6 +103,17 @@ RULES = {
 def metric(test: str) -> str:
     """Name of the number that a test set reports."""
     return "pass@1" if RULES[TASKS[test].rule].runs_code else "accuracy"
+
+
+def scorer(config: Config, test: str) -> dict[str, Any]:
+    """What decides a score besides model and examples: the row of tasks.yaml, who generates in which type, and the
+    tokenizer, that of the expert or else of the base."""
+    folders = [config.model.path(which, config.tests[test]) for which in ("expert", "base")]
+    tokenizer = next((files_in(f, (CONFIG_FILE, *TOKENIZER_FILES)) for f in folders if has_tokenizer(f)), None)
+    said = {"task": asdict(TASKS[test]), "backend": config.eval.backend, "dtype": config.eval.dtype}
+    if config.eval.backend != "transformers":
+        said["harness"] = files_in(TASKS_FOLDER, ["*.yaml"])
+    return said | {"tokenizer": tokenizer}
 
 
 def score(

@@ -3,7 +3,7 @@
 from NLU.encoders import check_inputs, family, skeleton, token_shape
 from NLU.encoders import reading_of as unanchored
 from NLU.export import check_export, export
-from NLU.scoring import calibration_task, labelled_task, metric, score
+from NLU.scoring import calibration_task, labelled_task, metric, score, scorer
 from NLU.tasks import TASKS
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "labelled_task",
     "metric",
     "score",
+    "scorer",
     "skeleton",
     "token_shape",
     "unanchored",

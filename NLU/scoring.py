@@ -1,8 +1,9 @@
 """How a merged encoder is scored: under the classifier that a task's expert has."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from common.core.task_vectors import Params
 from common.domain import Scored
 from common.evaluation.answers import scored_by
 from common.evaluation.metrics import CORRELATIONS, are_alike
+from common.io.adapters import is_adapter
+from common.io.bytes_of import beside_model, whole_model
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
@@ -42,6 +45,14 @@ MAX_LENGTH = 128  # tokens of an example; longer ones are cut
 def metric(task: str) -> str:
     """Name of the number that a task reports."""
     return TASKS[task].metric
+
+
+def scorer(config: Config, test: str) -> dict[str, Any]:
+    """What decides a score besides encoder and examples: the row of tasks.yaml, the files of the expert whose head and
+    tokenizer it is scored with, and what lies beside the base, whose tokenizer or weights an expert can be without."""
+    expert, base = config.model.path("expert", config.tests[test]), config.model.path("base")
+    of_base = whole_model(base) if is_adapter(expert) else beside_model(base)
+    return {"task": asdict(TASKS[test]), "expert": whole_model(expert), "base": of_base}
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ and hf_classifiers.py.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params
 from common.domain import Scored
 from common.evaluation.answers import scored
+from common.io.adapters import is_adapter
+from common.io.bytes_of import beside_model, whole_model
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.model_config import config_file
 from common.io.unstacked import unstacked
+from common.io.written import head_files
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.stages import lines_only
 from Vision import hf_classifiers, hf_models, open_clip_models
@@ -106,6 +110,22 @@ def export(model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> Non
 def metric(task: str) -> str:
     """Name of the number that a task reports."""
     return "accuracy"
+
+
+def scorer(config: Config, task: str) -> dict[str, Any]:
+    """What decides a score besides image tower and examples: class names and prompts, the head, and how an image is
+    prepared. A CLIP's head is of the text tower, a classifier's of its expert; either can be in a file."""
+    model, row = config.model, {k: v for k, v in asdict(TASKS[task]).items() if k != "test_size"}
+    base, said = model.path("base"), {"task": row, "arch": model.arch}
+    if library(model) is hf_classifiers:
+        owner = config.tests[task]
+        expert = model.path("expert", owner)
+        of_base = whole_model(base) if is_adapter(expert) else beside_model(base)
+        files = {"expert": whole_model(expert), "base": of_base}
+    else:
+        owner, text = task, model.path("text") if model.text else base
+        files = {"base": whole_model(base)} | ({"text": whole_model(text)} if text != base and text.exists() else {})
+    return said | files | {"head": list(head_files(model, [owner]).values())}
 
 
 def labelled_images(config: Config, task: str) -> Examples:

@@ -24,6 +24,7 @@ from common.io.surroundings import lend_tokenizer
 from common.io.tensors import WHOLE, read_tensor
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
+from common.io.written import set_options
 from common.layout import (
     ADAPTATION_FILE,
     PROVENANCE_FILE,
@@ -223,7 +224,8 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     """
     folder = with_same_rest(start.path)
     start = unstacked(start, experiment.family.pieces)
-    inputs = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
+    inputs: dict[str, Any] = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
+    inputs |= {"model": options} if (options := set_options(experiment.config)) else {}
     provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
     if is_finished(folder, provenance):
         return

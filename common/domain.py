@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -81,6 +81,11 @@ class Domain(Protocol):
     def metric(self, task: str) -> str: ...
     def check_export(self, model: Model) -> None: ...
     def export(self, model: Model, tensors: Mapping[str, LazyTensor], folder: Path) -> None: ...
+    def scorer(self, config: Config, test: str) -> Any:
+        """What decides the answers to a test set besides the model that is asked and the examples, as JSON can say it:
+        the test set's row, options, and of files their contents, never where they lie. No model is opened for it."""
+        ...
+
     def score(
         self, config: Config, task: str, checkpoints: Mapping[str, Path], device: torch.device
     ) -> Iterator[tuple[str, Scored]]:

@@ -30,6 +30,7 @@ from common.io.headers import tensor_rows
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
 from common.io.shards import PUBLISHED
+from common.io.written import WHERE_SET, contents_of, head_files, written_as
 from common.merging.starts import chain_of
 
 PROVENANCE_FILE = "provenance.json"
@@ -144,7 +145,10 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     file = folder / PROVENANCE_FILE
     if not file.is_file():
         return False
-    check_provenance(file, read_provenance(folder), provenance)
+    said = provenance.get("inputs", {}).get("model", {})
+    unset = {"inputs": {"model": {name: None for name in WHERE_SET if name not in said}}}
+    for expected in (provenance, unset):
+        check_provenance(file, read_provenance(folder), expected)
     return True
 
 
@@ -226,19 +230,16 @@ def merge_provenance(experiment: Experiment) -> dict[str, Any]:
     config, made = experiment.config, merge_settings(experiment) | {"inputs": inputs_of(experiment)}
     if chain_of(config.start.method).row.data:
         made["data_sets"] = {test: identity_of(config.eval, test) for test in config.tests}
+        heads = head_files(config.model, {**config.tests, **dict.fromkeys(config.tasks)})
+        made |= {"head_files": heads} if heads else {}
     return made
-
-
-def written_as(config: Config) -> dict[str, Any]:
-    """The options of the model that say how a merged one is written."""
-    return {"vocabulary": config.model.vocabulary, "dtype": config.model.dtype, "tokenizers": config.model.tokenizers}
 
 
 def inputs_of(experiment: Experiment) -> dict[str, Any]:
     """What identifies the checkpoints that are merged, in the order of the tasks."""
     base, experts = experiment.base.fingerprint(), {t: e.fingerprint() for t, e in experiment.experts.items()}
     warn_of_equals(base, experts, experiment.config.start.mixes_models)
-    written = written_as(experiment.config) | experiment.matching.provenance()
+    written = written_as(experiment.config) | contents_of(experiment.config) | experiment.matching.provenance()
     return {"base": base, "experts": [[task, expert] for task, expert in experts.items()], "model": written}
 
 

@@ -54,6 +54,9 @@ def check_tasks(config: Config) -> None:
     for task in config.model.experts:
         if task not in config.tasks:
             raise InputError(f"model.experts names the task {task!r}; tasks are {', '.join(config.tasks)}")
+    for task in (*config.tasks, *config.model.heads, *config.model.tokenizers):
+        if leads_out(task):
+            raise InputError(f"the task {task!r} must be the name of a folder below the run's, where its files lie")
 
 
 def check_tests(config: Config, domain: Domain) -> None:
@@ -114,6 +117,8 @@ def check_starts(config: Config, domain: Domain) -> None:
     start = config.start
     if start.checkpoint and start.method == PRETRAINED:
         raise InputError("start.checkpoint needs start.method to name it: the method that it was merged by, say")
+    if start.checkpoint:
+        require_part_of_name("start.method", start.method)
     for key in sorted(start.hyper):
         if JOINED in key:
             raise InputError(f"start.hyper.{key}: hyperparameters are given by part, under each of {key.split(JOINED)}")
@@ -176,6 +181,7 @@ def check_snapshots(anchors: Anchors) -> None:
 
 def check_adapt(where: str, adapt: Adapt) -> None:
     """The settings of an adaptation are in range; `where` is their address in the config."""
+    require_part_of_name(f"{where}.label", adapt.label)
     require_positive(where, adapt, ("lr", "batch_size", *([] if adapt.warm_start != "none" else ["epochs"])))
     require_not_negative(where, adapt, ("epochs", "ridge"))
     if adapt.speedup < 1:
@@ -204,8 +210,19 @@ def require_not_negative(where: str, section: Any, names: Iterable[str]) -> None
 
 def check_name(name: str) -> None:
     """The folder of a run lies in that of all runs, and is not it."""
-    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+    if leads_out(name):
         raise InputError(f"run.name is {name!r}; it must name a folder below run.root, the folder of all runs")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name is that of no folder below the one that it is put in."""
+    return not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts
+
+
+def require_part_of_name(where: str, text: str) -> None:
+    """InputError if what is put into the name of an adapted model's folder would lead into another."""
+    if any(sign in text for sign in "/\\"):
+        raise InputError(f"{where} is {text!r}; it is a part of a folder's name, and has no slash or backslash")
 
 
 def check_engine(run: Run) -> None:

@@ -92,6 +92,12 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--run.name", "/tmp"], "run.name is '/tmp'"),
         (["--run.name="], "run.name is ''"),
         (["--run.name", "."], "run.name is '.'"),
+        (["--run.name", "a/../../b"], "run.name is 'a/../../b'"),
+        (["--adapt.label", "a/b"], "adapt.label is 'a/b'; it is a part of a folder's name, and has no slash"),
+        (["--adapt.label", "../../x"], "adapt.label is '../../x'; it is a part"),
+        (["--adapt.by_start", "{ta: {label: a/b}}"], "adapt.by_start.ta.label is 'a/b'"),
+        (["--start.checkpoint", "x", "--start.method", "../../x"], "start.method is '../../x'; it is a part"),
+        (["--tasks", "[MNIST,../x]"], "the task '../x' must be the name of a folder below the run's"),
         (["--eval.workers=-1"], "eval.workers is -1"),
         (["--run.blocks", "[]"], "run.blocks names no block; leave it out"),
         (["--compare.starts", "[tsv,ta,tsv]"], "compare.starts names a start twice: tsv, ta, tsv"),
@@ -102,6 +108,10 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
 def test_wrong_choices_are_named_before_anything_is_opened(arguments, message):
     with pytest.raises(InputError, match=message):
         check_choices(vision(*arguments), domain)
+
+
+def test_names_with_a_slash_where_folders_are_meant_are_taken():
+    check_choices(vision("--run.name", "table/seed_0", "--adapt.label", "σ 0.01, run 2..3"), domain)
 
 
 def test_no_without_quotes_is_a_choice_wherever_it_is_one(tmp_path):

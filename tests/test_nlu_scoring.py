@@ -196,6 +196,33 @@ def test_a_data_set_of_many_files_is_told_by_their_names_and_sizes(tmp_path):
     assert identity_of(options, "elsewhere") is None
 
 
+def test_labels_beside_many_images_are_told_by_their_bytes(tmp_path):
+    """A label that is put right in place leaves the size of its table as it was."""
+    options, folder = Eval(data=str(tmp_path)), tmp_path / "many"
+    folder.mkdir()
+    for i in range(SEVERAL + 1):
+        (folder / f"{i}.PNG").write_bytes(b"ab")
+    for table, right in {"metadata.csv": "0.PNG,1", "labels.jsonl": '{"label": 1}', "train/rows.parquet": "1"}.items():
+        (folder / table).parent.mkdir(exist_ok=True)
+        (folder / table).write_text(right.replace("1", "2"))
+        before = identity_of(options, "many")
+        (folder / table).write_text(right)
+        assert identity_of(options, "many") != before
+    before = identity_of(options, "many")
+    (folder / "0.PNG").write_bytes(b"cd")
+    assert identity_of(options, "many") == before
+
+
+def test_many_tables_are_told_by_their_bytes(tmp_path):
+    options = Eval(data=str(tmp_path))
+    (tmp_path / "many").mkdir()
+    for i in range(SEVERAL + 1):
+        (tmp_path / "many" / f"test-{i}.parquet").write_bytes(b"ab")
+    before = identity_of(options, "many")
+    (tmp_path / "many" / "test-7.parquet").write_bytes(b"cd")
+    assert identity_of(options, "many") != before
+
+
 def test_local_files_named_after_the_split_are_that_split(nlu_config, tmp_path):
     """`datasets` alone would put validation_mismatched and validation_matched together as validation."""
     for split, label in (("validation_matched", 1), ("validation_mismatched", 2), ("train", 0)):

@@ -56,7 +56,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         write_results(config.run.dir / RESULTS, rows, list(tests))
 
     with record_stage(config, bar.stage, bar), bar:
-        known, pending = looked_up(config, models, [*rows, *left_behind(layout), *others])
+        known, pending = looked_up(config, domain, models, [*rows, *left_behind(layout), *others])
         bar.keep(len(known))
         if known:
             keep(known)
@@ -71,9 +71,11 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
 
 
 def looked_up(
-    config: Config, models: Mapping[str, Iterable[tuple[Row, Checkpoint]]], rows: Sequence[Row]
+    config: Config, domain: Domain, models: Mapping[str, Iterable[tuple[Row, Checkpoint]]], rows: Sequence[Row]
 ) -> tuple[list[Row], dict[str, Pending]]:
-    """The rows that are known of the models of each test set, and which are still to be scored on which.
+    """The rows that are known of the models of each test set, and which are still to be scored on which. A row is known
+    if all is as it was that decides it: model, examples and scorer. Rows of before there was a record of the scorer are
+    not.
 
     Args:
         models: {test set: (what a row says of a model, its checkpoint)}.
@@ -81,12 +83,12 @@ def looked_up(
     found, pending = [], dict[str, Pending]()
     birth = {"config": digest(as_dict(config)), "commit": commit()}
     for test, of_test in models.items():
-        examples = identity_of(config.eval, test)
+        examples, scorer = identity_of(config.eval, test), digest(domain.scorer(config, test))
         for model, checkpoint in of_test:
             row = {**model, "task": test, "split": config.eval.split, "limit": config.eval.limit}
             row |= {"dtype": config.eval.dtype} if config.eval.dtype else {}
             row |= {"test_set": examples} if examples else {}
-            row["checkpoint"] = checkpoint.fingerprint()
+            row |= {"checkpoint": checkpoint.fingerprint(), "scorer": scorer}
             cost = cost_of(config, model, checkpoint)
             known = next((known for known in rows if row.items() <= known.items()), None)
             if known:

@@ -135,12 +135,12 @@ def candidate_rows(
     """
     rows: list[dict[str, Any]] = []
     trials: dict[int, Config] = {}
-    known = {row["id"]: row for row in read_search(config)["candidates"]}
+    known, where = {row["id"]: row for row in read_search(config)["candidates"]}, scored_on(config, domain)
     for chosen in grid:
         trial = trial_of(config, method, {**config.start.hyper.get(method, {}), **chosen}, len(rows))
         experiment = open_experiment(trial, domain)
         row = {"method": method, "hyper": experiment.hyper(method), "split": SPLIT, "limit": config.eval.limit}
-        row["id"] = digest([row, scored_on(config, domain), inputs_of(experiment)])
+        row["id"] = digest([row, where, inputs_of(experiment)])
         if row["id"] not in known and row["id"] not in [rows[number]["id"] for number in trials]:
             trials[len(rows)] = trial
         rows.append(row)
@@ -156,8 +156,11 @@ def candidate_rows(
 
 
 def scored_on(config: Config, domain: Domain) -> dict[str, list[str | None]]:
-    """{test set: its task, and what identifies its examples}."""
-    return {test: [task, identity_of(config.eval, test)] for test, task in scored_tests(config, domain).items()}
+    """{test set: its task, and what identifies its examples and how they are scored}."""
+    return {
+        test: [task, identity_of(config.eval, test), digest(domain.scorer(config, test))]
+        for test, task in scored_tests(config, domain).items()
+    }
 
 
 def trial_of(config: Config, method: str, hyper: dict[str, Any], number: int) -> Config:

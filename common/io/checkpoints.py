@@ -189,8 +189,10 @@ def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str
                 "it is made from these very files; choose another run.name, or remove the file to have it made anew"
             )
         if was != value:
+            recorded = f"was made with {field} = {was}, "
+            silent = f"says nothing of {field}: it was made without, or before there was a record of it; "
             raise InputError(
-                f"{file} was made with {field} = {was}, now it is {value}; "
+                f"{file} {recorded if field in made else silent}now it is {value}; "
                 "choose another run.name, or remove the file to have it made anew"
             )
 

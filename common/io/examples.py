@@ -16,7 +16,12 @@ if TYPE_CHECKING:  # an import of a second or more, which commands that read no 
     import datasets
 
 
-SEVERAL = 64  # files of a data set that are read to tell it from another
+SEVERAL = 64  # images or sounds of a data set that are read to tell it from another
+MEDIA = (  # endings of images, sounds and films; what is none of them is always read
+    ".png", ".jpg", ".jpeg", ".jpe", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jp2", ".j2k", ".avif", ".heic", ".heif", ".tga", ".ico", ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a",
+    ".aac", ".aif", ".aiff", ".au", ".wma", ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ def load_sample(options: Eval, task: str, row: Sets, columns: Sequence[str], sam
 
 
 def identity_of(options: Eval, task: str) -> str | None:
-    """What tells the data set of a task in its folder from another: its files' names and bytes, or sizes alone where
-    they are more than SEVERAL, as images are. None where there is no folder, and the hub is read.
+    """What tells the data set of a task in its folder from another: its files' names and bytes. Of images, sounds and
+    films, MEDIA, names and sizes alone where they are more than SEVERAL: to read them takes as long as to score. Tables
+    and texts beside them, where labels are, are read all the same. None where there is no folder, and the hub is read.
     """
     folder = Path(options.data).expanduser() / task
     if not folder.is_dir():
@@ -75,8 +81,9 @@ def identity_of(options: Eval, task: str) -> str | None:
     files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
     kept = {name: files[name] for name in sorted(files) if not any(part[0] == "." for part in name.parts)}
     stored = {name: file for name, file in kept.items() if not name.name.startswith("cache-")}  # by `datasets`
-    few = len(stored) <= SEVERAL
-    return identity([[n.as_posix(), f.stat().st_size, file_hash(f) if few else ""] for n, f in stored.items()])
+    media = {name for name in stored if name.suffix.lower() in MEDIA}
+    unread = media if len(media) > SEVERAL else set()
+    return identity([[n.as_posix(), f.stat().st_size, "" if n in unread else file_hash(f)] for n, f in stored.items()])
 
 
 def first(records: "datasets.Dataset", limit: int | None) -> "datasets.Dataset":
