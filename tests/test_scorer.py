@@ -11,7 +11,8 @@ import pytest
 from common.domain import Scored
 from common.evaluation.scoring import publish, results_of, score_run
 from common.evaluation.tuning import choose_hyperparameters
-from common.io.checkpoints import Checkpoint, digest, write_tensors
+from common.io.checkpoints import Checkpoint, write_tensors
+from common.io.hashes import digest
 from compare import compare
 from helpers import change, edit_config, rewrite
 from NLG import domain as nlg
