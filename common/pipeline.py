@@ -26,6 +26,7 @@ from common.assembly import assemble, merge_start, opened_start, remove_blocks
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
+from common.descent import check_compared
 from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
@@ -179,6 +180,7 @@ def adapt(config: Config, domain: Domain) -> Path | None:
     folder = RunLayout(config).adapted
     require_free(folder, domain.SHARDED)
     require_anchors(experiment)
+    check_compared(experiment, domain)
     start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
@@ -269,6 +271,7 @@ def merge_alone(config: Config, domain: Domain) -> Path:
     """The start by itself: merge in parameter space, write the checkpoint, score it."""
     experiment = open_stage(config, domain, anchored=False)
     domain.check_export(config.model)
+    check_compared(experiment, domain)
     start = merge_start(experiment, domain)
     if config.run.score:
         score_run(config, domain)

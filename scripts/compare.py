@@ -17,6 +17,7 @@ from typing import Any
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
+from common.descent import check_descent
 from common.domain import Domain, scored_tests
 from common.evaluation.cards import write_cards
 from common.evaluation.front import TRIED, map_search
@@ -121,6 +122,7 @@ def check_what_is_there(config: Config, domain: Domain) -> None:
             check_start(of_start, domain)
             if config.compare.inits and FDA not in config.compare.search:
                 check_adapted(of_start, domain)
+        check_descent(experiment, domain)
 
 
 def runs_of(config: Config) -> list[Config]:

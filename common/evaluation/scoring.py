@@ -11,6 +11,7 @@ import yaml
 
 from common.assembly import start_in_base
 from common.config import PRETRAINED, ROOT, Config, as_dict
+from common.descent import check_descent
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.rows import Row, read_results, row_name, upsert, write_results
 from common.evaluation.tables import table
@@ -36,6 +37,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
 
     A row of `others`, results of other runs with these data, is taken over where it is of the same checkpoint.
+    Raises: InputError before any work if the models that are there are not all of these inputs and starts.
     """
     tests = scored_tests(config, domain)
     unscored = [task for task in config.tasks if task not in tests.values()]
@@ -45,6 +47,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         return
     experiment, layout = open_experiment(config, domain, anchored=False), RunLayout(config)
     rows = results_of(config)
+    check_descent(experiment, domain)
     make_same_rests(experiment, domain)
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
     bar = UnitBar("score", sum(map(len, models.values())), "scores")
