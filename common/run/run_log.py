@@ -18,6 +18,7 @@ from common.config import ROOT, Config, as_dict
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
+from common.io.locks import locked
 from common.run.device import prepare
 from common.run.stages import Units, current
 
@@ -130,7 +131,8 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
             session["workers"] = units.workers
         done, kept = (units.done, units.kept) if units else (1, 0)
         if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
-            note(config, stage, session | {"device": str(device)}, done, kept)
+            with locked(config.run.dir / NOTES):  # other processes of the run note their stages there
+                note(config, stage, session | {"device": str(device)}, done, kept)
 
 
 def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int) -> None:
