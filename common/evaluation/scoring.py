@@ -15,7 +15,7 @@ from common.descent import check_descent, fingerprints, merged_models
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.kept import keep_rows, known_rows, said_of
 from common.evaluation.rows import Row, read_results, row_name, write_results
-from common.evaluation.tables import table
+from common.evaluation.tables import of_fewer_seeds, table
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, digest, read_header
 from common.io.examples import identity_of
@@ -180,7 +180,7 @@ def publish(
     found = findings(rows, tests, percent=domain.PERCENT)
     write_report(config.run.dir, rows, tests, curves, found, **style)
     print(table(rows, tests, **style))
-    print("".join(f"{line}\n" for line in [*found, *filter(None, [said])]))
+    print("".join(f"{line}\n" for line in filter(None, [of_fewer_seeds(rows), *found, said])))
     print(f"{config.run.dir}: {RESULTS}, table.md and the figures")
 
 
