@@ -23,7 +23,7 @@ def keep_rows(
     Args:
         here: All rows so far of models that are there, the new ones among them.
         inputs: What identifies the base and the experts that are there.
-    Returns: The rows that are in the file, but those that are kept apart; and the names of these.
+    Returns: The rows that are in the file, in the order of the test sets, but those that are kept apart; and these.
     """
     with locked(file):
         rows = known_rows(file)
@@ -33,6 +33,8 @@ def keep_rows(
         beside = [row for row, why in zip(rows, reasons, strict=True) if not why]
         apart = [row for row, why in zip(rows, reasons, strict=True) if why]
         write_results(file, beside, tests, apart)
+    place = {test: i for i, test in enumerate(tests)}
+    beside.sort(key=lambda row: place.get(row["task"], len(place)))
     return beside, {row_name(row): why for row, why in zip(rows, reasons, strict=True) if why}
 
 
