@@ -130,13 +130,14 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
             session["peak_gib"] = max(session["peak_gib"], *(worker["peak_gib"] for worker in workers))
             session["workers"] = units.workers
         done, kept = (units.done, units.kept) if units else (1, 0)
+        left = units.wanted - units.done if units and ended != FINISHED else 0
         if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
             with locked(config.run.dir / NOTES):  # other processes of the run note their stages there
-                note(config, stage, session | {"device": str(device)}, done, kept)
+                note(config, stage, session | {"device": str(device)}, done, kept, left)
 
 
-def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int) -> None:
-    """Put one session of a stage, which did some units and kept others, into run.json."""
+def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int, left: int = 0) -> None:
+    """Put one session of a stage, which did some units, kept others and left others to do, into run.json."""
     notes = read_notes(config.run.dir)
     before = notes.get(stage, {})
     last = before.get("ended", FINISHED) if before else session["ended"]
@@ -150,7 +151,7 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
     if workers := counted.get("workers", {}) | session.get("workers", {}):
         session["workers"] = workers
-    session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
+    session |= {"units": done + counted.get("units", 0), "units_of": done + kept + left}
     notes[stage] = session | environment_info() | {"config": as_dict(config)}
     write_text(config.run.dir / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
 
