@@ -65,10 +65,15 @@ def begun(folder: Path) -> Counter[int]:
     return Counter(int(file.name.split("-")[0]) for file in folder.iterdir())
 
 
-def test_a_lost_worker_costs_its_unit_and_no_other(pool, tmp_path):
+def test_a_lost_worker_costs_its_unit_and_no_other_and_is_told(pool, tmp_path, capsys):
     outcomes = pool.outcomes(partial(noted, str(tmp_path), "kill"), range(6), NO_FILES)
     assert {unit: value_of(outcome) for unit, outcome in outcomes} == {unit: unit**2 for unit in range(6)}
     assert begun(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: a process was lost at the unit 2, with status -9 (-9 where memory ran out); another begins that unit "
+        "again"
+    ]
 
 
 def test_a_unit_that_always_loses_its_worker_is_refused_by_name(pool, tmp_path):
