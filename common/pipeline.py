@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.assembly import assemble, merge_start, opened_start, remove_blocks
+from common.assembly import assemble, merge_start, opened_start, remove_pieces
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
@@ -184,7 +184,7 @@ def adapt(config: Config, domain: Domain) -> Path | None:
     start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
-        remove_blocks(folder)  # which a kill can have left
+        remove_pieces(folder)  # which a kill can have left
     else:
         adapt_blocks(experiment, domain, provenance)
         assemble(experiment, domain, start, provenance)

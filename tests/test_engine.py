@@ -148,6 +148,18 @@ def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
     assert note["units_of"] == note["units"] + 2 == len(merge_groups(experiment))
 
 
+def test_parts_that_a_kill_left_do_not_stay_in_the_model(pico_config):
+    """Nor do those of a merge that was killed when all was done but their removal."""
+    config = change(change(pico_config, "start", method="ta"), "run", score=False)
+    experiment = open_experiment(config, domain)
+    for _ in range(2):
+        provenance, units = merge_provenance(experiment), Units()
+        merge_each(experiment, [(0, merge_groups(experiment)[0])], units, provenance, survey_of(experiment, "ta"))
+        assert RunLayout(config).part_file(0).is_file()
+        merge_alone(config, domain)
+        assert not [path for path in (config.run.dir / "merged/ta").iterdir() if path.is_dir()]
+
+
 def test_candidates_of_a_search_are_those_of_one_process(pico_config, pico_inputs, pool, tmp_path):
     shutil.copytree(pico_inputs / "data", tmp_path / "data")
     for file in (tmp_path / "data").rglob("test-*"):

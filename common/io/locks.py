@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.core.errors import InputError
@@ -23,6 +23,7 @@ def locked(path: Path, refusal: str = "") -> Iterator[None]:
     if lock in _HELD:
         yield
         return
+    new = not lock.parent.exists()
     handle = opened(lock, refusal)
     _HELD.add(lock)
     try:
@@ -31,6 +32,9 @@ def locked(path: Path, refusal: str = "") -> Iterator[None]:
         _HELD.discard(lock)
         lock.unlink(missing_ok=True)  # first: who gets hold of the file behind it sees that it is none any more
         os.close(handle)
+        if new:  # what is refused leaves nothing behind
+            with suppress(OSError):
+                lock.parent.rmdir()
 
 
 def opened(lock: Path, refusal: str) -> int:
