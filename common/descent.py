@@ -15,6 +15,7 @@ from common.core.errors import InputError
 from common.domain import Domain
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint
+from common.io.hashes import SCHEME
 from common.io.hub import is_stand_in
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, read_provenance
@@ -80,6 +81,8 @@ def other_origin(experiment: Experiment, folder: Path, now: Fingerprints) -> str
 def differences(experiment: Experiment, made: Mapping[str, Any], now: Fingerprints) -> Iterator[str]:
     """Each difference between what a model was made from, as its provenance says, and what is there now."""
     inputs, method = made["inputs"], str(made["start"]["method"])
+    if not str(inputs["base"]).startswith(SCHEME):
+        yield "is of an earlier version, which looked at samples of its inputs alone, and none can tell what they were"
     if inputs["base"] != now[""]:
         yield f"was made from another base than {experiment.base.path} is now ({was(inputs['base'], now[''])})"
     experts = dict(inputs["experts"]) if "experts" in inputs else {}

@@ -107,6 +107,16 @@ def test_merges_of_more_tasks_are_refused(own, tmp_path):
     assert (done.returncode, done.stderr) == (2, f"error: {sentence}\n")
 
 
+def test_a_model_of_an_earlier_version_is_called_that(own):
+    """It identified its inputs by samples, so that they are neither these nor others."""
+    config, _ = own
+    file = config.run.dir / "merged/fda-ta-weight/provenance.json"
+    made = json.loads(file.read_text())
+    made["inputs"]["base"] = "0123456789abcdef"
+    file.write_text(json.dumps(made))
+    assert f"{file.parent} is of an earlier version, which looked at samples of its inputs" in refused(config)
+
+
 def test_settings_may_differ_between_the_models_of_a_run(own):
     """Labels, fields of adapt, hyperparameters of any method, the order of the tasks."""
     config, _ = own
