@@ -51,7 +51,7 @@ def connect(run: Run) -> Any:
     except Exception as error:  # Ray raises no type of its own
         what = f"no Ray cluster answers at run.address {run.address}" if run.address else "Ray did not start"
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error
-    if heeds is not None and threading.current_thread() is threading.main_thread():
+    if callable(heeds) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, heeds)  # Ray's own would end the command without a word
     return ray
 
