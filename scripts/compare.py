@@ -52,7 +52,8 @@ def compare(config: Config, domain: Domain) -> None:
     check_choices(config, domain)
     current().expect(stages_of(config))  # refuses here what it would after the search
     check_test_data(config, domain, always=True)
-    candidates(config, domain)  # refuses here what it would with the run's folder taken
+    if candidates(config, domain):  # refused before anything is opened, or the run's folder taken
+        check_choices(held_out(config), domain)
     with searching(config):
         for each in runs_of(config) or [config]:
             check_what_is_there(each, domain, set(config.compare.search))
