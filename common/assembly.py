@@ -18,6 +18,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors, write_text
 from common.io.examples import Sample
 from common.io.headers import tensor_rows
+from common.io.locks import locked
 from common.io.model_files import CONFIG_FILE
 from common.io.sentence_modules import compare_modules, copy_modules
 from common.io.surroundings import lend_tokenizer
@@ -66,25 +67,26 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
                 finish(experiment, domain, tensors, folder, provenance)
         else:
             merge_in_parts(experiment, domain, method, provenance)
+    remove_pieces(folder)  # which a merge that was killed can have left, too
     return opened_start(experiment)
 
 
 def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:
     """A merge whose tensors are made part by part, each where run.engine lets it be made, and then put together."""
-    layout, groups = RunLayout(experiment.config), merge_groups(experiment)
+    layout, parts = RunLayout(experiment.config), list(enumerate(merge_groups(experiment)))
     largest = max(math.prod(shape) for shape in experiment.base.shapes.values())
     held = 4.0 * largest * (len(experiment.experts) + 6)  # θ₀, each τ if the method keeps them, what becomes of them
-    bar = UnitBar(f"merge {method}", len(groups), "parts")
+    bar = UnitBar(f"merge {method}", len(parts), "parts")
     with record_stage(experiment.config, bar.stage, bar), bar:
         forecast = {"seconds": 0.0, "memory": lambda: Memory(held, held, held)}
         with threads_for(experiment.largest_product):
             known = (provenance, survey_of(experiment, method))
-        parts = list(enumerate(groups))
         carry_out(merge_each, experiment, parts, bar, *known, writes=layout.part_files, **forecast)
-        stored = {row.stored: row for number, _ in parts for row in tensor_rows(layout.part_file(number))}
-        made = made_by(experiment, lambda name, rows: read_tensor(stored[name], rows))
-        finish(experiment, domain, made, layout.start, provenance)
-        shutil.rmtree(layout.part_file(0).parent)
+        with locked(layout.start):
+            if not is_finished(layout.start, provenance):  # by another process, which removed the parts
+                stored = {row.stored: row for number, _ in parts for row in tensor_rows(layout.part_file(number))}
+                made = made_by(experiment, lambda name, rows: read_tensor(stored[name], rows))
+                finish(experiment, domain, made, layout.start, provenance)
 
 
 def merge_groups(experiment: Experiment) -> list[list[str]]:
@@ -133,8 +135,7 @@ def merged_with_data(
     row, own = chain.row, by_part(chain, hyper)[chain.method]
     assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
     sample = Sample(row.data.split, own["examples"], row.data.batch, own.get("seed", 0))
-    first = first_tests(config, domain)
-    tests = {task: first[task] for task in config.tasks}
+    tests = {task: first_tests(config, domain)[task] for task in config.tasks}
     calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
     names = experiment.base.names(experiment.family.scope)
     theta_0 = experiment.read(experiment.base, names)
@@ -161,9 +162,8 @@ def made_by(
     parts: Callable[[str], Sequence[slice]] = lambda name: [WHOLE],
 ) -> dict[str, LazyTensor]:
     """Every tensor that is merged, made by its name and the rows of each of its parts."""
-    base = experiment.base
-    names = base.names(experiment.family.scope)
-    return {n: LazyTensor(tuple(base.shapes[n]), tuple(partial(make, n, rows) for rows in parts(n))) for n in names}
+    shapes = {n: tuple(experiment.base.shapes[n]) for n in experiment.base.names(experiment.family.scope)}
+    return {n: LazyTensor(shape, tuple(partial(make, n, rows) for rows in parts(n))) for n, shape in shapes.items()}
 
 
 def parts_of(experiment: Experiment, method: str, name: str) -> Sequence[slice]:
@@ -203,19 +203,18 @@ def of_tensor(experiment: Experiment, name: str, rows: slice = WHOLE) -> tuple[P
     return theta, deltas
 
 
-def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> bool:
-    """Put the adapted blocks and the rest together; False if blocks are missing because they are made elsewhere."""
-    layout = RunLayout(experiment.config)
-    folder = layout.adapted
-    missing = [i for i in range(experiment.depth) if not layout.block_file(i).is_file()]
-    if missing:
-        print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
-        return False
-    curves = {i: read_header(layout.block_file(i))["trace"] for i in range(experiment.depth)}
-    write_text(folder / ADAPTATION_FILE, json.dumps({"traces": curves}) + "\n")
-    finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
-    remove_blocks(folder)
-    return True
+def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> None:
+    """Put the adapted blocks and the rest together, unless blocks are missing because they are made elsewhere."""
+    layout, blocks = RunLayout(experiment.config), range(experiment.depth)
+    with locked(folder := layout.adapted):
+        if not is_finished(folder, provenance):  # by another process, which removed the blocks
+            if missing := [i for i in blocks if not layout.block_file(i).is_file()]:
+                print(f"{folder}: not put together yet, blocks {', '.join(map(str, missing))} are missing")
+                return
+            curves = {i: read_header(layout.block_file(i))["trace"] for i in blocks}
+            write_text(folder / ADAPTATION_FILE, json.dumps({"traces": curves}) + "\n")
+            finish(experiment, domain, adapted_tensors(experiment, start), folder, provenance)
+        remove_pieces(folder)
 
 
 def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> None:
@@ -233,9 +232,10 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     finish(experiment, domain, tensors | experiment.base.lazy(experiment.rest_names()), folder, provenance)
 
 
-def remove_blocks(folder: Path) -> None:
-    """Remove the adapted blocks of a model that is put together; they may be gone already."""
-    shutil.rmtree(folder / "blocks", ignore_errors=True)
+def remove_pieces(folder: Path) -> None:
+    """Remove the blocks or parts that a model was put together from; they may be gone already."""
+    for pieces in ("blocks", "parts"):
+        shutil.rmtree(folder / pieces, ignore_errors=True)
 
 
 def adapted_tensors(experiment: Experiment, start: Checkpoint) -> dict[str, LazyTensor]:

@@ -4,7 +4,9 @@ import argparse
 import atexit
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -55,7 +57,7 @@ def run(
         config: In place of that of the command line, where something else was read.
 
     Ends the process with status 2 on an InputError, in a dry run on each that the run would have, with 130 when
-    interrupted, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
+    interrupted, 143 when a batch system ends it, and with 1 on anything else, which is a bug: FDA_DEBUG=1 shows where.
     """
     with answered():
         config = config or parse(description or "")
@@ -88,20 +90,43 @@ def watched(config: Config, domain: Domain) -> Iterator[None]:
 @contextmanager
 def answered() -> Iterator[None]:
     """End the process as `run` says when this ends with an error."""
+    ended = []  # the signal that ended it, if one did
+
+    def terminate(number: int, frame: Any) -> None:
+        if not ended:  # a second one does not break into what the first has brought about
+            ended.append(number)
+            raise KeyboardInterrupt
+
     try:
-        yield
+        with on_termination(terminate):
+            yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         where = next(iter(interrupt.args), "")
         print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
-        leave(130)
+        leave(128 + (ended[0] if ended else signal.SIGINT))
     except Exception as error:
         if os.environ.get("FDA_DEBUG"):
             raise
         print(f"error: {unforeseen(error)}\nFDA_DEBUG=1 in the environment shows the traceback", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def on_termination(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call the handler on SIGTERM, which batch systems send before they kill; where this is not the main thread, or
+    somebody else heeds it, nothing is changed."""
+    free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def leave(status: int) -> NoReturn:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.assembly import assemble, merge_start, opened_start, remove_blocks
+from common.assembly import assemble, merge_start, opened_start, remove_pieces
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
+from common.descent import check_compared
 from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
@@ -179,10 +180,11 @@ def adapt(config: Config, domain: Domain) -> Path | None:
     folder = RunLayout(config).adapted
     require_free(folder, domain.SHARDED)
     require_anchors(experiment)
+    check_compared(experiment, domain)
     start = merge_start(experiment, domain)
     provenance = fit_provenance(experiment, start)
     if is_finished(folder, provenance):
-        remove_blocks(folder)  # which a kill can have left
+        remove_pieces(folder)  # which a kill can have left
     else:
         adapt_blocks(experiment, domain, provenance)
         assemble(experiment, domain, start, provenance)
@@ -269,6 +271,7 @@ def merge_alone(config: Config, domain: Domain) -> Path:
     """The start by itself: merge in parameter space, write the checkpoint, score it."""
     experiment = open_stage(config, domain, anchored=False)
     domain.check_export(config.model)
+    check_compared(experiment, domain)
     start = merge_start(experiment, domain)
     if config.run.score:
         score_run(config, domain)

@@ -11,6 +11,7 @@ from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.fused import APART, fused_tensors
+from common.core.places import leads_out, require_part_of_name
 from common.domain import FOLDERS, Domain, anchored_part, scored_tests
 from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint
@@ -212,17 +213,6 @@ def check_name(name: str) -> None:
     """The folder of a run lies in that of all runs, and is not it."""
     if leads_out(name):
         raise InputError(f"run.name is {name!r}; it must name a folder below run.root, the folder of all runs")
-
-
-def leads_out(name: str) -> bool:
-    """Whether a name is that of no folder below the one that it is put in."""
-    return not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts
-
-
-def require_part_of_name(where: str, text: str) -> None:
-    """InputError if what is put into the name of an adapted model's folder would lead into another."""
-    if any(sign in text for sign in "/\\"):
-        raise InputError(f"{where} is {text!r}; it is a part of a folder's name, and has no slash or backslash")
 
 
 def check_engine(run: Run) -> None:

@@ -9,7 +9,8 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,23 @@ from typing import Any
 from common.command import run
 from common.config import PRETRAINED, Config
 from common.core.errors import InputError
+from common.descent import check_descent
 from common.domain import Domain, scored_tests
 from common.evaluation.cards import write_cards
 from common.evaluation.front import TRIED, map_search
-from common.evaluation.refinement import choose_adaptation
+from common.evaluation.refinement import adapt_as_chosen
 from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
-from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out
+from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out, searching
 from common.experiment import Experiment
 from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance, with_same_rest
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
-from common.opening import open_experiment
+from common.opening import open_experiment, open_inputs
 from common.pipeline import adapt, adapt_blocks, construct, merge_alone
 from common.planning.dry_run import (
     Plan,
+    Refusals,
     check_adapted,
     check_anchors_made,
     check_export,
@@ -49,7 +52,16 @@ def compare(config: Config, domain: Domain) -> None:
     check_choices(config, domain)
     current().expect(stages_of(config))  # refuses here what it would after the search
     check_test_data(config, domain, always=True)
-    config = choose_hyperparameters(config, domain)
+    if candidates(config, domain):  # refused before anything is opened, or the run's folder taken
+        check_choices(held_out(config), domain)
+    with searching(config):
+        for each in runs_of(config) or [config]:
+            check_what_is_there(each, domain, set(config.compare.search))
+        compare_all(choose_hyperparameters(config, domain), domain)
+
+
+def compare_all(config: Config, domain: Domain) -> None:
+    """Run the grid, once or with each of compare.seeds; what compare.search chooses for merges is chosen."""
     runs = runs_of(config)
     for each in runs or [config]:
         check_what_is_there(each, domain)
@@ -76,7 +88,7 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
         if not config.anchors.source:
             construct(of_init, domain)
         for start in config.compare.starts:
-            adapt(choose_adaptation(of_init.at_start(start), domain, adapt_blocks), domain)
+            adapt_as_chosen(of_init.at_start(start), domain, adapt_blocks, adapt)
     score_run(config, domain, others)
     write_cards(config, domain)
 
@@ -108,19 +120,22 @@ def link_tree(source: Path, target: Path) -> None:
     unfinished.replace(target)
 
 
-def check_what_is_there(config: Config, domain: Domain) -> None:
+def check_what_is_there(config: Config, domain: Domain, to_choose: Collection[str] = ()) -> None:
     """InputError if the run's folder holds anchors, merges or models that were made otherwise, before work goes into
-    what lacks. What compare.search chooses for the adaptation is not known yet."""
+    what lacks. What compare.search chooses for the adaptation, and for starts `to_choose`, is not known yet."""
     for init in config.compare.inits or [config.anchors.init]:
         of_init = replace(config, anchors=replace(config.anchors, init=init))
-        experiment = open_experiment(of_init, domain)
+        experiment = open_inputs(of_init, domain, lambda _: nullcontext())
+        assert experiment  # what is missing has been refused
         if config.compare.inits and not config.anchors.source:
             check_anchors_made(experiment, domain)
         for start in config.compare.starts:
             of_start = replace(experiment, config=of_init.at_start(start))
-            check_start(of_start, domain)
+            if start not in to_choose:
+                check_start(of_start, domain)
             if config.compare.inits and FDA not in config.compare.search:
                 check_adapted(of_start, domain)
+        check_descent(experiment, domain)
 
 
 def runs_of(config: Config) -> list[Config]:
@@ -178,6 +193,10 @@ def check_all_scored(experiment: Experiment, domain: Domain) -> None:
 def plan(config: Config, domain: Domain) -> Plan:
     """What --dry-run prints: the plan of one run, and the search and the runs of the grid."""
     one_run, grids = describe(config, domain, [check_all_scored, check_export]), candidates(config, domain)
+    refusals = Refusals()
+    for each in [] if one_run.refusals else runs_of(config) or [config]:
+        with refusals.noted(each.run.name):
+            check_what_is_there(each, domain, set(config.compare.search))
     if grids:
         check_choices(held_out(config), domain)
     lines = [
@@ -188,7 +207,8 @@ def plan(config: Config, domain: Domain) -> Plan:
     for each in runs_of(config) or [config]:
         models = [f"{start} x {init}" for start in config.compare.starts for init in config.compare.inits]
         lines.append(f"  {f'seed {each.run.seed}':18} {len(models)} models in {each.run.dir}: {', '.join(models)}")
-    return replace(one_run, text="\n".join([one_run.text, "", "Compare", *lines]))
+    refused = [*one_run.refusals, *(sentence for of_one in refusals.values() for sentence in of_one)]
+    return Plan("\n".join([one_run.text, "", "Compare", *lines]), refused)
 
 
 def of_front(config: Config, method: str) -> str:

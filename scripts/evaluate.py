@@ -1,10 +1,13 @@
 """Score the pretrained model, the experts and every merged model of a run; write results.json, a table and figures."""
 
+from functools import partial
+
 from common.command import run
 from common.config import Config
 from common.domain import Domain
 from common.evaluation.cards import write_cards
 from common.evaluation.scoring import score_run
+from common.planning.dry_run import EVALUATE, describe
 
 
 def evaluate(config: Config, domain: Domain) -> None:
@@ -14,4 +17,4 @@ def evaluate(config: Config, domain: Domain) -> None:
 
 
 if __name__ == "__main__":
-    run(evaluate, None, __doc__)
+    run(evaluate, None, __doc__, partial(describe, checks=EVALUATE, anchored=False))

@@ -33,7 +33,7 @@ from common.evaluation.rows import Row, display, read_results, row_name, values_
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import Scores, difference, findings, scores_of
 from common.evaluation.studies import FIGURES, table_of
-from common.evaluation.tables import MISSING, aligned, cell, footnotes, table
+from common.evaluation.tables import MISSING, aligned, cell, footnotes, of_fewer_seeds, table
 from common.io.checkpoints import write_text
 from common.merging.registry import method_table
 
@@ -94,13 +94,14 @@ def scores(file: str, *names: str) -> str:
     """The table of the rows in a file and its footnotes, or of its lines those of some names."""
     rows, tasks, percent = kept_rows(file)
     lines = table(rows, tasks, percent=percent).splitlines(keepends=True)
+    fewer = f"\n{line}\n" if (line := of_fewer_seeds(rows, names or None)) else ""
     if not names:
         said = "".join(f"- {finding}\n" for finding in findings(rows, tasks, percent=percent))
-        return "".join(lines) + "\n" + said + "\n" * bool(said) + footnotes(rows, None, bool(said))
+        return "".join(lines) + fewer + "\n" + said + "\n" * bool(said) + footnotes(rows, None, bool(said))
     of_name = {line.split("|")[1].strip(): line for line in lines[2:]}
     if unknown := [name for name in names if name not in of_name]:
         raise InputError(f"{file} has no row {', '.join(unknown)}; choose from {', '.join(of_name)}")
-    return "".join([*lines[:2], *(of_name[name] for name in names)])
+    return "".join([*lines[:2], *(of_name[name] for name in names), fewer])
 
 
 def kept_rows(file: str) -> tuple[list[Row], list[str], bool]:
@@ -123,7 +124,8 @@ def gains(*files: str) -> str:
             cells = [text for init in inits for text in gain_cells(average, drawn, start, init)]
             model = MODELS.get(Path(file).stem, Path(file).parts[0])
             lines.append([model, display(start), cell(average[display(start)], percent=True), *cells])
-    return aligned(lines)
+    found = {Path(file).stem: of_fewer_seeds(rows) for file, (rows, _, _) in read.items()}
+    return aligned(lines) + "".join(f"\n{name}: {said}\n" for name, said in found.items() if said)
 
 
 def gain_cells(average: Mapping[str, float], drawn: Mapping[str, Scores], start: str, init: str) -> tuple[str, str]:

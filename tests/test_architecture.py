@@ -20,6 +20,7 @@ ORDER = [
     ["opening"],
     ["layout"],
     ["assembly"],
+    ["descent"],
     ["evaluation", "planning"],
     ["report"],
     ["pipeline"],

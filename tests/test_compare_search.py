@@ -4,10 +4,13 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
+from common.config import as_dict
 from common.core.errors import InputError
+from common.evaluation.tuning import searching
 from compare import compare, plan
-from helpers import change
+from helpers import change, command
 from NLG import domain as nlg
 from pico_grid import by_split, counting, rows_of
 from pico_nlg import pico_config as pico_nlg_config
@@ -83,6 +86,21 @@ def test_language_models_have_nothing_to_cut_from(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             compare(refused, nlg)
+
+
+def test_one_process_at_a_time_searches_in_a_run(pico_config, tmp_path):
+    """Two would remove each other's candidates; the second is refused before any work."""
+    config = change(pico_config, "compare", starts=["ta"], inits=[], search=SCALES)
+    file, folder = tmp_path / "config.yaml", config.run.dir
+    file.write_text(yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}))
+    with searching(config):
+        (folder / "search").mkdir()
+        done = command("scripts/compare.py", "--config", file)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+            f"error: another process is at work with compare.search in {folder}; wait until it has finished, or "
+            "choose another run.name"
+        )
+        assert [entry.name for entry in sorted(folder.iterdir())] == [".search.lock", "search"]
 
 
 def test_the_dry_run_names_search_seeds_and_models(seeds):

@@ -206,3 +206,44 @@ def test_a_weight_that_is_not_finite_is_told_by_the_plan_too(own):
     assert describe(config, domain).refusals == [
         f"{root}/MNIST/finetuned.safetensors: the tensor {name} holds NaN or Inf"
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("adapt", {"epochs": 3}, "adapt.epochs = 2, now it is 3"),
+        ("anchors", {"steps": 6}, "anchors.steps = 5, now it is 6"),
+        ("start", {"hyper": {"ta": {"scale": 0.7}}}, "start.hyper.scale = 0.3, now it is 0.7"),
+    ],
+)
+def test_a_grid_of_other_settings_is_refused_as_by_the_run(own, section, values, said):
+    """Before the search, too, as far as it does not choose them."""
+    config, _ = own
+    construct(config, domain)
+    adapt(config, domain)
+    grid = change(config, "compare", starts=["ta", "tsv"], inits=["weight"])
+    assert plan_of_compare(grid, domain).refusals == []
+    other = change(grid, section, **values)
+    for search in ({}, {"tsv": {"scale": [0.5, 1.0]}}):
+        other = change(other, "compare", search=search)
+        [sentence] = plan_of_compare(other, domain).refusals
+        with pytest.raises(InputError) as raised:
+            compare(other, domain)
+        assert said in sentence == str(raised.value)
+    assert not (config.run.dir / "search.json").exists() and not (config.run.dir / "merged/tsv").exists()
+    chosen = change(other, "compare", starts=["ta"], search={"ta": {"scale": [0.3, 0.7]}})
+    assert (plan_of_compare(chosen, domain).refusals == []) == (section == "start")
+
+
+def test_a_grid_refuses_models_of_another_start_before_any_work(own):
+    config, _ = own
+    construct(config, domain)
+    adapt(config, domain)
+    shutil.rmtree(config.run.dir / "merged/ta")
+    other = change(config, "start", hyper={"ta": {"scale": 0.9}})
+    merge_alone(other, domain)
+    grid = change(other, "compare", starts=["ta", "tsv"], inits=["gauss"])
+    with pytest.raises(InputError, match="was adapted from another start") as raised:
+        compare(grid, domain)
+    assert not (config.run.dir / "merged/tsv").exists() and not (config.run.dir / "anchors/gauss").exists()
+    assert plan_of_compare(grid, domain).refusals == [str(raised.value)]

@@ -65,10 +65,15 @@ def begun(folder: Path) -> Counter[int]:
     return Counter(int(file.name.split("-")[0]) for file in folder.iterdir())
 
 
-def test_a_lost_worker_costs_its_unit_and_no_other(pool, tmp_path):
+def test_a_lost_worker_costs_its_unit_and_no_other_and_is_told(pool, tmp_path, capsys):
     outcomes = pool.outcomes(partial(noted, str(tmp_path), "kill"), range(6), NO_FILES)
     assert {unit: value_of(outcome) for unit, outcome in outcomes} == {unit: unit**2 for unit in range(6)}
     assert begun(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: a process was lost at the unit 2, with status -9 (-9 where memory ran out); another begins that unit "
+        "again"
+    ]
 
 
 def test_a_unit_that_always_loses_its_worker_is_refused_by_name(pool, tmp_path):
@@ -141,6 +146,18 @@ def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
     assert files_of(one.run.dir / "merged") == files_of(two.run.dir / "merged")
     note = read_notes(two.run.dir)[f"merge {method}"]
     assert note["units_of"] == note["units"] + 2 == len(merge_groups(experiment))
+
+
+def test_parts_that_a_kill_left_do_not_stay_in_the_model(pico_config):
+    """Nor do those of a merge that was killed when all was done but their removal."""
+    config = change(change(pico_config, "start", method="ta"), "run", score=False)
+    experiment = open_experiment(config, domain)
+    for _ in range(2):
+        provenance, units = merge_provenance(experiment), Units()
+        merge_each(experiment, [(0, merge_groups(experiment)[0])], units, provenance, survey_of(experiment, "ta"))
+        assert RunLayout(config).part_file(0).is_file()
+        merge_alone(config, domain)
+        assert not [path for path in (config.run.dir / "merged/ta").iterdir() if path.is_dir()]
 
 
 def test_candidates_of_a_search_are_those_of_one_process(pico_config, pico_inputs, pool, tmp_path):

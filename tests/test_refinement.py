@@ -93,6 +93,18 @@ def test_the_blend_is_chosen_on_the_cut_at_the_price_of_one_adaptation(pico_conf
     assert dict(scored) == seen and len(fits) == 2 * depth
 
 
+def test_a_choice_is_written_down_once_its_model_is_made(pico_config):
+    """The adaptation can be refused: a model of that name is there, of other settings."""
+    config = change(pico_config, "compare", starts=["ta"], inits=["weight"], search={"fda": {"blend": BLENDS}})
+    alone = change(change(pico_config, "start", method="ta"), "run", score=False)
+    construct(alone, domain)
+    adapt(change(alone, "adapt", epochs=3), domain)
+    with pytest.raises(InputError, match=r"fda-ta-weight.* was made with adapt.* now it is"):
+        compare(config, best_at(0.55, Counter()))
+    found = json.loads((config.run.dir / "search.json").read_text())
+    assert len(found["candidates"]) == 4 and found["choices"] == {}
+
+
 def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config):
     lists = {"lr": [1e-3, 1e-2], "blend": [0.5, 1.0]}
     config = change(pico_config, "compare", starts=["pretrained", "ta"], inits=["weight"], search={"fda": lists})

@@ -1,14 +1,17 @@
 """The report prints what results.json says: an exact small table, gains, figures that are figures."""
 
 import json
+import os
+import runpy
 import struct
 
 import pytest
 
+from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.figures import plot_accuracy, plot_matching, write_report
 from common.evaluation.rows import read_results, row_name, upsert, write_results
-from common.evaluation.tables import by_start, footnotes, table
+from common.evaluation.tables import by_start, footnotes, of_fewer_seeds, table
 
 TASKS = ["Cars", "DTD"]
 PUBLISHED = {
@@ -64,6 +67,25 @@ def test_the_data_that_merges_used_are_told():
     rows = [row | used for row in scored("regmean", 0.5, 0.5)] + ROWS
     assert "RegMean 100 of DTD (train), RegMean 256 of Cars (train)" in footnotes(rows, None)
     assert "Inputs of the tasks" not in footnotes(ROWS, None)
+
+
+def test_rows_of_fewer_seeds_are_named_once_below_the_table(tmp_path):
+    """Two seeds; TIES and FDA from Gauss were made with the first alone."""
+    both = [r for r in ROWS if r["method"] != "ties" and r["init"] != "gauss"]
+    rows = [row | {"seed": 0, "split": "test"} for row in ROWS] + [row | {"seed": 1, "split": "test"} for row in both]
+    line = "Means over fewer seeds than 0, 1: TIES, FDA (TA, Gauss) (of 0)."
+    assert of_fewer_seeds(rows) == line and of_fewer_seeds(rows, ["TA"]) == ""
+    assert of_fewer_seeds(rows, ["TA", "TIES"]) == "Means over fewer seeds than 0, 1: TIES (of 0)."
+    assert of_fewer_seeds(ROWS) == of_fewer_seeds([row | {"seed": 2} for row in ROWS]) == ""
+    write_report(tmp_path, rows, TASKS, {})
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith(f"{table(rows, TASKS)}\n{line}\n\n") and text.count("fewer seeds") == 1
+    write_results(tmp_path / "kept.json", rows, TASKS)
+    file = f"Vision/{os.path.relpath(tmp_path / 'kept.json', ROOT / 'Vision')}"
+    tools = runpy.run_path(str(ROOT / "scripts/make_tables.py"))
+    assert tools["scores"](file).startswith(f"{table(rows, TASKS)}\n{line}\n\n")
+    assert tools["scores"](file, "TIES").endswith("|\n\nMeans over fewer seeds than 0, 1: TIES (of 0).\n")
+    assert "fewer" not in tools["scores"](file, "TA") and tools["gains"](file).endswith(f"\nkept: {line}\n")
 
 
 def test_table_in_percent():

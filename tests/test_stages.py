@@ -1,5 +1,6 @@
-"""How far a command is: stages that are counted, time that is left, lines without a terminal, the end at Ctrl-C."""
+"""How far a command is: stages that are counted, time that is left, lines without a terminal, interrupts."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -151,8 +152,10 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path):
         raise AssertionError("it went on")
 
 
-def test_ctrl_c_ends_soon_and_says_what_is_kept(pico_config, tmp_path):
-    """Three units are left; how long the end may take is bounded loosely, for busy machines."""
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_soon_and_says_what_is_kept(pico_config, tmp_path, sent, status):
+    """Ctrl-C, and what batch systems send before they kill. Three units are left; how long the end may take
+    is bounded loosely, for busy machines."""
     log, file = tmp_path / "log", tmp_path / "config.yaml"
     config = replace(change(pico_config, "anchors", steps=600), run=replace(pico_config.run, log=str(log)))
     file.write_text(yaml.safe_dump({k: v for k, v in as_dict(config).items() if k != "dry_run"}))
@@ -163,9 +166,9 @@ def test_ctrl_c_ends_soon_and_says_what_is_kept(pico_config, tmp_path):
     while process.poll() is None and not (log.is_file() and "1 of 4 units" in log.read_text()):
         time.sleep(0.02)
     began = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said = process.communicate(timeout=60)[1].splitlines()[-1]
-    assert process.returncode == 130 and time.monotonic() - began < 20
+    assert process.returncode == status and time.monotonic() - began < 20
     assert said == (
         f"interrupted in construct weight, 1 of 4 units; what was done is kept in {pico_config.run.dir}; "
         "the same command goes on from here"
@@ -174,4 +177,7 @@ def test_ctrl_c_ends_soon_and_says_what_is_kept(pico_config, tmp_path):
     assert (
         "Not finished: interrupted in construct weight, 1 of 4 units." in (config.run.dir / "report.html").read_text()
     )
+    assert log.read_text().splitlines()[-1].endswith(" interrupted: construct weight, 1 of 4 units")
+    noted = json.loads((config.run.dir / "run.json").read_text())["construct weight"]
+    assert (noted["ended"], noted["units"], noted["units_of"]) == ("KeyboardInterrupt", 1, 4)
     assert not list(config.run.dir.rglob("*.tmp"))

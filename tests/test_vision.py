@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import common.pipeline as pipeline
 from common.config import Model
 from common.core.errors import InputError
 from common.core.seeding import seeded
@@ -147,6 +148,24 @@ def test_blocks_adapted_apart_are_put_together_with_the_last(pico_config):
     shutil.rmtree(whole.run.dir / "merged")
     assert not files_of(adapt(change(whole, "run", blocks=[1]), domain), "open_clip_model*")
     assert files_of(adapt(change(whole, "run", blocks=[0]), domain), "*.safetensors") == expected
+
+
+def test_two_processes_that_adapt_at_once_end_with_one_whole_model(pico_config, monkeypatch, capsys):
+    """The other is done, and has removed its blocks, while this one still fits its last."""
+    config, fit = change(pico_config, "run", score=False), pipeline.adapt_blocks
+    construct(config, domain)
+    expected = files_of(adapt(change(config, "adapt", label="alone"), domain), "*.safetensors")
+
+    def slower(*arguments):
+        with monkeypatch.context() as other:
+            other.setattr(pipeline, "adapt_blocks", fit)
+            adapt(config, domain)
+        experiment, _, provenance = arguments
+        fit(replace(experiment, config=change(config, "run", score=False, blocks=[1])), domain, provenance)
+
+    monkeypatch.setattr(pipeline, "adapt_blocks", slower)
+    assert files_of(adapt(config, domain), "*.safetensors") == expected
+    assert "not put together" not in capsys.readouterr().out
 
 
 def test_a_second_run_touches_nothing(pico_config):

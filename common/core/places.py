@@ -1,4 +1,5 @@
-"""From what a config calls a place to a path, which a resolver has of scheme://; and where the user's cache is."""
+"""From what a config calls a place to a path, which a resolver has of scheme://; what a name of a folder may be; and
+where the user's cache is."""
 
 import os
 from collections.abc import Callable
@@ -32,6 +33,17 @@ def within(text: str, root: str) -> str:
 def cache_folder() -> Path:
     """The user's folder for what can be made again. RuntimeError if there is no home folder that it could be in."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "functional-dual-anchors"
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name is that of no folder below the one that it is put in."""
+    return not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts
+
+
+def require_part_of_name(where: str, text: str) -> None:
+    """InputError if what is put into the name of an adapted model's folder would lead into another."""
+    if any(sign in text for sign in "/\\"):
+        raise InputError(f"{where} is {text!r}; it is a part of a folder's name, and has no slash or backslash")
 
 
 def path_of(text: str, root: str = ".") -> Path:

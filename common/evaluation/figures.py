@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from common.config import PRETRAINED
 from common.evaluation.rows import INDIVIDUAL, Row, Values, display, rank, row_name, values_by_name
-from common.evaluation.tables import by_start, footnotes, table
+from common.evaluation.tables import by_start, footnotes, of_fewer_seeds, table
 from common.io.checkpoints import replacing, write_text
 
 Traces = Mapping[tuple[str, int], Sequence[float]]  # (task, block): mean over tensors of 1 - cos, one value a step
@@ -195,6 +195,7 @@ def write_report(
     if rows:
         paths += [folder / "table.md", folder / "accuracy.png"]
         text = table(rows, tasks, percent=percent, published=published)
+        text += f"\n{fewer}\n" if (fewer := of_fewer_seeds(rows)) else ""
         short = by_start(rows, tasks, percent=percent) + "\n" if any(row["method"] == "fda" for row in rows) else ""
         said = "".join(f"- {finding}\n" for finding in findings) + "\n" * bool(findings)
         write_text(paths[0], text + "\n" + short + said + footnotes(rows, published, bool(findings)))

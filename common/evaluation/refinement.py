@@ -20,6 +20,7 @@ from common.evaluation.tuning import (
     row_of_scores,
     scored_on,
     scores_on_cut,
+    searching,
     with_fields,
 )
 from common.experiment import Experiment
@@ -27,14 +28,27 @@ from common.io.hashes import digest
 from common.layout import RunLayout, block_provenance, fit_provenance, require_anchors
 from common.opening import open_experiment
 
+Make = Callable[[Config, Domain], Any]
+"""make(config, domain) makes the adapted model of a config from the blocks that are stored."""
 Fit = Callable[[Experiment, Domain, Mapping[str, Any]], None]
 """fit(experiment, domain, provenance) stores those adapted blocks that are not stored yet where RunLayout says."""
 START = {"blend": 0.0}  # the candidate that is always there
 
 
-def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> Config:
+def adapt_as_chosen(config: Config, domain: Domain, fit: Fit, make: Make) -> None:
+    """Make the adapted model of one start and one initialisation with the settings that compare.search.fda chooses for
+    it, if there is such a search, and put the choice into search.json once the model is made."""
+    with searching(config):
+        chosen, fields = choose_adaptation(config, domain, fit)
+        make(chosen, domain)
+        if fields:
+            record(config, choice={RunLayout(config).adapted.name: fields})
+
+
+def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> tuple[Config, Mapping[str, Any]]:
     """The config of one start and one initialisation with the best of compare.search.fda put in, by the mean score over
-    all test sets; of equals the first, of which the start is the very first. The config itself if there is no search.
+    all test sets; of equals the first, of which the start is the very first; and those fields. The config itself and
+    none if there is no search.
 
     Every candidate is a row of the run's search.json; one that is there already, of the same inputs, is not made again.
     Candidates that differ in adapt.blend alone cost one adaptation, and that of the best is left where the adaptation
@@ -43,7 +57,7 @@ def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> Config:
     """
     grid = candidates(config, domain).get(FDA)
     if not grid:
-        return config
+        return config, {}
     if config.run.blocks is not None:
         raise InputError("compare.search.fda scores whole models; unset run.blocks")
     start, layout = config.start.method, RunLayout(config)
@@ -58,9 +72,8 @@ def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> Config:
         blocks.rename(layout.adapted / "blocks")
     for each in trials:
         shutil.rmtree(RunLayout(each).adapted, ignore_errors=True)
-    record(config, choice={layout.adapted.name: tried[best]})
     print(f"search {layout.adapted.name}: {tried[best]} is best of {len(rows)} on {SPLIT}, Avg {rows[best]['avg']:.4f}")
-    return with_fields(config, start, tried[best])
+    return with_fields(config, start, tried[best]), tried[best]
 
 
 def trial(config: Config, fields: Mapping[str, Any]) -> Config:

@@ -4,7 +4,8 @@ A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a m
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
 "split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. An adapted model
 has "rest", adapt.rest of it, a test set read in a folder "test_set", what identifies its files. "scorer" identifies
-what else decides the answers, as heads, tokenizers and prompts do; rows older than it lack it. A model that the run
+what else decides the answers, as heads, tokenizers and prompts do; rows older than it lack it. A merged model has
+"inputs", what identifies base and experts, an adapted one "start_checkpoint", that of its start. A model that the run
 made and timed has "seconds", "cpu_seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its
 "seed".
 """
@@ -36,6 +37,7 @@ LABELS = {
     "gauss": "Gauss",
     "weight": "Weight",
 }
+RESULTS_FILE = 'results file, JSON with "tasks" and "rows"'
 KEY = ("method", "start", "init", "label", "task", "split", "seed")
 
 
@@ -90,9 +92,11 @@ def upsert(rows: Iterable[Row], new: Row) -> list[Row]:
     return [row for row in rows if any(row.get(k) != new.get(k) for k in KEY)] + [new]
 
 
-def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str]) -> None:
-    """Write results.json whole or not at all. The same rows in any order give the same bytes."""
+def write_results(path: Path | str, rows: Iterable[Row], tasks: Sequence[str], apart: Iterable[Row] = ()) -> None:
+    """Write results.json whole or not at all, with rows that are in no table. The same rows in any order give the same
+    bytes."""
     contents = {"tasks": list(tasks), "rows": in_order(rows)}
+    contents |= {"apart": kept} if (kept := in_order(apart)) else {}
     write_text(Path(path), json.dumps(contents, indent=1, sort_keys=True) + "\n")
 
 
@@ -105,13 +109,19 @@ def read_results(path: Path | str) -> tuple[list[Row], list[str]]:
     """(rows, tasks) of a results.json. InputError if there is none or it is damaged."""
     if not Path(path).is_file():
         raise InputError(f"there are no results at {path}; evaluate a model first")
-    what = 'results file, JSON with "tasks" and "rows"'
-    contents = read_object(Path(path), what)
-    with interpreted(Path(path), what):
+    contents = read_object(Path(path), RESULTS_FILE)
+    with interpreted(Path(path), RESULTS_FILE):
         rows, tasks = in_order(contents["rows"]), [str(task) for task in contents["tasks"]]
         if not all(row_name(row) and isinstance(row["value"], int | float) for row in rows):
             raise TypeError("a value is no number")
     return contents["rows"], tasks
+
+
+def read_apart(path: Path) -> list[Row]:
+    """The rows of a results.json that are kept out of all tables, see kept.py. InputError if they are damaged."""
+    contents = read_object(path, RESULTS_FILE)
+    with interpreted(path, RESULTS_FILE):
+        return in_order(contents.get("apart", []))
 
 
 def values_by_seed(rows: Iterable[Row], tasks: Sequence[str]) -> dict[str, dict[int | None, Values]]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from common.assembly import start_in_base
 from common.config import PRETRAINED, Config, as_dict
+from common.descent import check_descent, fingerprints, merged_models
 from common.domain import Domain, module_of, scored_tests
-from common.evaluation.rows import INDIVIDUAL, Row, read_results, row_name, upsert, write_results
-from common.evaluation.tables import table
+from common.evaluation.kept import keep_rows, known_rows, said_of
+from common.evaluation.rows import INDIVIDUAL, Row, read_results, row_name, write_results
+from common.evaluation.tables import of_fewer_seeds, table
 from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, read_header
 from common.io.examples import identity_of
-from common.io.hashes import digest
+from common.io.hashes import digest, identity
 from common.io.json_files import interpreted
 from common.io.paper_tables import paper_table
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
@@ -36,6 +38,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     """Score what has no row yet or has changed since; write results.json, table.md and the figures; print the table.
 
     A row of `others`, results of other runs with these data, is taken over where it is of the same checkpoint.
+    Raises: InputError before any work if the models that are there are not all of these inputs and starts.
     """
     tests = scored_tests(config, domain)
     unscored = [task for task in config.tasks if task not in tests.values()]
@@ -44,19 +47,22 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     if not tests:
         return
     experiment, layout = open_experiment(config, domain, anchored=False), RunLayout(config)
-    rows = results_of(config)
+    file, rows, here, apart = config.run.dir / RESULTS, results_of(config), list[Row](), dict[str, str]()
+    check_descent(experiment, domain)
     make_same_rests(experiment, domain)
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
+    inputs = identity(sorted(fingerprints(experiment).items()))
+    origins = origins_of(experiment, inputs)
     bar = UnitBar("score", sum(map(len, models.values())), "scores")
 
     def keep(new: Iterable[Row]) -> None:
-        nonlocal rows
-        for row in new:
-            rows = upsert(rows, row)
-        write_results(config.run.dir / RESULTS, rows, list(tests))
+        nonlocal rows, apart
+        new = [{**row, **origins.get(row_name(row), {})} for row in new]
+        here.extend(new)
+        rows, apart = keep_rows(file, list(tests), new, here, inputs)
 
     with record_stage(config, bar.stage, bar), bar:
-        known, pending = looked_up(config, domain, models, [*rows, *left_behind(layout), *others])
+        known, pending = looked_up(config, domain, models, [*known_rows(file), *left_behind(layout), *others])
         bar.keep(len(known))
         if known:
             keep(known)
@@ -67,7 +73,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
             for test, wanted in pending.items():
                 for row in scored_rows(experiment, domain, test, wanted, bar):
                     keep([row])
-    publish(config, domain, rows, traces(config.run.dir))
+    publish(config, domain, rows, traces(config.run.dir), said_of(apart))
 
 
 def looked_up(
@@ -162,8 +168,11 @@ def results_of(config: Config) -> list[Row]:
     return read_results(file)[0] if file.is_file() else []
 
 
-def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, "Traces"]) -> None:
-    """Write table.md and the figures of the rows of eval.split; print the table and what it shows beyond the error."""
+def publish(
+    config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping[str, "Traces"], said: str = ""
+) -> None:
+    """Write table.md and the figures of the rows of eval.split; print the table, what it shows beyond the error, and
+    what is `said` of it besides."""
     from common.evaluation.figures import write_report
     from common.evaluation.significance import findings
 
@@ -172,7 +181,7 @@ def publish(config: Config, domain: Domain, rows: Iterable[Row], curves: Mapping
     found = findings(rows, tests, percent=domain.PERCENT)
     write_report(config.run.dir, rows, tests, curves, found, **style)
     print(table(rows, tests, **style))
-    print("".join(f"{line}\n" for line in found))
+    print("".join(f"{line}\n" for line in filter(None, [of_fewer_seeds(rows), *found, said])))
     print(f"{config.run.dir}: {RESULTS}, table.md and the figures")
 
 
@@ -194,6 +203,17 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
         yield row | identifying(read_provenance(file.parent), file), Checkpoint(file.parent)
+
+
+def origins_of(experiment: Experiment, inputs: str) -> dict[str, dict[str, Any]]:
+    """{row name: what its row keeps for the day when the folder is gone} of every merged model of the run: what
+    identifies base and experts, and of an adapted model its start."""
+    found = {}
+    for folder in merged_models(experiment):
+        made, file = read_provenance(folder), folder / PROVENANCE_FILE
+        row, start = {"start": None, "init": None, **identifying(made, file)}, made["start"].get("checkpoint")
+        found[row_name(row)] = {"inputs": inputs} | ({"start_checkpoint": start} if start else {})
+    return found
 
 
 def make_same_rests(experiment: Experiment, domain: Domain) -> None:

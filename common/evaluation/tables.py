@@ -178,6 +178,19 @@ def same_rest_note(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def of_fewer_seeds(rows: Iterable[Row], names: Iterable[str] | None = None) -> str:
+    """A line on the rows whose means are over fewer seeds than those of others, all or some by name; "" if none are."""
+    seeds_of: dict[str, set[int]] = {}
+    for row in sorted(filter(is_shown, rows), key=rank):
+        seeds_of.setdefault(row_name(row), set()).update([row["seed"]] if "seed" in row else [])
+    every, groups = set().union(*seeds_of.values()), dict[tuple[int, ...], list[str]]()
+    for name, seeds in seeds_of.items():
+        if seeds != every and (names is None or name in names):
+            groups.setdefault(tuple(sorted(seeds)), []).append(name)
+    named = (f"{', '.join(of)} (of {', '.join(map(str, seeds))})" for seeds, of in groups.items())
+    return f"Means over fewer seeds than {', '.join(map(str, sorted(every)))}: {'; '.join(named)}." if groups else ""
+
+
 def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = False) -> str:
     """What the numbers are and where they come from: metrics, examples, configs and commits; `judged` if differences
     are said with their intervals."""

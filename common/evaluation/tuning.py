@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
@@ -22,6 +22,7 @@ from common.io.checkpoints import write_text
 from common.io.examples import identity_of
 from common.io.hashes import digest
 from common.io.json_files import read_object
+from common.io.locks import locked
 from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
 from common.opening import libraries_of, open_experiment
@@ -33,6 +34,7 @@ from common.run.stages import current
 from common.validation import check_settings
 
 SPLIT = "validation_cut"
+SEARCH = "search"  # the folder of a run where candidates are made
 FDA = "fda"  # of compare.search: the adaptation
 
 
@@ -99,14 +101,36 @@ def held_out(config: Config) -> Config:
     return replace(config, eval=replace(config.eval, split=SPLIT))
 
 
+def searching(config: Config) -> AbstractContextManager[None]:
+    """While this goes on no other process searches in the run's folder, where they would remove each other's models.
+
+    Raises: InputError if another one does.
+    """
+    if not config.compare.search:
+        return nullcontext()
+    folder = config.run.dir / SEARCH
+    return locked(
+        folder,
+        f"another process is at work with compare.search in {config.run.dir}; wait until it has finished, or choose "
+        "another run.name",
+    )
+
+
 def choose_hyperparameters(config: Config, domain: Domain) -> Config:
     """The config with the best candidate of each method, by the mean score over all test sets, put into start.hyper.
 
     Every candidate is a row of search.json; one that is there already, of the same inputs, is not scored again.
+    Raises: InputError if another process searches in the run's folder.
     """
-    hyper = dict(config.start.hyper)
     grids = candidates(config, domain)
     grids.pop(FDA, None)  # which needs the anchors
+    with searching(config):
+        return with_choices(config, domain, grids)
+
+
+def with_choices(config: Config, domain: Domain, grids: Mapping[str, list[dict[str, Any]]]) -> Config:
+    """As `choose_hyperparameters`, of these candidates, while no other process searches there."""
+    hyper = dict(config.start.hyper)
     for method, grid in grids.items():
         asked = map_search(method, config.compare.search[method], len(config.tasks))
         bar = UnitBar(f"search {method}", len(grid) + (TRIED if asked else 0), "candidates")
@@ -165,7 +189,7 @@ def scored_on(config: Config, domain: Domain) -> dict[str, list[str | None]]:
 
 def trial_of(config: Config, method: str, hyper: dict[str, Any], number: int) -> Config:
     """The experiment of one candidate, in a folder of its own, by one process."""
-    run = replace(config.run, name=f"{config.run.name}/search/{number}", engine="local", workers=1)
+    run = replace(config.run, name=f"{config.run.name}/{SEARCH}/{number}", engine="local", workers=1)
     run = replace(run, address="", gpus_per_unit=None)
     return replace(config, start=replace(config.start, hyper={method: hyper}), run=run).at_start(method)
 
@@ -174,7 +198,7 @@ def scored_trials(
     config: Config, domain: Domain, trials: Mapping[int, Config]
 ) -> Iterator[tuple[int, dict[str, dict[str, Any]]]]:
     """The numbers of some candidates with their scores, as they come."""
-    folder = config.run.dir / "search"
+    folder = config.run.dir / SEARCH
     shutil.rmtree(folder, ignore_errors=True)  # a kill can have left one
     place = None
     if asks_for_workers(config.run) and trials:

@@ -16,6 +16,7 @@ from common.assembly import parts_of
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
 from common.core.errors import InputError, NotFetched
+from common.descent import check_compared, check_descent
 from common.domain import Domain, anchored_part, scored_tests
 from common.experiment import Experiment
 from common.fda.adaptation import shortened
@@ -197,8 +198,9 @@ def check_adapted(experiment: Experiment, domain: Domain) -> None:
 
 
 CONSTRUCT: tuple[Check, ...] = (check_scored, check_moved_blocks, check_anchors_made)
-MERGE: tuple[Check, ...] = (check_scored, check_export, check_start)
+MERGE: tuple[Check, ...] = (check_scored, check_export, check_start, check_compared)
 ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
+EVALUATE: tuple[Check, ...] = (check_descent,)
 
 
 # ---- what it makes and needs -----------------------------------------------------------------------------------------

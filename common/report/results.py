@@ -20,7 +20,7 @@ from common.evaluation.significance import (
     findings,
     scores_of,
 )
-from common.evaluation.tables import deviation, footnotes, is_fixed, table_lines
+from common.evaluation.tables import deviation, footnotes, is_fixed, of_fewer_seeds, table_lines
 from common.merging.registry import METHODS
 from common.merging.starts import JOINED
 from common.report.latex import latex_of
@@ -71,7 +71,7 @@ def results_of(run: RunRecord, tasks: Sequence[str] | None = None) -> Results | 
     return Results(
         head=(columns := [*head[1:at], *([INTERVAL] if judged else []), *head[max(1, at) :]]),
         lines=lines,
-        findings=found,
+        findings=[*filter(None, [of_fewer_seeds(rows)]), *found],
         notes=footnotes(rows, run.published, bool(found)).strip().split("\n\n"),
         csv=csv_of(run, rows, tasks, judged),
         latex=latex_of(columns, lines),
@@ -104,7 +104,10 @@ def together(runs: Sequence[RunRecord]) -> Results | None:
     return Results(
         head=head,
         lines=lines,
-        findings=between(runs, tasks),
+        findings=[
+            *(f"{run.name}: {said}" for run in runs if (said := of_fewer_seeds(run.rows))),
+            *between(runs, tasks),
+        ],
         notes=[f"Avg: plain mean over the test sets that all runs have: {', '.join(tasks)}."],
         csv="".join([csvs[0][0], *(line for text in csvs for line in text[1:])]),
         latex=latex_of(head, lines, run=True),

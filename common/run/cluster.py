@@ -8,6 +8,8 @@ the work is done.
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ def connect(run: Run) -> Any:
     if ray.is_initialized():  # by the stage before
         return ray
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    heeds = signal.getsignal(signal.SIGTERM)
     try:
         if run.address:
             ray.init(address=run.address, **quiet)
@@ -48,6 +51,8 @@ def connect(run: Run) -> Any:
     except Exception as error:  # Ray raises no type of its own
         what = f"no Ray cluster answers at run.address {run.address}" if run.address else "Ray did not start"
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error
+    if callable(heeds) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, heeds)  # Ray's own would end the command without a word
     return ray
 
 

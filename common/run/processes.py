@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from common.core.errors import InputError
+from common.core.notices import warn
 from common.run.engine import Files, Outcome, Work, outcome_of
 
 LOSSES = 3  # of its worker that a unit may cost before it is given up
@@ -100,6 +101,10 @@ class Pool:
                 f"{losses} processes were lost at the unit {unit}, the last with status {process.exitcode} (-9 where "
                 "memory ran out); a smaller run.workers takes less"
             )
+        warn(
+            f"a process was lost at the unit {unit}, with status {process.exitcode} (-9 where memory ran out); "
+            "another begins that unit again"
+        )
 
     def stop(self) -> None:
         """End all workers, whatever they do: what they finished is on disk."""

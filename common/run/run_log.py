@@ -18,6 +18,7 @@ from common.config import ROOT, Config, as_dict
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import interpreted, read_object
+from common.io.locks import locked
 from common.run.device import prepare
 from common.run.stages import current
 from common.run.units import Units
@@ -130,12 +131,14 @@ def record_stage(config: Config, stage: str, units: "Units | None" = None) -> It
             session["peak_gib"] = max(session["peak_gib"], *(worker["peak_gib"] for worker in workers))
             session["workers"] = units.workers
         done, kept = (units.done, units.kept) if units else (1, 0)
+        left = units.wanted - units.done if units and ended != FINISHED else 0
         if ended != InputError.__name__ or (units and done):  # what is refused at the door leaves nothing on disk
-            note(config, stage, session | {"device": str(device)}, done, kept)
+            with locked(config.run.dir / NOTES):  # other processes of the run note their stages there
+                note(config, stage, session | {"device": str(device)}, done, kept, left)
 
 
-def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int) -> None:
-    """Put one session of a stage, which did some units and kept others, into run.json."""
+def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: int, left: int = 0) -> None:
+    """Put one session of a stage, which did some units, kept others and left others to do, into run.json."""
     notes = read_notes(config.run.dir)
     before = notes.get(stage, {})
     last = before.get("ended", FINISHED) if before else session["ended"]
@@ -149,7 +152,7 @@ def note(config: Config, stage: str, session: dict[str, Any], done: int, kept: i
     session["peak_gib"] = round(max(session["peak_gib"], counted.get("peak_gib", 0)), 3)
     if workers := counted.get("workers", {}) | session.get("workers", {}):
         session["workers"] = workers
-    session |= {"units": done + counted.get("units", 0), "units_of": done + kept}
+    session |= {"units": done + counted.get("units", 0), "units_of": done + kept + left}
     notes[stage] = session | environment_info() | {"config": as_dict(config)}
     write_text(config.run.dir / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
 
