@@ -186,7 +186,7 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
         (lambda: merge(base, experts, "regmean"), "regmean needs data of the tasks; nlg has none"),
         (lambda: adapt(base, other, anchors, START, FIT), "was made with weights.expert = .*, now it is"),
         (lambda: adapt(base, experts, anchors, START, FIT, seed=1), "was made with run.seed = 0, now it is 1"),
-        (lambda: adapt(base, experts, tmp_path, START, FIT), "there is no file .*dual_anchors_layer_1.npy"),
+        (lambda: adapt(base, experts, tmp_path, START, FIT), "there is no anchor file .*dual_anchors_layer_1.npy"),
     ]:
         with pytest.raises(InputError, match=said):
             call()

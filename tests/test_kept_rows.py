@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from common.core.errors import InputError
-from common.evaluation.kept import keep_rows, known_rows
+from common.evaluation.kept import keep_rows, known_rows, why_apart
 from common.evaluation.rows import row_name
 from common.evaluation.scoring import score_run
 from common.io.locks import locked
@@ -28,6 +28,11 @@ def two_merges(pico_config):
         merge_alone(change(change(pico_config, "start", method=method), "run", score=False), domain)
     score_run(pico_config, domain)
     return pico_config
+
+
+def kept_beside(row):
+    """The row of another model of the same test set."""
+    return [{**row, "method": "average"}]
 
 
 def names_of(config):
@@ -51,6 +56,9 @@ def test_a_removed_model_scored_on_other_examples_is_in_no_table(two_merges, cap
     assert names_of(two_merges) == {"Pretrained", "Individual", "TA"} and "TSV" not in (folder / "table.md").read_text()
     assert {row_name(row) for row in read_run(folder).rows} == names_of(two_merges)
     assert json.loads((folder / "results.json").read_text())["apart"] == kept
+    # So it is where a row says of something else than the model that it was scored with, a tokenizer, say.
+    reason = why_apart({**kept[0], "scorer": "another"}, [], kept_beside(kept[0]), "")
+    assert reason.startswith("it was scored with another head")
     # It is there again, in its place, where the others are scored as it was; and again no more where they are not.
     score_run(two_merges, domain)
     assert [row for row in rows_of(folder) if row_name(row) == "TSV"] == kept

@@ -254,7 +254,7 @@ def test_without_what_draws_it_a_run_goes_on_and_says_how_to_get_it(pico_config,
 
 def test_an_interrupted_run_says_so_a_refused_one_leaves_nothing(pico_config, monkeypatch):
     quiet = change(pico_config, "run", score=False)
-    with pytest.raises(InputError, match="there is no"):
+    with pytest.raises(InputError, match="there are no anchors"):
         run_reported(quiet, adapt)
     assert not quiet.run.dir.exists()
 

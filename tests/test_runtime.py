@@ -154,7 +154,7 @@ def test_a_command_says_what_is_wrong_in_one_sentence(pico_config, tmp_path):
     recipe = [sys.executable, str(ROOT / "Vision" / "adapt.py"), "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run(recipe, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: there is no file ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: there are no anchors at ") and done.stderr.count("\n") == 1
 
 
 def test_what_a_kill_left_goes_and_what_others_write_stays(pico_config):

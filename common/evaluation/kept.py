@@ -51,6 +51,8 @@ def why_apart(row: Row, rows: Sequence[Row], here: Sequence[Row], inputs: str) -
         for field in MEASURED:
             if row.get(field) != other.get(field):
                 return f"its {field} was {row.get(field)}, now it is {other.get(field)}"
+        if row.get("scorer") != other.get("scorer"):
+            return "it was scored with another head, tokenizer, prompt or the like, or before there was a record of them"
         if row.get("inputs", inputs) != inputs:
             return "it was made from another base, other experts or for other tasks"
     for adapted, start in pairs(row, rows):
