@@ -52,7 +52,7 @@ def why_apart(row: Row, rows: Sequence[Row], here: Sequence[Row], inputs: str) -
             if row.get(field) != other.get(field):
                 return f"its {field} was {row.get(field)}, now it is {other.get(field)}"
         if row.get("scorer") != other.get("scorer"):
-            return "it was scored with another head, tokenizer, prompt or the like, or before there was a record of them"
+            return "it was scored with another head, tokenizer, prompt or the like, or before that was recorded"
         if row.get("inputs", inputs) != inputs:
             return "it was made from another base, other experts or for other tasks"
     for adapted, start in pairs(row, rows):
