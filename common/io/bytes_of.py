@@ -9,7 +9,7 @@ from pathlib import Path
 from common.io.adapters import CONFIG_FILE, WEIGHT_FILE, is_adapter
 from common.io.checkpoints import surroundings
 from common.io.hashes import file_hash
-from common.io.model_files import WEIGHT_FILES, weight_files
+from common.io.model_files import folder_of, weight_files
 from common.io.tokenizer_files import matching
 
 Told = list[list[str]]
@@ -24,7 +24,7 @@ def whole_model(path: Path) -> Told:
 
 def beside_model(path: Path) -> Told:
     """What tells the configs, tokenizer and processor beside a model from others."""
-    folder = path.parent if path.name in WEIGHT_FILES else path
+    folder = folder_of(path)
     return told(folder, surroundings(folder))
 
 
