@@ -163,7 +163,9 @@ def stages_of(config: Config) -> list[str]:
             of_run += [] if each.anchors.source else [f"construct {init}"]
             for start in each.compare.starts:
                 of_run += [f"merge {start}"] if start in left else []
-                of_run.append(f"adapt {RunLayout(of_init.at_start(start)).adapted.name}")
+                model = RunLayout(of_init.at_start(start)).adapted.name
+                of_run += [f"search {model}"] if FDA in each.compare.search else []
+                of_run.append(f"adapt {model}")
             left = []
         of_run += [*(f"merge {start}" for start in left), "score"]
         stages += [named(each.run.name, stage) for stage in of_run]

@@ -1,6 +1,7 @@
 """adapt.blend, between the start and the adapted model, and its choice on the validation cut."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from common.core.errors import InputError
 from common.domain import Scored
 from common.io.checkpoints import Checkpoint
 from common.pipeline import adapt, construct
+from common.run.plain_log import told
+from common.run.stages import command_stages
 from compare import compare, plan
 from helpers import change
 from pico_grid import Counter, counting
@@ -105,7 +108,7 @@ def test_a_choice_is_written_down_once_its_model_is_made(pico_config):
     assert len(found["candidates"]) == 4 and found["choices"] == {}
 
 
-def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config):
+def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config, tmp_path):
     lists = {"lr": [1e-3, 1e-2], "blend": [0.5, 1.0]}
     config = change(pico_config, "compare", starts=["pretrained", "ta"], inits=["weight"], search={"fda": lists})
 
@@ -113,7 +116,13 @@ def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config):
         drawn = {name: int(Checkpoint(path).fingerprint()[-6:], 16) / 16**6 for name, path in checkpoints.items()}
         return iter([(name, Scored(value, 7, "")) for name, value in drawn.items()])
 
-    compare(config, counting(Counter(), lottery))
+    with command_stages() as stages, told(stages, str(tmp_path / "log")):
+        compare(config, counting(Counter(), lottery))
+    told_of = (tmp_path / "log").read_text()
+    for model in ("fda-pretrained-weight", "fda-ta-weight"):  # each candidate is told once it is scored
+        said = re.findall(rf"of 7, search {model}, (\d) of 5 units, ((?:lr [\d.]+, )?blend [\d.]+)", told_of)
+        tried = ["blend 0.0", *(f"lr {lr}, blend {blend}" for lr in lists["lr"] for blend in lists["blend"])]
+        assert said == [(str(number), candidate) for number, candidate in enumerate(tried, 1)]
     found = json.loads((config.run.dir / "search.json").read_text())
     assert set(found["choices"]) == {"fda-pretrained-weight", "fda-ta-weight"}
     assert len(found["candidates"]) == 2 * (1 + 4)

@@ -27,6 +27,8 @@ from common.experiment import Experiment
 from common.io.hashes import digest
 from common.layout import RunLayout, block_provenance, fit_provenance, require_anchors
 from common.opening import open_experiment
+from common.run.progress import UnitBar
+from common.run.stages import current
 
 Make = Callable[[Config, Domain], Any]
 """make(config, domain) makes the adapted model of a config from the blocks that are stored."""
@@ -64,7 +66,9 @@ def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> tuple[Config,
     moving = (fields for fields in grid if with_fields(config, start, fields).adapt.for_start(start).blend)
     tried = [START, *moving]
     trials = [trial(config, fields) for fields in tried]
-    rows = [trial_row(each, domain, fields, fit) for each, fields in zip(trials, tried, strict=True)]
+    bar = UnitBar(f"search {layout.adapted.name}", len(tried), "candidates")
+    with current().stage(config.run.name, bar.stage, bar), bar:
+        rows = [trial_row(each, domain, fields, fit, bar) for each, fields in zip(trials, tried, strict=True)]
     best = max(range(len(rows)), key=lambda i: rows[i]["avg"])
     blocks = RunLayout(trials[best]).adapted / "blocks"
     if blocks.is_dir() and not layout.adapted.exists():
@@ -84,7 +88,7 @@ def trial(config: Config, fields: Mapping[str, Any]) -> Config:
     return replace(each, adapt=replace(each.adapt, label=label))
 
 
-def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
+def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fit, bar: UnitBar) -> dict[str, Any]:
     """What search.json says of a candidate, which is made and scored if it says nothing yet."""
     experiment = open_experiment(config, domain)
     domain.check_export(config.model)
@@ -97,13 +101,15 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
     row["id"] = digest([row, scored_on(config, domain), made])
     known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
     if known:
+        bar.keep()
         return known[0]
-    if fields == START:
-        path = start.path
-    else:
-        fit(experiment, domain, provenance)
-        write_model(experiment, domain, adapted_tensors(experiment, start), folder)
-        path = folder
-    row |= row_of_scores(config, scores_on_cut(config, domain, folder.name, path))
-    record(config, candidate=row)
+    with bar.unit(", ".join(f"{name} {value}" for name, value in fields.items())):
+        if fields == START:
+            path = start.path
+        else:
+            fit(experiment, domain, provenance)
+            write_model(experiment, domain, adapted_tensors(experiment, start), folder)
+            path = folder
+        row |= row_of_scores(config, scores_on_cut(config, domain, folder.name, path))
+        record(config, candidate=row)
     return row
