@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import sys
+from contextlib import contextmanager
 from copy import deepcopy
 
 import open_clip
@@ -71,6 +72,37 @@ def llamas(tmp_path):
 def split(named):
     """(base, experts) of a dictionary of models."""
     return named["base"], {task: model for task, model in named.items() if task != "base"}
+
+
+@contextmanager
+def of_a_caller():
+    """What a program may have set that calls us, which would change or break our arithmetic."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_the_caller_has_set_changes_nothing_and_stays_set(llamas):
+    _, modules = llamas
+    set_before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        expected = adapt(*split(modules), construct(*split(modules), ANCHORS), START, FIT)
+        with of_a_caller():
+            found = adapt(*split(modules), construct(*split(modules), ANCHORS), START, FIT)
+            assert torch.get_default_dtype() == torch.float64 and torch.get_default_device().type == "meta"
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert not torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.use_deterministic_algorithms(set_before[0])
+        torch.set_float32_matmul_precision(set_before[1])
+    assert same(found, expected.state_dict()) and all(
+        p.requires_grad and not p.is_inference() for p in found.parameters()
+    )
 
 
 def test_modules_and_places_give_what_the_commands_give(llamas, nlg_config, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Sta
 from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, module_of
 from common.layout import RunLayout
+from common.run.device import own_settings
 
 Folder = str | Path | None
 
@@ -145,7 +146,11 @@ def prepared(
     keeper = None if folder else TemporaryDirectory(prefix="fda-run-")
     place = Path(folder or keeper.name).expanduser()  # type: ignore[union-attr]
     run = replace(sections.pop("run"), name=place.name, root=str(place.parent))
-    with TemporaryDirectory(prefix="fda-models-") as models, named_as_given(base, experts, Path(models)):
+    with (
+        own_settings(),
+        TemporaryDirectory(prefix="fda-models-") as models,
+        named_as_given(base, experts, Path(models)),
+    ):
         section = model_section(base, experts, options, Path(models))
         parts = {"anchors": Anchors(), "start": Start(), "adapt": Adapt(), "eval": Eval(), "compare": Compare()}
         config = Config(name, section, list(experts), run=run, **parts | sections)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -29,6 +29,30 @@ def prepare(device: str) -> torch.device:
     torch.backends.mha.set_fastpath_enabled(False)  # picked in eval mode, has no derivative
     keep_freed_memory()
     return torch.device(device)
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Torch as a process has it that does nothing else, whatever a program that calls us has set: float32, on the CPU
+    unless said, with gradients, without autocast. What it has set is set again afterwards, what `prepare` sets as well.
+    """
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        stack.callback(torch.use_deterministic_algorithms, repeatable, warn_only=warned)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filled)
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def keep_freed_memory() -> None:
