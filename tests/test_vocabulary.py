@@ -337,6 +337,16 @@ def test_what_is_matched_is_part_of_the_provenance(tmp_path):
     assert len(inputs_of(open_experiment(config_of(tmp_path, "union"), domain))["model"]["rows"]) == 16
 
 
+def test_where_nothing_has_a_tokenizer_there_is_nothing_to_warn_of(tmp_path, capsys):
+    for name in ("base", "math", "code"):
+        write(tmp_path, name, None, VOCABULARY)
+    merge_alone(config_of(tmp_path, "refuse"), domain)
+    assert "matched by number" not in capsys.readouterr().err
+    (config_of(tmp_path, "refuse").model.path("expert", "code") / "tokenizer.model").write_bytes(b"names that are not read")
+    open_experiment(config_of(tmp_path, "refuse"), domain)
+    assert capsys.readouterr().err.count("matched by number") == 2
+
+
 def test_without_a_tokenizer_rows_are_matched_by_number_and_it_is_said(tmp_path, capsys):
     write(tmp_path, "base", with_tokens(), VOCABULARY)
     write(tmp_path, "math", None, VOCABULARY)

@@ -27,6 +27,7 @@ from common.io.matched import JoinedBase, MatchedExpert, Matching
 from common.io.model_files import folder_of
 from common.io.tensors import with_size
 from common.io.token_rows import are_comparable, require_equal_sizes, require_kept_sizes, row_count, row_counts
+from common.io.tokenizer_files import has_tokenizer
 from common.io.tokens import FAST, Tokens, read_tokens, with_more
 
 PADDING = ""  # stands for the padding token that the base lacks, by whatever name
@@ -56,7 +57,8 @@ def match_vocabularies(
         require_equal_sizes(base, sizes)
     names = list(axes)
     own = read_tokens(base.folder)
-    tokens = {task: tokens_of_expert(expert, own, names) for task, expert in experts.items()}
+    named = any(has_tokenizer(model.folder) for model in models)  # else there are no names that could tell otherwise
+    tokens = {task: tokens_of_expert(expert, own, names if named else ()) for task, expert in experts.items()}
     counts = {task: sizes[expert] for task, expert in experts.items()}
     paths = {task: expert.path for task, expert in experts.items()}
     new = {} if policy == "base" or own is None else new_tokens(own, tokens, counts)
@@ -93,7 +95,8 @@ def match_vocabularies(
 
 
 def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[str]) -> Tokens | None:
-    """An expert's tokens; the base's for an adapter without a tokenizer; None, with a warning, if they are unknown."""
+    """An expert's tokens; the base's for an adapter without a tokenizer; None if they are unknown, with a
+    warning where it moves tensors of these names."""
     if not is_adapter(expert.path) or any((expert.folder / file).is_file() for file in (FAST, "vocab.json")):
         found = read_tokens(expert.folder)
     else:
