@@ -342,7 +342,8 @@ def test_where_nothing_has_a_tokenizer_there_is_nothing_to_warn_of(tmp_path, cap
         write(tmp_path, name, None, VOCABULARY)
     merge_alone(config_of(tmp_path, "refuse"), domain)
     assert "matched by number" not in capsys.readouterr().err
-    (config_of(tmp_path, "refuse").model.path("expert", "code") / "tokenizer.model").write_bytes(b"names that are not read")
+    expert = config_of(tmp_path, "refuse").model.path("expert", "code")
+    (expert / "tokenizer.model").write_bytes(b"names that are not read")
     open_experiment(config_of(tmp_path, "refuse"), domain)
     assert capsys.readouterr().err.count("matched by number") == 2
 
