@@ -135,13 +135,13 @@ def merged_with_data(
     row, own = chain.row, by_part(chain, hyper)[chain.method]
     assert row.data and domain.calibration_task  # check_choices refuses a domain that has none
     sample = Sample(row.data.split, own["examples"], row.data.batch, own.get("seed", 0))
-    tests = {task: first_tests(config, domain)[task] for task in config.tasks}
-    calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests.values()]
+    tests = map(first_tests(config, domain).__getitem__, config.tasks)
+    calibration = [domain.calibration_task(config, test, sample, experiment.device) for test in tests]
     names = experiment.base.names(experiment.family.scope)
     theta_0 = experiment.read(experiment.base, names)
     deltas = [subtract(experiment.read(expert, names), theta_0) for expert in experiment.experts.values()]
     theta = add(theta_0, merge(method, theta_0, deltas, hyper, calibration=calibration))
-    examples = {task: used.examples for task, used in zip(tests, calibration, strict=True)}
+    examples = {task: used.examples for task, used in zip(config.tasks, calibration, strict=True)}
     tensors = made_by(experiment, lambda name, rows: theta[name].cpu())
     return tensors, {"split": row.data.split, "examples": examples}
 

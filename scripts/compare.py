@@ -52,10 +52,11 @@ def compare(config: Config, domain: Domain) -> None:
     check_choices(config, domain)
     current().expect(stages_of(config))  # refuses here what it would after the search
     check_test_data(config, domain, always=True)
-    if candidates(config, domain):  # refused before anything is opened, or the run's folder taken
+    searched = candidates(config, domain)
+    if searched:  # refused before anything is opened, or the run's folder taken
         check_choices(held_out(config), domain)
     with searching(config):
-        for each in runs_of(config) or [config]:
+        for each in (runs_of(config) or [config]) if searched else []:  # else compare_all is next, and asks
             check_what_is_there(each, domain, set(config.compare.search))
         compare_all(choose_hyperparameters(config, domain), domain)
 

@@ -29,7 +29,8 @@ def keep_rows(
         rows = known_rows(file)
         for row in new:
             rows = upsert(rows, row)
-        reasons = [why_apart(row, rows, here, inputs) for row in rows]
+        there = set(map(key_of, here))
+        reasons = ["" if key_of(row) in there else why_apart(row, rows, here, inputs) for row in rows]
         beside = [row for row, why in zip(rows, reasons, strict=True) if not why]
         apart = [row for row, why in zip(rows, reasons, strict=True) if why]
         write_results(file, beside, tests, apart)
@@ -44,9 +45,8 @@ def known_rows(file: Path) -> list[Row]:
 
 
 def why_apart(row: Row, rows: Sequence[Row], here: Sequence[Row], inputs: str) -> str:
-    """In what a row differs from those of models that are there, so that no table may hold both; "" if in nothing."""
-    if key_of(row) in map(key_of, here):
-        return ""
+    """In what the row of a model that is gone differs from those of models that are there, so that no table may hold
+    both; "" if in nothing."""
     for other in (other for other in here if same_test(row, other)):
         for field in MEASURED:
             if row.get(field) != other.get(field):
