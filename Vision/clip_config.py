@@ -19,8 +19,9 @@ from common.core.notices import warn
 from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.checkpoints import plain_names
+from common.io.config_fields import flat, is_off
 from common.io.lineage import check_lineage
-from common.io.model_config import config_file, flat, is_off, read_config
+from common.io.model_config import config_file, read_config
 from common.io.model_files import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, folder_of
 from Vision.hf_files import CLASSIFIERS, TWO_TOWERS, kind_of
 from Vision.zero_shot import refuse_heads

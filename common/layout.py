@@ -30,7 +30,7 @@ from common.io.headers import tensor_rows
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
 from common.io.shards import PUBLISHED
-from common.io.written import WHERE_SET, contents_of, head_files, written_as
+from common.io.written import WHERE_SET, computed_as, contents_of, head_files, written_as
 from common.merging.starts import chain_of
 
 PROVENANCE_FILE = "provenance.json"
@@ -165,7 +165,8 @@ def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, 
     for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
-    return {"anchors": settings, "run": unit} | fused_or_not(config)
+    how = {"model": computed_as(config.model) | fused_or_not(config).get("model", {})}
+    return {"anchors": settings, "run": unit} | how
 
 
 def fused_or_not(config: Config) -> dict[str, Any]:

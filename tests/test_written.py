@@ -9,13 +9,14 @@ import pytest
 from safetensors.torch import load_file
 
 from common.assembly import start_in_base
+from common.config import Model
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint, write_tensors
-from common.io.written import written_as
+from common.io.written import computed_as, written_as
 from common.layout import read_provenance
 from common.opening import open_experiment
-from common.pipeline import merge_alone
-from common.planning.dry_run import MERGE, describe
+from common.pipeline import construct, merge_alone
+from common.planning.dry_run import CONSTRUCT, MERGE, describe
 from helpers import change, rewrite
 from NLG import domain as nlg
 from NLU import domain as nlu
@@ -148,3 +149,30 @@ def test_a_named_architecture_is_recorded_where_it_is_written(pico_config, nlg_c
     assert "arch" not in written_as(change(nlg_config, "model", arch=text))  # the base's own file is what is written
     bare = change(nlg_config, "model", arch=text, base="math/model.safetensors.index.json")
     assert written_as(bare)["arch"] == text
+
+
+def rewritten_configs(config, **fields):
+    """The config.json of the base and of every expert with other fields."""
+    for file in Path(config.model.root).rglob("config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_anchors_of_layers_that_computed_otherwise_are_refused(own_nlu):
+    config = change(own_nlu, "run", score=False)
+    construct(config, nlu)
+    rewritten_configs(config, transformers_version="5.0.1", architectures=["Other"], hidden_dropout_prob=0.2)
+    construct(config, nlu)  # nothing of that reaches a layer: all are kept
+    rewritten_configs(config, layer_norm_eps=1e-3)
+    with pytest.raises(
+        InputError, match=r"block_00\.safetensors was made with model\.computing_fields = sha256:\w+, now"
+    ):
+        construct(config, nlu)
+    assert "made with model.computing_fields" in describe(config, nlu, CONSTRUCT).refusals[0]
+
+
+def test_the_architecture_that_is_set_decides_the_anchors():
+    """open_clip's ViT-B-32 and its quickgelu have tensors of the same names and shapes."""
+    model = Model(root="/nowhere", base="base", expert="{task}")
+    plain, quick = (replace(model, arch=arch) for arch in ("ViT-B-32", "ViT-B-32-quickgelu"))
+    assert computed_as(model) == {}
+    assert computed_as(plain) == {"arch": "ViT-B-32"} != computed_as(quick)

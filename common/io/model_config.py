@@ -2,19 +2,19 @@
 
 Equal shapes do not make two models the same function: another rope_theta, head count or activation does not show in
 any tensor. Configs are compared as transformers resolves them, so that a default that is written out in one file and
-left out in another, or rope_theta in its old and its new place, are no difference. Every field counts as computing
-unless it is known not to.
+left out in another, or rope_theta in its old and its new place, are no difference.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.core.errors import InputError, in_short
 from common.core.notices import warn
+from common.io.config_fields import COMPUTING, EARLIER, ENDLESS, HARMLESS, SYNONYMS, computes, flat, is_off, tells
 from common.io.json_files import parse_object, read_object
 from common.io.model_files import CONFIG_FILE, MODEL_FILE, folder_of
 
@@ -23,51 +23,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # model.family: whatever the config says
 WHAT = "config file, JSON with a model_type"
-
-# Fields that say where a file comes from. They differ between any two models and tell nothing.
-ORIGIN = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
-# Fields that other parts of the project compare: the vocabulary's rows, its tied head, the family, quantised weights.
-ELSEWHERE = frozenset({
-    "vocab_size", "tie_word_embeddings", "model_type", "quantization_config", "compression_config", "quantization",
-})  # fmt: skip
-# Fields that change no tensor's way through the model.
-HARMLESS = frozenset((
-    # names and tools
-    "architectures", "auto_map", "tokenizer_class", "finetuning_task", "unsloth_version", "unsloth_fixed",
-    # the type in which weights are stored, and how they are executed
-    "dtype", "torch_dtype", "use_bfloat16", "attn_implementation", "use_flash_attn", "pretraining_tp",
-    "chunk_size_feed_forward", "torchscript", "tf_legacy_loss",
-    # training, besides rates of dropout
-    "initializer_range", "initializer_factor", "gradient_checkpointing", "router_aux_loss_coef", "layerscale_value",
-    "router_jitter_noise", "input_jitter_noise", "moe_jitter_eps", "neftune_noise_alpha",
-    # pretraining on masked images
-    "encoder_stride", "use_mask_token",
-    # a task's head, which no other task shares
-    "id2label", "label2id", "num_labels", "problem_type", "summary_type", "summary_use_proj", "summary_activation",
-    # tokens and generation
-    "bos_token", "eos_token", "pad_token", "unk_token", "cache_implementation",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
-    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-    "use_cache", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-    "remove_invalid_values", "exponential_decay_length_penalty", "prefix", "task_specific_params",
-    "model_max_length", "max_sequence_length", "tokenizer_model_max_length", "tokenizer_padding_side",
-    # what a call returns
-    "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
-    "output_past", "output_router_logits",
-))  # fmt: skip
-# Of these the fields that change what one architecture computes: PhiMoE chooses its experts within that margin.
-COMPUTING = {"phimoe": frozenset({"router_jitter_noise"})}
-# Names of rates at which training leaves something out. A truth value of such a name is no rate: with token_dropout ESM
-# scales its embeddings in every use.
-RATES = re.compile(r"dropout|pdrop$|layerdrop$|drop_path|droppath|^drop_rate$")
-# Fields of earlier releases of transformers and what they stood for where they were not written.
-EARLIER = {"position_embedding_type": "absolute", "hidden_activation": "gelu_pytorch_tanh"}
-# One function under several names.
-SYNONYMS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
-# Rotary positions whose angles do not depend on the greatest length.
-ENDLESS = ("default", "linear", "llama3", "proportional")
 
 
 @dataclass(frozen=True)
@@ -171,20 +126,6 @@ def resolve(written: Mapping[str, Any], file: str) -> ModelConfig:
     return ModelConfig(file, written, resolved)
 
 
-def flat(nested: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything in nested dictionaries and lists, as in layer_types.3."""
-    if isinstance(nested, dict | list | tuple):
-        for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
-            yield from flat(value, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, nested
-
-
-def is_off(value: Any) -> bool:
-    """Whether a field that has this value says what one says that is not there."""
-    return value is None or value is False or value == ""
-
-
 def one_line(error: Exception) -> str:
     """The first sentence of an error: some list all architectures that there are."""
     return re.split(r"\. Should contain|\n", " ".join(str(error).split()) or repr(error))[0]
@@ -200,16 +141,9 @@ def differences(base: ModelConfig, other: ModelConfig, computing: frozenset[str]
     known_not_to = HARMLESS - computing | endless(base, other)
     for field in dict.fromkeys((*base.resolved, *other.resolved)):
         values = other.resolved.get(field), base.resolved.get(field)
-        parts = set(field.split("."))
-        if values[0] != values[1] and not parts & (ORIGIN | ELSEWHERE) and not field.startswith("_"):
-            (harmless if parts & known_not_to or is_rate(field, values) else counted)[field] = values
+        if values[0] != values[1] and tells(field):
+            (counted if computes(field, values, known_not_to) else harmless)[field] = values
     return counted, harmless
-
-
-def is_rate(field: str, values: tuple[Any, Any]) -> bool:
-    """Whether a field says how much is left out in training, by its name and its two values: numbers, or none."""
-    numbers = all(value is None or (isinstance(value, int | float) and value is not True) for value in values)
-    return numbers and bool(RATES.search(field.rpartition(".")[2]))
 
 
 def endless(*configs: ModelConfig) -> frozenset[str]:

@@ -9,8 +9,10 @@ from typing import Any
 from common.config import Config, Model
 from common.io.bytes_of import beside_model, whole_model
 from common.io.checkpoints import Checkpoint
+from common.io.config_fields import computing_fields
 from common.io.hashes import file_hash, identity
-from common.io.model_config import config_file
+from common.io.model_config import config_file, read_config
+from common.io.model_files import OPEN_CLIP_CONFIG, folder_of
 
 WHERE_SET = ("arch", "heads")  # recorded where they are set alone, and compared whether they are or not
 
@@ -46,6 +48,16 @@ def contents_of(config: Config) -> dict[str, Any]:
         "tokenizers_of": {task: identity(beside_model(there[task])) for task in unmerged if task in there},
     }
     return text | {name: files for name, files in found.items() if files}
+
+
+def computed_as(model: Model) -> dict[str, Any]:
+    """What says how the base's layers compute besides its weights: the architecture, where it is set, and what tells
+    from others the fields of the config beside it on which that hangs. A name of a tool or a token changes nothing."""
+    base = model.path("base")
+    clip = folder_of(base) / OPEN_CLIP_CONFIG
+    files = [file for file in (config_file(base), clip if clip.is_file() else None) if file]
+    fields = {"computing_fields": identity([computing_fields(read_config(file)) for file in files])} if files else {}
+    return ({"arch": model.arch} if model.arch else {}) | fields
 
 
 def head_files(model: Model, tasks: Iterable[str]) -> dict[str, str]:
