@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -18,7 +17,7 @@ from common.config import Model
 from common.core.errors import InputError
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 
 def open_tokenizer(model: Model, task: str) -> PreTrainedTokenizerBase:
@@ -83,7 +82,7 @@ def has_stopped(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase, begin:
 def batches(prompts: Sequence[str], size: int, name: str) -> Iterator[list[int]]:
     """Indices of the prompts, short ones first, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in tqdm(range(0, len(order), size), desc=f"score {name}", leave=False, disable=lines_only()):
+    for begin in counted(range(0, len(order), size), f"score {name}"):
         yield order[begin : begin + size]
 
 

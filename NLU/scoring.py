@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     BatchEncoding,
@@ -30,7 +29,7 @@ from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
-from common.run.stages import lines_only
+from common.run.progress import counted
 from NLU.encoders import body_name, family, positions_of, reading_of, skeleton
 from NLU.examples import checked, class_order, labels_of
 from NLU.heads import open_classifier, outputs_of
@@ -77,7 +76,7 @@ def score(
     for name, path in checkpoints.items():
         encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
-        bar = tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only())
+        bar = counted(batches, f"score {task}")
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])
         if not logits.isfinite().all():
             raise InputError(f"{path} answers task {task} with NaN or Inf")

@@ -14,7 +14,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily
@@ -31,7 +30,7 @@ from common.io.model_config import config_file
 from common.io.unstacked import unstacked
 from common.io.written import head_files
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
-from common.run.stages import lines_only
+from common.run.progress import counted
 from Vision import hf_classifiers, hf_models, open_clip_models
 from Vision.clip_config import clip_file, refuse_other_layouts
 from Vision.examples import Batches, Examples, batch_of
@@ -144,7 +143,7 @@ def score(
     models = {name: filled(empty, prefix, config.model, path, device) for name, path in checkpoints.items()}
     right: dict[str, list[Tensor]] = {name: [] for name in models}
     batches = Batches(labelled_images(config, task), pixels, config.eval.batch_size, config.eval.workers)
-    for batch in tqdm(batches, desc=f"score {task}", leave=False, disable=lines_only()):
+    for batch in counted(batches, f"score {task}"):
         images = {name: x.to(device) for name, x in batch.items()}
         labels = images.pop("labels")
         for name, model in models.items():

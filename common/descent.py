@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.assembly import opened_start
 from common.config import PRETRAINED
 from common.core.errors import InputError
 from common.domain import Domain
@@ -19,6 +18,7 @@ from common.io.hashes import SCHEME
 from common.io.hub import is_stand_in
 from common.io.json_files import interpreted
 from common.layout import PROVENANCE_FILE, RunLayout, read_provenance
+from common.start import opened_start
 
 Fingerprints = Mapping[str, str]
 """{task: what identifies its expert}, and "" the base"""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.assembly import assemble, merge_start, opened_start, remove_pieces
+from common.assembly import assemble, remove_pieces
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
@@ -54,6 +54,7 @@ from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
+from common.start import merge_start, opened_start
 
 
 def construct(config: Config, domain: Domain) -> None:

@@ -20,6 +20,7 @@ ORDER = [
     ["opening"],
     ["layout"],
     ["assembly"],
+    ["start"],
     ["descent"],
     ["evaluation", "planning"],
     ["report"],

@@ -18,8 +18,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from common import assembly
-from common.assembly import merge_each, merge_groups, survey_of
+from common import start
 from common.config import ROOT
 from common.core.errors import InputError
 from common.evaluation.scoring import score_run
@@ -32,6 +31,7 @@ from common.run.engine import Demand, Files, Memory, outcome_of, picklable, plac
 from common.run.processes import Pool, pool_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import read_notes, record_stage, total_cost
+from common.start import merge_each, merge_groups, survey_of
 from common.validation import check_engine
 from helpers import change, files_of, heeding_interrupts
 from Vision import domain
@@ -377,8 +377,8 @@ def test_a_merge_in_one_process_has_the_threads_of_a_worker(pico_config, monkeyp
         seen.append(torch.get_num_threads())
         return as_ever(*of, **more)
 
-    seen, as_ever = [], assembly.merge
-    monkeypatch.setattr(assembly, "merge", noting)
+    seen, as_ever = [], start.merge
+    monkeypatch.setattr(start, "merge", noting)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from common import assembly
+from common import start
 from common.config import ROOT
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, subtract
@@ -398,8 +398,8 @@ def test_every_method_merges_a_checkpoint(method, pico_config):
 
 @pytest.mark.parametrize("method", ["ta", "average", "ties", "ta+svc"])
 def test_merged_by_rows_a_checkpoint_has_the_same_bytes(method, pico_config, monkeypatch):
-    made, calls, merged = [], [], assembly.merged_tensor
-    monkeypatch.setattr(assembly, "merged_tensor", lambda *given: calls.append(given) or merged(*given))
+    made, calls, merged = [], [], start.merged_tensor
+    monkeypatch.setattr(start, "merged_tensor", lambda *given: calls.append(given) or merged(*given))
     counts = []
     for rows in (2**40, 50):
         monkeypatch.setattr("common.experiment.ROWS", rows)

@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
+import common.run.progress as progress
 import common.run.stages as stages_of
 from common.config import ROOT, as_dict
 from common.core.errors import InputError
 from common.core.notices import warn
-from common.pipeline import construct
+from common.pipeline import construct, merge_alone
 from common.run.plain_log import told
-from common.run.progress import UnitBar
+from common.run.progress import UnitBar, counted
 from common.run.stages import command_stages, current, seconds_in_words
 from common.run.units import Units
 from compare import compare
@@ -67,6 +68,37 @@ def test_the_end_of_a_stage_within_another_is_not_that_of_the_other(clock):
             clock[0] += 5
     assert lines[0] == "stage 1 of 1, search ta, 0 of 2 units, merge ta done in 5.0 s"
     assert lines[-1] == "stage 1 of 1, search ta, 1 of 2 units, done in 5.0 s"
+
+
+def test_long_work_within_a_stage_is_told_twice_a_minute(clock, monkeypatch):
+    lines = []
+    with command_stages() as stages:
+        stages.listeners.append(lines.append)
+        stages.expect(["r: merge fisher"])
+        with stages.stage("r", "merge fisher"):
+            for step in counted(range(100), "steps"):
+                assert len(lines) == step // 30
+                clock[0] += 1
+            for _ in counted(iter("ab"), "rounds"):
+                clock[0] += 40
+            assert list(counted([], "batches")) == []
+    assert lines == [
+        *(f"stage 1 of 1, merge fisher, steps, {done} of 100" for done in (30, 60, 90)),
+        "stage 1 of 1, merge fisher, rounds, 1",
+        "stage 1 of 1, merge fisher, rounds, 2",
+        "stage 1 of 1, merge fisher, done in 3.0 min",
+    ]
+
+
+def test_a_merge_in_one_process_tells_how_far_it_is(pico_config, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    lines = []
+    with command_stages() as stages:
+        stages.listeners.append(lines.append)
+        merge_alone(change(change(pico_config, "start", method="pcb"), "run", score=False), domain)
+    parts = [line for line in lines if "merge pcb, parts" in line]
+    assert [line for line in lines if "merge pcb, survey" in line]
+    assert parts[0].startswith("merge pcb, parts, 1 of ") and len(parts) == int(parts[0].split()[-1]) - 1
 
 
 def test_stages_that_had_nothing_left_are_passed_over(clock):

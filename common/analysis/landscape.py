@@ -19,7 +19,6 @@ import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from torch import Tensor
-from tqdm import tqdm
 
 from common.analysis.material import Material, Numbers
 from common.config import PRETRAINED
@@ -34,7 +33,7 @@ from common.fda.adaptation import fit_block
 from common.io.checkpoints import Checkpoint
 from common.io.examples import Sample
 from common.pipeline import fit_problem
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 EXAMPLES, BATCH = 48, 24  # of each task
 POINTS, MARGIN = 13, 0.3  # of the grid, along each axis; what lies around the models, of their extent
@@ -69,7 +68,7 @@ def measure(material: Material) -> Numbers:
     reach = [(inner(delta, axes[0]), inner(delta, axes[1])) for delta in ends.values()]
     grids = [spanned([place[i] for place in [*reach, *path]]) for i in (0, 1)]
     loss = mean_loss(material)
-    rows = tqdm(grids[1], desc="landscape", leave=False, disable=lines_only())
+    rows = counted(grids[1], "landscape")
     losses = [[loss(add(add(theta_0, axes[0], float(a)), axes[1], float(b))) for a in grids[0]] for b in rows]
     models = {
         name: {"at": place, "loss": loss(add(theta_0, delta))}
@@ -114,7 +113,7 @@ def adaptation_path(
     experiment, start = material.at(init), material.start(material.config.start.method)
     rest = {name: adapted[name] for name in experiment.rest_names()}
     total = torch.tensor([*(inner(rest, axis) for axis in axes), inner(rest, rest)], dtype=torch.float64)
-    for index in tqdm(range(experiment.depth), desc="adaptation", leave=False, disable=lines_only()):
+    for index in counted(range(experiment.depth), "adaptation"):
         total = total + block_path(experiment, start, index, axes)
     places, length = total[:, :2], total[:, 2].sqrt()
     inside = torch.where(length > 0, places.norm(dim=1) / length, 1.0)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.assembly import merge_start
 from common.config import Config
 from common.core.errors import InputError
 from common.core.task_vectors import Params
@@ -26,6 +25,7 @@ from common.io.unstacked import unstacked
 from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished
 from common.merging.calibration import CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.pipeline import initial_anchors_of
+from common.start import merge_start
 
 Numbers = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from common.assembly import adapted_tensors, merge_start, write_model
+from common.assembly import adapted_tensors, write_model
 from common.config import Config
 from common.core.errors import InputError
 from common.domain import Domain
@@ -29,6 +29,7 @@ from common.layout import RunLayout, block_provenance, fit_provenance, require_a
 from common.opening import open_experiment
 from common.run.progress import UnitBar
 from common.run.stages import current
+from common.start import merge_start
 
 Make = Callable[[Config, Domain], Any]
 """make(config, domain) makes the adapted model of a config from the blocks that are stored."""

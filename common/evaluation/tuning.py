@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common.assembly import merge_start
 from common.config import Adapt, Config, as_dict
 from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
@@ -31,6 +30,7 @@ from common.run.engine import Demand, Files, Memory, asks_for_workers, place_for
 from common.run.progress import UnitBar
 from common.run.run_log import commit
 from common.run.stages import current
+from common.start import merge_start
 from common.validation import check_settings
 
 SPLIT = "validation_cut"

@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, add
@@ -28,7 +27,7 @@ from common.merging.calibration import CalibrationTask
 from common.merging.entropy import entropy_gradients, repeated
 from common.merging.magnitude import magnitude_thresholds, trim
 from common.merging.tensorwise import require_examples, require_fraction, total
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 
 def adamerging(
@@ -61,7 +60,7 @@ def adamerging(
     trained = list(own.values()) if wise == "layer" else [next(iter(own.values()))]
     adam = torch.optim.Adam(trained, lr=lr)
     streams = [repeated(task.batches) for task in calibration]
-    for _ in tqdm(range(steps), desc="adamerging", leave=False, disable=lines_only()):
+    for _ in counted(range(steps), "steps"):
         theta = add(base, combined(lambdas, deltas))
         gradients = entropy_gradients("adamerging", theta, calibration, map(next, streams))
         adam.zero_grad()

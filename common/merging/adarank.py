@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.linalg import truncated_svd
@@ -25,7 +24,7 @@ from common.core.task_vectors import Params, add
 from common.merging.calibration import CalibrationTask
 from common.merging.entropy import entropy_gradients, repeated
 from common.merging.tensorwise import require_examples, require_fraction, rounded_down, total
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 LOGIT = 0.1  # of a component that is kept at first; of one that is not its negative
 Factors = tuple[Tensor, Tensor, Tensor]  # U, S, V of a matrix
@@ -64,7 +63,7 @@ def adarank(
     logits = [{name: first_logits(p[1], base[name], fraction) for name, p in of.items()} for of in parts]
     adam = torch.optim.Adam([*lambdas.values(), *(x for of in logits for x in of.values())], lr=lr)
     streams = [repeated(task.batches) for task in calibration]
-    for _ in tqdm(range(steps), desc="adarank", leave=False, disable=lines_only()):
+    for _ in counted(range(steps), "steps"):
         theta = add(base, combined(origin, taus, parts, lambdas, logits))
         gradients = entropy_gradients("adarank", theta, calibration, map(next, streams))
         for name, gradient in gradients.items():

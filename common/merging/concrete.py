@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
@@ -22,7 +21,7 @@ from common.core.task_vectors import Params, add
 from common.merging.calibration import CalibrationTask
 from common.merging.entropy import entropy_gradients, repeated
 from common.merging.tensorwise import require_examples, total
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 
 def concrete(
@@ -47,7 +46,7 @@ def concrete(
     logits = {name: torch.zeros_like(every).requires_grad_() for name, every in sums.items()}
     adam = torch.optim.Adam(logits.values(), lr=lr)
     streams = [repeated(task.batches) for task in calibration]
-    for step in tqdm(range(steps), desc="concrete", leave=False, disable=lines_only()):
+    for step in counted(range(steps), "steps"):
         merged = {name: mask(x, temperature, seed, name, step) * sums[name] for name, x in logits.items()}
         theta = add(base, {name: delta.detach() for name, delta in merged.items()})
         gradients = entropy_gradients("concrete", theta, calibration, map(next, streams))

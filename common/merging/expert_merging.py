@@ -24,6 +24,7 @@ from common.core.errors import InputError
 from common.core.task_vectors import Params, add
 from common.merging.calibration import Batch, CalibrationTask, block_params
 from common.merging.tensorwise import require_examples, total
+from common.run.progress import counted
 
 TURNS = 8  # inputs in a step
 LONGEST = 1.0  # norm of a gradient
@@ -56,7 +57,7 @@ def expert_merging(
     inputs = [(i, batch) for i, task in enumerate(calibration) for batch in task.batches]
     turns = sorted(range(len(inputs)), key=lambda k: (sum(i == inputs[k][0] for i, _ in inputs[:k]), inputs[k][0]))
     for _ in range(epochs):
-        for first in range(0, len(turns), TURNS):
+        for first in counted(range(0, len(turns), TURNS), "steps"):
             group = turns[first : first + TURNS]
             adam.zero_grad()
             for k in group:

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.seeding import random_choice, seeded
@@ -30,7 +29,7 @@ from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import CalibrationTask
 from common.merging.magnitude import largest, share
 from common.merging.tensorwise import require_examples, require_fraction
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 
 def fisher(
@@ -85,7 +84,7 @@ def fisher_information(
     """The diagonal of the Fisher matrix at θ, by tensor: its mean over the task's inputs."""
     at = as_leaf_tensors(theta)
     total = {name: torch.zeros_like(p) for name, p in theta.items()}
-    for batch in tqdm(task.batches, desc="fisher", leave=False, disable=not theta or lines_only()):
+    for batch in counted(task.batches, "batches of a task"):
         logits_AC = task.answer(at, batch)
         terms = list(log_likelihoods(logits_AC, exact, generator))
         for i, (weight, likelihood) in enumerate(terms, start=1):

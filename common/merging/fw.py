@@ -16,14 +16,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.task_vectors import Params, add, inner
 from common.merging.calibration import CalibrationTask
 from common.merging.entropy import only_regressions, summed_gradients
 from common.merging.tensorwise import require_examples, total
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 EQUAL = 1e-6  # difference of sums of cosines that are equal but for rounding
 
@@ -49,7 +48,7 @@ def fw_merging(
         return {}
     delta = {name: total(each[name] for each in deltas).mul_(scale) for name in base}
     vertices = [*deltas, {name: each.clone() for name, each in delta.items()}]
-    for t in tqdm(range(rounds), desc="fw_merging", leave=False, disable=lines_only()):
+    for t in counted(range(rounds), "rounds"):
         gradients = mean_gradients(add(base, delta), calibration)
         alignments = [alignment(gradients, add(base, vertex)) for vertex in vertices]
         least = next(i for i, each in enumerate(alignments) if each <= min(alignments) + EQUAL)

@@ -16,14 +16,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, add, as_leaf_tensors
 from common.merging.calibration import BlockInputs, CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.merging.tensorwise import each_tensor, require_examples, total, weighted
-from common.run.stages import lines_only
+from common.run.progress import counted
 
 Flow = Sequence[BlockInputs]  # what reaches a block, batch by batch
 
@@ -46,7 +45,7 @@ def prodistill(
     merged = each_tensor(lambda taus: weighted(taus, initial), base, deltas)
     x = [first_block_inputs(task, add(base, merged)) for task in calibration]
     z = [first_block_inputs(task, add(base, delta)) for task, delta in zip(calibration, deltas, strict=True)]
-    for index, prefix in enumerate(calibration[0].prefixes):
+    for index, prefix in enumerate(counted(calibration[0].prefixes, "blocks")):
         theta_0, taus = block_params(base, prefix), [block_params(delta, prefix) for delta in deltas]
         z = [
             next_block_inputs(task, add(theta_0, tau), flow)
@@ -72,7 +71,7 @@ def distilled(
     """Σᵢ αᵢ ⊙ τᵢ of one block, trained to meet the targets of every task on its inputs."""
     alphas = [{name: torch.full_like(tau, initial) for name, tau in of_task.items()} for of_task in taus]
     adam = torch.optim.Adam([alpha for of_task in alphas for alpha in of_task.values()], lr=lr)
-    for _ in tqdm(range(epochs), desc="prodistill, a block", leave=False, disable=lines_only()):
+    for _ in counted(range(epochs), "epochs of a block"):
         orders = [torch.randperm(len(flow), generator=generator).tolist() for flow in inputs]
         for step in range(max(map(len, orders))):
             theta = as_leaf_tensors(add(theta_0, combined(alphas, taus)))

@@ -16,6 +16,7 @@ from common.core.task_vectors import Params, add
 from common.merging.calibration import CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.merging.regmean import regression_means
 from common.merging.tensorwise import each_tensor, require_examples, require_fraction, weighted
+from common.run.progress import counted
 
 
 def regmean_pp(
@@ -31,7 +32,7 @@ def regmean_pp(
     require_fraction("regmean_pp", "alpha", alpha)
     merged = each_tensor(lambda taus: weighted(taus, None), base, deltas)
     flows = [first_block_inputs(task, add(base, merged)) for task in calibration]
-    for prefix in calibration[0].prefixes:
+    for prefix in counted(calibration[0].prefixes, "blocks"):
         theta_0, taus = block_params(base, prefix), [block_params(delta, prefix) for delta in deltas]
         grams = (
             mean_grams(task.block, add(theta_0, tau), ((each,) for each in flow))

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from common.assembly import parts_of
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
 from common.core.errors import InputError, NotFetched
@@ -50,6 +49,7 @@ from common.planning.cost import (
 from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
+from common.start import parts_of
 from common.validation import check_choices, check_test_data, where_from
 
 Check = Callable[[Experiment, Domain], None]

@@ -2,14 +2,32 @@
 
 import io
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from common.run.stages import current, lines_only
 from common.run.units import Units
+
+EVERY = 30.0  # seconds, after which a line says how far a long piece of work is
+T = TypeVar("T")
+
+
+def counted(items: Iterable[T], name: str) -> Iterator[T]:
+    """The items of a piece of work within a stage, one after the other: with a bar of its own on a terminal, and with a
+    line for logs twice a minute if it takes so long."""
+    under = current().going and current().going[0].units  # a bar that says where it is
+    title = name if under else f"{current().reached}, {name}"
+    of = f" of {len(items)}" if isinstance(items, Sized) else ""
+    bar, told = tqdm(items, desc=title, leave=False, disable=lines_only() or of == " of 0"), time.monotonic()
+    for done, item in enumerate(bar, start=1):
+        yield item
+        if time.monotonic() - told >= EVERY:
+            told = time.monotonic()
+            current().tell(f"{current().reached}, {name}, {done}{of}")
 
 
 class Nowhere(io.StringIO):
