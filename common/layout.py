@@ -21,16 +21,17 @@ from torch import Tensor
 from common.config import Config, as_dict
 from common.core.errors import InputError
 from common.core.task_vectors import Params
+from common.domain import Domain, first_tests
 from common.experiment import Experiment, Unit
 from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, tensor_digest
 from common.io.examples import identity_of
-from common.io.hashes import file_hash, identity
+from common.io.hashes import digest, file_hash, identity
 from common.io.headers import tensor_rows
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
 from common.io.shards import PUBLISHED
-from common.io.written import WHERE_SET, computed_as, contents_of, head_files, written_as
+from common.io.written import WHERE_SET, computed_as, contents_of, written_as
 from common.merging.starts import chain_of
 
 PROVENANCE_FILE = "provenance.json"
@@ -224,15 +225,14 @@ def merge_settings(experiment: Experiment) -> dict[str, Any]:
     return {"start": start, "inputs": {"model": written_as(experiment.config)}}
 
 
-def merge_provenance(experiment: Experiment) -> dict[str, Any]:
-    """What decides the merge of start.method: its hyperparameters and checkpoints; of one that uses data the data sets
-    as well, and "data" follows.
-    """
+def merge_provenance(experiment: Experiment, domain: Domain) -> dict[str, Any]:
+    """What decides the merge of start.method: its hyperparameters and checkpoints; of one that uses data also the data
+    sets and what stands between them and a model, heads and prompts and tokenizers, and "data" follows."""
     config, made = experiment.config, merge_settings(experiment) | {"inputs": inputs_of(experiment)}
     if chain_of(config.start.method).row.data:
         made["data_sets"] = {test: identity_of(config.eval, test) for test in config.tests}
-        heads = head_files(config.model, {**config.tests, **dict.fromkeys(config.tasks)})
-        made |= {"head_files": heads} if heads else {}
+        of_tests = {test: domain.scorer(config, test) for test in first_tests(config, domain).values()}
+        made["scorers"] = {test: {part: digest(each[part]) for part in each} for test, each in of_tests.items()}
     return made
 
 

@@ -42,7 +42,7 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     method = experiment.config.start.method
     if method == PRETRAINED or experiment.config.start.checkpoint:
         return opened_start(experiment)
-    folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment)
+    folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment, domain)
     require_free(folder, domain.SHARDED)
     if not is_finished(folder, provenance):
         data = chain_of(method).row.data

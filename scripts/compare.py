@@ -102,7 +102,7 @@ def share_merges(config: Config, domain: Domain, first: Config) -> None:
         there, here = (RunLayout(each.at_start(start)).start for each in (first, config))
         if draws(config, start) != draws(first, start) or here.exists():
             continue
-        if is_finished(there, merge_provenance(replace(experiment, config=config.at_start(start)))):
+        if is_finished(there, merge_provenance(replace(experiment, config=config.at_start(start)), domain)):
             for made, wanted in ((with_same_rest(there), with_same_rest(here)), (there, here)):
                 if (made / PROVENANCE_FILE).is_file() and not wanted.exists():
                     link_tree(made, wanted)

@@ -141,7 +141,7 @@ def test_a_merge_in_parts_is_the_merge(pico_config, pool, method):
     merge_alone(one, domain)
     experiment = open_experiment(two, domain)
     parts = [part for part in enumerate(merge_groups(experiment)) if part[0] in (1, 3)]
-    merge_each(experiment, parts, Units(), merge_provenance(experiment), survey_of(experiment, method))
+    merge_each(experiment, parts, Units(), merge_provenance(experiment, domain), survey_of(experiment, method))
     merge_alone(two, domain)
     assert files_of(one.run.dir / "merged") == files_of(two.run.dir / "merged")
     note = read_notes(two.run.dir)[f"merge {method}"]
@@ -153,7 +153,7 @@ def test_parts_that_a_kill_left_do_not_stay_in_the_model(pico_config):
     config = change(change(pico_config, "start", method="ta"), "run", score=False)
     experiment = open_experiment(config, domain)
     for _ in range(2):
-        provenance, units = merge_provenance(experiment), Units()
+        provenance, units = merge_provenance(experiment, domain), Units()
         merge_each(experiment, [(0, merge_groups(experiment)[0])], units, provenance, survey_of(experiment, "ta"))
         assert RunLayout(config).part_file(0).is_file()
         merge_alone(config, domain)

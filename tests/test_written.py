@@ -127,18 +127,22 @@ def test_a_head_in_a_file_is_told_by_its_bytes_where_it_is_copied(tmp_path, pico
         merge_alone(config, vision)
 
 
-def test_a_head_in_a_file_decides_a_merge_that_uses_images(tmp_path, pico_inputs):
+def test_a_head_in_a_file_decides_a_merge_that_uses_images(tmp_path, pico_inputs, monkeypatch):
     models = write_pico_classifiers(tmp_path, "vit")
     config = merging(pico_classifier_config(tmp_path, pico_inputs / "data"))
     config = change(config, "start", method="adamerging", hyper={"adamerging": {"steps": 1, "examples": 4}})
     plain = read_provenance(merge_alone(config, vision))
-    assert "head_files" not in plain
+    assert plain["scorers"]["MNIST"].keys() == {"task", "arch", "expert", "base", "head"}
+    row = vision.TASKS["MNIST"]
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"was made with scorers\.MNIST\.task = "):
+        patch.setitem(vision.TASKS, "MNIST", replace(row, classes=row.classes[::-1]))
+        merge_alone(config, vision)
     config = change(change(config, "model", head="head_{task}.safetensors"), "run", name="head")
     head, file = models["MNIST"].classifier, tmp_path / "head_MNIST.safetensors"
     write_tensors(file, {"weight": head.weight, "bias": head.bias})
     merge_alone(config, vision)
     write_tensors(file, {"weight": head.weight, "bias": head.bias + 1})
-    with pytest.raises(InputError, match=r"was made with head_files\.MNIST = "):
+    with pytest.raises(InputError, match=r"was made with scorers\.MNIST\.head = "):
         merge_alone(config, vision)
 
 
