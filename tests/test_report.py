@@ -232,7 +232,7 @@ def test_report_writes_what_there_is(tmp_path):
     assert all(path.is_file() for path in paths)
     text = paths[0].read_text(encoding="utf-8")
     assert text.startswith(table(ROWS, TASKS, published=PUBLISHED))
-    for fact in ("Cars accuracy 8041", "DTD accuracy 1880", "c0ffee", "abc", "paper table 5"):
+    for fact in ("accuracy on 8041 of Cars", "accuracy on 1880 of DTD", "c0ffee", "abc", "paper table 5"):
         assert fact in text
     assert write_report(tmp_path, [], TASKS, {}) == []
 

@@ -191,6 +191,15 @@ def of_fewer_seeds(rows: Iterable[Row], names: Iterable[str] | None = None) -> s
     return f"Means over fewer seeds than {', '.join(map(str, sorted(every)))}: {'; '.join(named)}." if groups else ""
 
 
+def scored_on(rows: Sequence[Row]) -> str:
+    """Metric and number of examples of each task, those of one kind together: accuracy on 600 of digits, letters."""
+    groups: dict[tuple[str, int], dict[str, None]] = {}
+    for row in rows:
+        groups.setdefault((row["metric"], row["n"]), {})[row["task"]] = None
+    each = len(groups) == 1
+    return "; ".join(f"{m} on {n} of {'each task' if each else ', '.join(tasks)}" for (m, n), tasks in groups.items())
+
+
 def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = False) -> str:
     """What the numbers are and where they come from: metrics, examples, configs and commits; `judged` if differences
     are said with their intervals."""
@@ -203,7 +212,7 @@ def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = Fal
         "Avg: plain mean over the tasks. Δ: Avg minus the Avg of the model that adaptation started from.",
         *same_rest_note(rows),
         *([BOOTSTRAP] if judged else []),
-        "Metric and examples scored: " + listed(f"{r['task']} {r['metric']} {r['n']}" for r in rows) + ".",
+        f"Metric and examples scored: {scored_on(rows)}.",
         f"Configs {listed(r['config'] for r in rows)}; commits {listed(r['commit'] for r in rows)}.",
     ]
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
