@@ -1,5 +1,6 @@
 """Units of work in other processes: the same bytes, the same sentences, and a lost worker costs its unit alone."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,9 @@ from tqdm import tqdm
 from common import start
 from common.config import ROOT
 from common.core.errors import InputError
-from common.evaluation.scoring import score_run
+from common.evaluation.scoring import is_ours, score_run
 from common.evaluation.tuning import choose_hyperparameters, read_search
+from common.io.checkpoints import write_text
 from common.layout import RunLayout, merge_provenance
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
@@ -188,6 +191,24 @@ def test_test_sets_scored_side_by_side_come_to_the_same_results(pico_config, poo
         "SVHN, 2 models",
     ]
     assert not (two.run.dir / "scores").exists()
+
+
+def test_rows_that_another_process_writes_are_left_to_it(pico_config):
+    config = change(pico_config, "run", workers=1)
+    scores = RunLayout(config).scores
+    write_text(scores / "MNIST.part", "half a row, which the other is writing")
+    other = os.open(scores.with_name(".scores.lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        score_run(config, domain)
+    finally:
+        os.close(other)
+    assert len(json.loads((config.run.dir / "results.json").read_text())["rows"]) == 4
+    assert (scores / "MNIST.part").read_text().startswith("half a row")
+    with ExitStack() as held:
+        assert is_ours(scores, held, wait=True)
+        assert (scores.parent / ".scores.lock").exists()
+    assert not (scores.parent / ".scores.lock").exists()
 
 
 def test_rows_that_an_interruption_left_are_not_scored_again(pico_config, monkeypatch):

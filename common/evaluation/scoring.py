@@ -3,12 +3,14 @@
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.assembly import start_in_base
 from common.config import PRETRAINED, Config, as_dict
+from common.core.errors import InputError
 from common.descent import check_descent, fingerprints, merged_models
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.kept import keep_rows, known_rows, said_of
@@ -19,6 +21,7 @@ from common.io.checkpoints import Checkpoint, read_header
 from common.io.examples import identity_of
 from common.io.hashes import digest, identity
 from common.io.json_files import interpreted
+from common.io.locks import locked
 from common.io.paper_tables import paper_table
 from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
 from common.opening import carry_out, open_experiment
@@ -61,15 +64,18 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         here.extend(new)
         rows, apart = keep_rows(file, list(tests), new, here, inputs)
 
-    with record_stage(config, bar.stage, bar), bar:
-        known, pending = looked_up(config, domain, models, [*known_rows(file), *left_behind(layout), *others])
+    with record_stage(config, bar.stage, bar), bar, ExitStack() as held:
+        left = left_behind(layout) if is_ours(layout.scores, held, wait=is_shared(config)) else None
+        known, pending = looked_up(config, domain, models, [*known_rows(file), *(left or []), *others])
         bar.keep(len(known))
         if known:
             keep(known)
-        shutil.rmtree(layout.scores, ignore_errors=True)
+        if left is not None:
+            shutil.rmtree(layout.scores, ignore_errors=True)
         if is_shared(config) and len(pending) > 1:
             score_side_by_side(experiment, pending, bar, keep)
         else:
+            held.close()
             for test, wanted in pending.items():
                 for row in scored_rows(experiment, domain, test, wanted, bar):
                     keep([row])
@@ -151,6 +157,16 @@ def score_each(experiment: Experiment, tests: Iterable[str], bar: Units, pending
                 rows.append(row)
                 write_results(unfinished, rows, [test])
             unfinished.replace(layout.score_file(test))
+
+
+def is_ours(scores: Path, held: ExitStack, wait: bool) -> bool:
+    """Lock the rows that are scored side by side until `held` is closed; False if another process writes some there
+    now. wait: until it has written them, for there can be one at a time that does."""
+    try:
+        held.enter_context(locked(scores, "" if wait else f"{scores} is another's"))
+    except InputError:
+        return False
+    return True
 
 
 def left_behind(layout: RunLayout) -> list[Row]:
