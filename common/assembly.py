@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor
 from common.domain import Domain
 from common.experiment import Experiment
@@ -29,6 +30,26 @@ from common.layout import (
     read_provenance,
     with_same_rest,
 )
+
+UNFINISHED = ".unfinished"  # it lies in a folder while a model is written there, and after a kill
+PIECES = ("blocks", "parts")
+
+
+def require_free(folder: Path) -> None:
+    """InputError if something lies where a model is to be written that is not of a model of ours, whole or interrupted:
+    writing would replace it, and it may be one of the models that are merged."""
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise InputError(f"{there} is a file, where the folder {folder} is to be; move it away")
+    if there != folder or any((folder / name).is_file() for name in (PROVENANCE_FILE, UNFINISHED)):
+        return
+    known = {*PIECES, ADAPTATION_FILE}
+    strange = next((each for each in sorted(folder.iterdir()) if each.name not in known and each.name[0] != "."), None)
+    if strange:
+        raise InputError(
+            f"{strange} lies where a merged model is to be written, and no run of this project left it there; move it "
+            "away, or choose another run.name"
+        )
 
 
 def assemble(experiment: Experiment, domain: Domain, start: Checkpoint, provenance: Mapping[str, Any]) -> None:
@@ -54,15 +75,17 @@ def start_in_base(experiment: Experiment, domain: Domain, start: Checkpoint) -> 
     inputs: dict[str, Any] = {"start": start.fingerprint(), "base": experiment.base.fingerprint()}
     inputs |= {"model": options} if (options := set_options(experiment.config)) else {}
     provenance = {"start": read_provenance(start.path)["start"], "label": SAME_REST, "inputs": inputs}
-    if is_finished(folder, provenance):
-        return
-    tensors = start.lazy(experiment.base.names(experiment.family.scope))
-    finish(experiment, domain, tensors | experiment.base.lazy(experiment.rest_names()), folder, provenance)
+    with locked(folder):
+        require_free(folder)
+        if is_finished(folder, provenance):
+            return
+        tensors = start.lazy(experiment.base.names(experiment.family.scope))
+        finish(experiment, domain, tensors | experiment.base.lazy(experiment.rest_names()), folder, provenance)
 
 
 def remove_pieces(folder: Path) -> None:
     """Remove the blocks or parts that a model was put together from; they may be gone already."""
-    for pieces in ("blocks", "parts"):
+    for pieces in PIECES:
         shutil.rmtree(folder / pieces, ignore_errors=True)
 
 
@@ -92,8 +115,10 @@ def finish(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint and, when it is whole, its provenance."""
+    write_text(folder / UNFINISHED, "")
     write_model(experiment, domain, tensors, folder)
     write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+    (folder / UNFINISHED).unlink()
 
 
 def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:

@@ -27,10 +27,8 @@ from common.io.anchor_files import load_anchors, load_published
 from common.io.checkpoints import Checkpoint, check_provenance, tensor_digest
 from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
-from common.io.headers import tensor_rows
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
-from common.io.shards import PUBLISHED
 from common.io.written import WHERE_SET, computed_as, contents_of, written_as
 from common.merging.starts import chain_of
 
@@ -122,23 +120,6 @@ def with_same_rest(start: Path) -> Path:
 
 
 # ---- what it was made from -------------------------------------------------------------------------------------------
-
-
-def require_free(folder: Path, sharded: bool) -> None:
-    """InputError if a model could not be made in a folder, for weights lie there that would stay beside its own.
-
-    A merge that was interrupted leaves some of its own, which are written anew: shards, or one whole file.
-    """
-    if (folder / PROVENANCE_FILE).is_file():
-        return
-    for file in sorted(folder.glob("*.safetensors")):
-        if not (sharded and file.match(PUBLISHED)):
-            tensor_rows(file)  # refuses one that is damaged
-        if sharded and not file.match(PUBLISHED):
-            raise InputError(
-                f"{file} lies where a merged model is to be written as shards, and stock libraries would open it in "
-                "their place; move it away, or choose another run.name"
-            )
 
 
 def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:

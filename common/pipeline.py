@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.assembly import assemble, remove_pieces
+from common.assembly import assemble, remove_pieces, require_free
 from common.config import PRETRAINED, Config
 from common.core.seeding import seeded
 from common.core.task_vectors import Params, subtract
@@ -46,7 +46,6 @@ from common.layout import (
     fit_provenance,
     is_finished,
     require_anchors,
-    require_free,
     require_own_anchors,
 )
 from common.opening import carry_out, open_stage
@@ -179,7 +178,7 @@ def adapt(config: Config, domain: Domain) -> Path | None:
     experiment = open_stage(config, domain)
     domain.check_export(config.model)
     folder = RunLayout(config).adapted
-    require_free(folder, domain.SHARDED)
+    require_free(folder)
     require_anchors(experiment)
     check_compared(experiment, domain)
     start = merge_start(experiment, domain)

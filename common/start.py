@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.assembly import finish, remove_pieces
+from common.assembly import finish, remove_pieces, require_free
 from common.config import PRETRAINED
 from common.core.task_vectors import LazyTensor, Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
@@ -23,7 +23,6 @@ from common.layout import (
     RunLayout,
     is_finished,
     merge_provenance,
-    require_free,
 )
 from common.merging.starts import by_part, chain_of, merge, survey
 from common.opening import carry_out
@@ -43,20 +42,28 @@ def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:
     if method == PRETRAINED or experiment.config.start.checkpoint:
         return opened_start(experiment)
     folder, provenance = RunLayout(experiment.config).start, merge_provenance(experiment, domain)
-    require_free(folder, domain.SHARDED)
+    require_free(folder)
     if not is_finished(folder, provenance):
-        data = chain_of(method).row.data
-        if data or not asks_for_workers(experiment.config.run):
-            with record_stage(experiment.config, f"merge {method}"), threads_for(experiment.largest_product):
-                if data:
-                    tensors, provenance["data"] = merged_with_data(experiment, domain, method)
-                else:
-                    tensors = merged_tensors(experiment, method)
-                finish(experiment, domain, tensors, folder, provenance)
+        if chain_of(method).row.data or not asks_for_workers(experiment.config.run):
+            with locked(folder):
+                merge_whole(experiment, domain, method, provenance)
         else:
             merge_in_parts(experiment, domain, method, provenance)
     remove_pieces(folder)  # which a merge that was killed can have left, too
     return opened_start(experiment)
+
+
+def merge_whole(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:
+    """A merge by this process alone, unless another made it meanwhile."""
+    folder = RunLayout(experiment.config).start
+    if is_finished(folder, provenance):
+        return
+    with record_stage(experiment.config, f"merge {method}"), threads_for(experiment.largest_product):
+        if chain_of(method).row.data:
+            tensors, provenance["data"] = merged_with_data(experiment, domain, method)
+        else:
+            tensors = merged_tensors(experiment, method)
+        finish(experiment, domain, tensors, folder, provenance)
 
 
 def merge_in_parts(experiment: Experiment, domain: Domain, method: str, provenance: dict[str, Any]) -> None:

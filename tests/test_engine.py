@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common import start
 from common.config import ROOT
+from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.scoring import is_ours, score_run
 from common.evaluation.tuning import choose_hyperparameters, read_search
@@ -191,6 +192,29 @@ def test_test_sets_scored_side_by_side_come_to_the_same_results(pico_config, poo
         "SVHN, 2 models",
     ]
     assert not (two.run.dir / "scores").exists()
+
+
+def test_a_merge_that_another_process_makes_is_waited_for(pico_config, monkeypatch, capsys):
+    """Two that wrote one folder at once left a part of the tensors under an index that knew no others."""
+    monkeypatch.setattr(notices, "_said", set())
+    config = change(change(pico_config, "run", score=False), "start", method="ta")
+    made = merge_alone(change(config, "run", name="made"), domain)
+    folder = RunLayout(config).start
+    folder.parent.mkdir(parents=True)
+    other = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def finishes():
+        while "another process works on" not in capsys.readouterr().err:
+            time.sleep(0.1)
+        shutil.copytree(made, folder)
+        os.close(other)
+
+    thread = threading.Thread(target=finishes, daemon=True)
+    thread.start()
+    monkeypatch.setattr(start, "finish", None)
+    assert merge_alone(config, domain) == folder
+    thread.join()
 
 
 def test_rows_that_another_process_writes_are_left_to_it(pico_config):

@@ -15,9 +15,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+from common.assembly import UNFINISHED
 from common.core import notices
 from common.core.errors import InputError
-from common.io.checkpoints import Checkpoint
+from common.io.checkpoints import Checkpoint, write_text
 from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config, read, rewrite
@@ -221,24 +222,48 @@ def test_code_on_the_hub_is_where_it_was(own, capsys):
     assert json.loads((folder / "config.json").read_text())["auto_map"] == fields["auto_map"] and "auto_map" not in err
 
 
-@pytest.mark.parametrize("damaged", [True, False])
-def test_weights_where_the_merge_goes_are_refused_before_any_is_read(own, monkeypatch, damaged):
-    """Stock libraries would open them in the place of the merge. Shards of a merge that was killed are its own."""
-    root, config = own
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "README.md", "heads"])
+def test_what_lies_where_the_merge_goes_is_refused_and_stays(own, monkeypatch, name):
+    """It may be one of the models that are merged. What a merge that was killed has left is its own."""
+    _, config = own
     folder = config.run.dir / "merged" / "ta"
-    folder.mkdir(parents=True)
-    (folder / "model-00001-of-00007.safetensors").write_text("left by a kill")
-    shutil.copy(root / "math" / "model.safetensors", folder)
-    if damaged:
-        (folder / "model.safetensors").write_text("junk")
-    message = f"{folder / 'model.safetensors'}" + (".*" if damaged else " lies where a merged model is to be written")
-    with monkeypatch.context() as patched, pytest.raises(InputError, match=message) as raised:
+    (folder / "parts").mkdir(parents=True)
+    (folder / ".model-00000.staged").write_text("left by a kill")
+    write_text(folder / name / "config.json" if name == "heads" else folder / name, "somebody's")
+    with monkeypatch.context() as patched, pytest.raises(InputError) as raised:
         patched.setattr(Checkpoint, "read", None)
         merge_alone(config, nlg)
+    assert str(raised.value).startswith(f"{folder / name} lies where a merged model is to be written")
     assert describe(config, nlg, MERGE).refusals == [str(raised.value)]
-    assert sorted(file.name for file in folder.iterdir()) == ["model-00001-of-00007.safetensors", "model.safetensors"]
-    (folder / "model.safetensors").unlink()
+    assert sorted(each.name for each in folder.iterdir()) == sorted([".model-00000.staged", "parts", name])
+    if "-of-" not in name:
+        shutil.rmtree(folder / name) if name == "heads" else (folder / name).unlink()
+    (folder / UNFINISHED).touch()  # as the kill of a merge leaves it
     assert AutoModelForCausalLM.from_pretrained(merge_alone(config, nlg)).config.vocab_size == VOCABULARY
+    assert not (folder / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_an_expert_where_the_merge_goes_is_not_overwritten(own, linked):
+    root, config = own
+    folder = config.run.dir / "merged" / "ta"
+    folder.parent.mkdir(parents=True)
+    if linked:
+        folder.symlink_to(root / "math")
+    else:
+        shutil.copytree(root / "math", folder)
+        config = change(config, "model", experts={"math": str(folder)})
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    with pytest.raises(InputError, match="lies where a merged model is to be written"):
+        merge_alone(config, nlg)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(own):
+    _, config = own
+    write_text(config.run.dir / "merged", "no folder")
+    with pytest.raises(InputError, match=r"merged is a file, where the folder \S+merged/ta is to be; move it away"):
+        merge_alone(config, nlg)
 
 
 def test_reward_models_stay_what_they_are_and_do_not_mix(own):

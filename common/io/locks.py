@@ -2,11 +2,15 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.core.errors import InputError
+from common.core.notices import warn
+
+SOON, PAUSE = 2.0, 0.02  # seconds: what another process takes is told after the one, and looked at after the other
 
 _HELD: set[Path] = set()  # by this process, which may enter again
 
@@ -39,6 +43,7 @@ def locked(path: Path, refusal: str = "") -> Iterator[None]:
 
 def opened(lock: Path, refusal: str) -> int:
     """The lock file, open and locked by this process."""
+    began, told = time.monotonic(), False
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -46,10 +51,16 @@ def opened(lock: Path, refusal: str) -> int:
         except OSError as error:
             raise InputError(f"cannot write {lock}: {error}") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise InputError(refusal) from None
+            if refusal:
+                raise InputError(refusal) from None
+            if not told and time.monotonic() - began > SOON:
+                told = True
+                warn(f"another process works on {lock.parent / lock.name[1:].removesuffix('.lock')}; this one waits")
+            time.sleep(PAUSE)
+            continue
         except OSError:  # a file system without locks: one process at a time is all that it can have
             return handle
         except BaseException:

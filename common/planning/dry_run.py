@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from common.assembly import require_free
 from common.config import PRETRAINED, Config, as_dict
 from common.core.blocks import BlockModule
 from common.core.errors import InputError, NotFetched
@@ -31,7 +32,6 @@ from common.layout import (
     is_finished,
     merge_settings,
     require_anchors,
-    require_free,
     require_own_anchors,
 )
 from common.opening import open_inputs
@@ -187,13 +187,13 @@ def check_start(experiment: Experiment, domain: Domain) -> None:
     if config.start.checkpoint:
         experiment.given_start()
     elif config.start.method != PRETRAINED:
-        require_free(RunLayout(config).start, domain.SHARDED)
+        require_free(RunLayout(config).start)
         is_finished(RunLayout(config).start, merge_settings(experiment))
 
 
 def check_adapted(experiment: Experiment, domain: Domain) -> None:
     """An adapted model that is there already was made with these settings."""
-    require_free(RunLayout(experiment.config).adapted, domain.SHARDED)
+    require_free(RunLayout(experiment.config).adapted)
     is_finished(RunLayout(experiment.config).adapted, fit_settings(experiment))
 
 

@@ -19,8 +19,8 @@ T = TypeVar("T")
 def counted(items: Iterable[T], name: str) -> Iterator[T]:
     """The items of a piece of work within a stage, one after the other: with a bar of its own on a terminal, and with a
     line for logs twice a minute if it takes so long."""
-    under = current().going and current().going[0].units  # a bar that says where it is
-    title = name if under else f"{current().reached}, {name}"
+    going = current().going
+    title = f"{current().reached}, {name}" if going and not going[0].units else name  # else a bar says where it is
     of = f" of {len(items)}" if isinstance(items, Sized) else ""
     bar, told = tqdm(items, desc=title, leave=False, disable=lines_only() or of == " of 0"), time.monotonic()
     for done, item in enumerate(bar, start=1):
