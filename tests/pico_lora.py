@@ -8,12 +8,14 @@ from safetensors.numpy import save_file
 
 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray], **settings) -> Path:
-    """The two files of peft; keys of the tensors are without base_model.model."""
+    """The two files of peft; keys of the tensors are without base_model.model. target_modules are those that have
+    factors, by their whole names, where none are given."""
+    adapted = sorted({key.partition(".lora_")[0] for key in tensors if ".lora_" in key})
     config = {
         "base_model_name_or_path": "nowhere/nothing", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "layer_replication": None, "lora_alpha": 6, "lora_bias": False, "lora_dropout": 0.0,
         "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.21.2", "r": 2, "rank_pattern": {},
-        "alpha_pattern": {}, "target_modules": ["q"], "task_type": None, "trainable_token_indices": None,
+        "alpha_pattern": {}, "target_modules": adapted, "task_type": None, "trainable_token_indices": None,
         "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

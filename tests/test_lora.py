@@ -89,6 +89,32 @@ def read(expert: Checkpoint, name: str) -> np.ndarray:
     return tensor.double().numpy()
 
 
+# ---- whether the file is what its settings say -----------------------------------------------------------------------
+
+
+def test_an_adapter_without_a_tensor_is_refused(base, tmp_path):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors holds no tensor"):
+        LoraCheckpoint(write_adapter(tmp_path / "lora", {}), base)
+
+
+def test_an_adapter_of_other_modules_than_named_is_refused(base, tmp_path):
+    folder = write_adapter(tmp_path / "lora", pair(Q, MATRICES[Q]), target_modules=["up", "down_proj"])
+    with pytest.raises(InputError, match=r"has nothing of layers\.10\.up, which target_modules of \S+ names: one"):
+        LoraCheckpoint(folder, base)
+
+
+def test_modules_that_the_file_leaves_out_are_said(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    factors = pair(Q, MATRICES[Q])
+    LoraCheckpoint(write_adapter(tmp_path / "all", factors, target_modules=["q", "down_proj"]), base)
+    LoraCheckpoint(write_adapter(tmp_path / "some", factors, target_modules=["q", "up"], layers_to_transform=0), base)
+    LoraCheckpoint(write_adapter(tmp_path / "pattern", factors, target_modules=r".*\.(q|up)"), base)
+    assert capsys.readouterr().err == ""
+    expert = LoraCheckpoint(write_adapter(tmp_path / "left", factors, target_modules=["q", "up"]), base)
+    assert "has nothing of layers.10.up, which target_modules" in capsys.readouterr().err
+    assert np.array_equal(read(expert, f"{UP}.weight"), weight(base, f"{UP}.weight"))
+
+
 # ---- the formula -----------------------------------------------------------------------------------------------------
 
 

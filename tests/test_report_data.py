@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common.report.live as live
+from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint
@@ -53,6 +55,16 @@ def test_task_vectors_are_measured_once_and_are_what_the_weights_say(pico_config
     assert [row for row in cosines(found)] == [pytest.approx([1, cosine]), pytest.approx([cosine, 1])]
     monkeypatch.setattr("common.report.vectors.measured", None)  # a second time would fail
     assert measure(open_experiment(pico_config, domain), False) == ""
+
+
+def test_an_expert_that_is_the_base_in_other_files_is_said(pico_config, tmp_path, capsys, monkeypatch):
+    """An adapter that was never trained, say: no byte of it is the base's."""
+    monkeypatch.setattr(notices, "_said", set())
+    base = load_file(pico_config.model.path("base") / "open_clip_model.safetensors")
+    save_file(base, tmp_path / "same.safetensors", {"format": "pt", "note": "saved anew"})
+    config = change(pico_config, "model", experts={"MNIST": str(tmp_path / "same.safetensors")})
+    measure(open_experiment(config, domain), False)
+    assert "the expert of MNIST equals the base in every block" in capsys.readouterr().err
 
 
 def test_a_task_vector_of_zeros_has_no_angle():

@@ -10,14 +10,14 @@ settings. adapter_model.safetensors has, behind base_model.model.,
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.notices import warn
 from common.io.checkpoints import Checkpoint
 from common.io.json_files import read_object
@@ -158,6 +158,30 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     if whole := [name for name in (*WEIGHT_FILES, INDEX_FILE) if (folder / name).is_file()]:
         warn(f"{folder} holds an adapter and a whole model, {whole[0]}: the adapter is taken, added to model.base")
     return settings, Checkpoint(folder / WEIGHT_FILE)
+
+
+def check_targets(
+    folder: Path, settings: Mapping[str, Any], base: Mapping[str, tuple[int, ...]], changed: Iterable[str]
+) -> None:
+    """Compare target_modules, if it is a list, with what the file of an adapter changes.
+
+    A name that the base has no module of means nothing: many list those of several architectures. Modules of such a
+    name that the file leaves as they are, which peft would begin anew, are a warning.
+
+    Args:
+        base: {tensor: shape} of the base.
+        changed: Names of its tensors that the adapter has a part in.
+    Raises: InputError if it changes none of the modules that are named: the file is another adapter's.
+    """
+    named, changed = settings.get("target_modules"), set(changed)
+    ends = tuple(f".{name}.weight" for name in named) if isinstance(named, list) else ()
+    meant = [tensor for tensor, shape in base.items() if len(shape) == 2 and f".{tensor}".endswith(ends)]
+    left = [tensor.removesuffix(".weight") for tensor in meant if tensor not in changed]
+    said = f"has nothing of {', '.join(in_short(left))}, which target_modules of {CONFIG_FILE} names"
+    if left and len(left) == len(meant):
+        raise InputError(f"{folder / WEIGHT_FILE} {said}: one of both is another adapter's; save them anew with peft")
+    if left and all(settings.get(name) in (None, []) for name in ("exclude_modules", "layers_to_transform")):
+        warn(f"{folder / WEIGHT_FILE} {said}: there the expert is the base")
 
 
 def is_saved(module: str, saved: Sequence[str] | None) -> bool:

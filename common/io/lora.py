@@ -16,6 +16,7 @@ from common.io.adapters import (
     WEIGHT_FILE,
     Entry,
     Part,
+    check_targets,
     first_match,
     is_adapter,
     is_saved,
@@ -75,9 +76,14 @@ class LoraCheckpoint(Checkpoint):
         self.saved: dict[str, str] = {}  # {tensor: key} of what was trained whole
         self.factors: dict[str, Factors] = {}
         entries = [taken_apart(key) or self.no_place_for(key) for key in self.adapter.names()]
+        if not entries:
+            raise InputError(
+                f"{self.path / WEIGHT_FILE} holds no tensor: save the adapter anew with peft, once trained"
+            )
         self.halves = {(e.module, e.part, e.embedding): e for e in entries if e.part in (Part.A, Part.B)}
         for entry in entries:
             self.take(entry)
+        check_targets(self.path, self.settings, self.base.shapes, self.changed)
         if tied:
             self.tie(*tied)
         for name, key in (self.given | self.saved).items():

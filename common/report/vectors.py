@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.core.notices import warn
 from common.core.task_vectors import squared
 from common.experiment import Experiment
 from common.io.checkpoints import write_text
@@ -45,6 +46,9 @@ def measure(experiment: Experiment, everything: bool) -> str:
         "tau": {task: [block["tau"][i] for block in blocks] for i, task in enumerate(experiment.experts)},
         "gram": [block["gram"] for block in blocks],
     }
+    for task, lengths in found["tau"].items():
+        if not any(lengths):
+            warn(f"the expert of {task} equals the base in every block: its task vector is zero; is that meant?")
     write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return ""
 
