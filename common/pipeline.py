@@ -53,7 +53,7 @@ from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage
-from common.start import merge_start, opened_start
+from common.start import merge_start, opened_start, require_merge
 
 
 def construct(config: Config, domain: Domain) -> None:
@@ -269,6 +269,7 @@ def ta_scales(experiment: Experiment) -> list[float]:
 
 def merge_alone(config: Config, domain: Domain) -> Path:
     """The start by itself: merge in parameter space, write the checkpoint, score it."""
+    require_merge(config)
     experiment = open_stage(config, domain, anchored=False)
     domain.check_export(config.model)
     check_compared(experiment, domain)

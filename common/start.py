@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from common.assembly import finish, remove_pieces, require_free
-from common.config import PRETRAINED
+from common.config import PRETRAINED, Config
+from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, add, lazy_task_vector, subtract
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
@@ -34,6 +35,14 @@ from common.run.run_log import record_stage
 Part = tuple[int, Sequence[str]]
 """A part of a merge: its number, and the names of its tensors."""
 KEPT = 2**20  # weights: of so small a tensor all task vectors are read once and kept
+
+
+def require_merge(config: Config) -> None:
+    """InputError if the config names no merge: there is nothing to make of the experts by itself."""
+    if config.start.checkpoint:
+        raise InputError(f"start.checkpoint has the start already, {config.start.path}: there is nothing to merge")
+    if config.start.method == PRETRAINED:
+        raise InputError(f"start.method is {PRETRAINED}, which merges nothing; name a method, as in --start.method ta")
 
 
 def merge_start(experiment: Experiment, domain: Domain) -> Checkpoint:

@@ -81,9 +81,8 @@ def grid(config: Config, domain: Domain, others: Sequence[Row] = ()) -> None:
     """Construct with each of compare.inits, adapt from each of compare.starts, then score everything once; without an
     initialisation the starts alone are made and scored."""
     quiet = replace(config, run=replace(config.run, score=False))
-    for start in [] if config.compare.inits else config.compare.starts:
-        if start != PRETRAINED:
-            merge_alone(quiet.at_start(start), domain)
+    for start in [] if config.compare.inits else merges_of(config):
+        merge_alone(quiet.at_start(start), domain)
     for init in config.compare.inits:
         of_init = replace(quiet, anchors=replace(config.anchors, init=init))
         if not config.anchors.source:

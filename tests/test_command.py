@@ -52,7 +52,7 @@ def test_a_bug_is_one_sentence_and_the_traceback_is_there_for_who_asks(pico_conf
         base = f"{pico_config.model.root}/base"
         assert done.returncode == 1 and said == f"error: stopped at opening base, {base} by KeyError: 'a.weight'"
         assert "FDA_DEBUG=1" in how
-    done = command("-c", WITH_A_BUG, "scripts/merge.py", "--config", file, FDA_DEBUG="1")
+    done = command("-c", WITH_A_BUG, "scripts/merge.py", "--config", file, "--start.method", "ta", FDA_DEBUG="1")
     assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'a.weight'" in done.stderr
 
 

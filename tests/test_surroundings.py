@@ -447,3 +447,17 @@ def test_a_base_without_a_tokenizer_gets_the_experts_if_they_agree(own_nlu, same
     else:
         assert "those of STS-B, MNLI differ, so the merged model has none; put the one that is meant beside" in said
         assert not (merged / "tokenizer.json").exists()
+
+
+def test_a_merge_that_is_none_is_refused(own):
+    _, config = own
+    for named, message in (
+        (
+            change(config, "start", method="pretrained"),
+            "start.method is pretrained, which merges nothing; name a method",
+        ),
+        (change(config, "start", checkpoint=str(config.model.path("expert", "math"))), "there is nothing to merge"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge_alone(named, nlg)
+        assert any(message in said for said in describe(named, nlg, MERGE).refusals)

@@ -49,7 +49,7 @@ from common.planning.cost import (
 from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
-from common.start import parts_of
+from common.start import parts_of, require_merge
 from common.validation import check_choices, check_test_data, where_from
 
 Check = Callable[[Experiment, Domain], None]
@@ -191,6 +191,11 @@ def check_start(experiment: Experiment, domain: Domain) -> None:
         is_finished(RunLayout(config).start, merge_settings(experiment))
 
 
+def check_merge(experiment: Experiment, domain: Domain) -> None:
+    """There is something to merge."""
+    require_merge(experiment.config)
+
+
 def check_adapted(experiment: Experiment, domain: Domain) -> None:
     """An adapted model that is there already was made with these settings."""
     require_free(RunLayout(experiment.config).adapted)
@@ -198,8 +203,9 @@ def check_adapted(experiment: Experiment, domain: Domain) -> None:
 
 
 CONSTRUCT: tuple[Check, ...] = (check_scored, check_moved_blocks, check_anchors_made)
-MERGE: tuple[Check, ...] = (check_scored, check_export, check_start, check_compared)
-ADAPT: tuple[Check, ...] = (*MERGE, check_anchors, check_adapted)
+STARTED: tuple[Check, ...] = (check_scored, check_export, check_start, check_compared)
+MERGE: tuple[Check, ...] = (check_merge, *STARTED)
+ADAPT: tuple[Check, ...] = (*STARTED, check_anchors, check_adapted)
 EVALUATE: tuple[Check, ...] = (check_descent,)
 
 
