@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.core.errors import InputError
+from common.io.yaml_files import read_yaml_file
 
 KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "name"}
 GLOBAL = {"normalize", "lambda", "t", "density", "weight", "gamma", "rescale", "int8_mask"}
@@ -32,10 +31,7 @@ VOCABULARIES = {"base": "base", "union": "union"}
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """The fields of a recipe; InputError if it is no YAML of one, or has parts that are not read."""
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    recipe = read_yaml_file(file)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("merge_method"), str):
         raise InputError(f"{file} is no recipe of mergekit: it names no merge_method")
     if unknown := sorted(set(recipe) - KNOWN):
