@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,6 +22,7 @@ from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
 from common.io.model_config import CONFIG_FILE
 from common.io.tokenizer_files import TOKENIZER_FILES, has_tokenizer
+from common.io.yaml_files import read_yaml_file
 from NLG.answers import is_right_expression, is_right_number, is_right_text
 from NLG.decoders import architecture, opener_of, reading
 from NLG.generation import complete, open_tokenizer
@@ -247,4 +247,4 @@ def prompts_of(test: str, examples: Sequence[Example]) -> list[str]:
     return [row.prompt.replace("{problem}", RULES[row.rule].problem(example)) for example in examples]
 
 
-TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}
+TASKS = {name: Task(**row) for name, row in read_yaml_file(Path(__file__).parent / "tasks.yaml").items()}

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from common.core.errors import InputError
 from common.evaluation.metrics import METRICS, REGRESSION
+from common.io.yaml_files import read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Task:
 def read_tasks(file: Path) -> dict[str, Task]:
     """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
     tasks = {}
-    for name, row in yaml.safe_load(file.read_text()).items():
+    for name, row in read_yaml_file(file).items():
         try:
             tasks[name] = Task(**row)
         except TypeError as error:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from torch import nn
+
+from common.io.yaml_files import read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,4 @@ class Headed(NamedTuple):
     head: Sequence[nn.Module]
 
 
-TASKS = {name: Task(**row) for name, row in yaml.safe_load((Path(__file__).parent / "tasks.yaml").read_text()).items()}
+TASKS = {name: Task(**row) for name, row in read_yaml_file(Path(__file__).parent / "tasks.yaml").items()}

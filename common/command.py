@@ -23,6 +23,7 @@ from common.core.annotations import WORDS, is_of, kind_in_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
+from common.io.yaml_files import read_yaml_file, repeats
 from common.merging.registry import every_row, hyperparameters
 from common.planning.dry_run import Plan, describe
 from common.report.live import reported
@@ -131,8 +132,7 @@ def on_termination(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 def leave(status: int) -> NoReturn:
     """End the process now. What has to be done at its end is done, but the libraries' modules are not taken down one by
-    one, which takes two seconds of a processor.
-    """
+    one, which takes two seconds of a processor."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -174,7 +174,13 @@ def with_no(read: Any, chosen: bool = False) -> Any:
 
 def parse(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
-    set_loader(READ, lambda text: with_no(get_loader("yaml")(text)), exceptions=(YAMLError,))
+    twice: list[InputError] = []  # the library tries several ways to read a text, and keeps no error of one
+
+    def load(text: str) -> Any:
+        twice.extend(repeats(text, "the command line, or a file that it names,"))
+        return with_no(get_loader("yaml")(text))
+
+    set_loader(READ, load, exceptions=(YAMLError,))
     parser = ArgumentParser(
         prog=Path(sys.argv[0]).name,
         usage="%(prog)s --config FILE [--preset NAME] [--section.field VALUE ...]",
@@ -199,6 +205,8 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     )
     argv = files_first(sys.argv[1:] if argv is None else argv)
     parsed = read_arguments(parser, argv)
+    if twice:
+        raise twice[0]
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
     # what is of any type the library reads once more, a word at a time
     start = replace(config.start, hyper=with_no(config.start.hyper))
@@ -253,6 +261,8 @@ def files_first(argv: list[str]) -> list[str]:
     if named.preset is not None and named.preset not in presets:
         raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
     chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
+    for file in filter(Path.is_file, map(Path, chosen)):
+        read_yaml_file(file)  # for its InputError, which names the file, as that of the library would not
     return [f"--config={file}" for file in chosen] + others
 
 

@@ -1,13 +1,13 @@
 """Choices refused by name. Each check raises InputError with the choices there are, or with what rules one out."""
 
-import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run
+from common.config import PRETRAINED, Adapt, Anchors, Config, Model, Run, as_dict
+from common.core.annotations import require_finite
 from common.core.blocks import BlockFamily, BlockModule
 from common.core.errors import InputError
 from common.core.fused import APART, fused_tensors
@@ -31,6 +31,7 @@ NOT_NEGATIVE = {"anchors": ("steps",), "eval": ("workers",)}
 def check_choices(config: Config, domain: Domain) -> None:
     """Refuse every choice that the domain, the registry of methods or another choice rules out."""
     check_domain(config, domain.NAME)
+    require_finite(as_dict(config))
     check_tasks(config)
     check_tests(config, domain)
     check_language_options(config, domain)
@@ -194,18 +195,18 @@ def check_adapt(where: str, adapt: Adapt) -> None:
 
 
 def require_positive(where: str, section: Any, names: Iterable[str]) -> None:
-    """InputError if one of these fields of a section is set, but not above zero and finite."""
+    """InputError if one of these fields of a section is set, but not above zero."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and value <= 0:
             raise InputError(f"{where}.{name} is {value}; it must be above zero")
 
 
 def require_not_negative(where: str, section: Any, names: Iterable[str]) -> None:
-    """InputError unless these fields of a section are zero or more, and finite."""
+    """InputError unless these fields of a section are zero or more."""
     for name in names:
         value = getattr(section, name)
-        if not 0 <= value < math.inf:
+        if value < 0:
             raise InputError(f"{where}.{name} is {value}; it must be zero or more")
 
 

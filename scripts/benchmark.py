@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,6 +38,7 @@ from common.fda.construction import OptimisedAnchors, SearchSettings, optimise_a
 from common.fda.matching import DISTANCES, MatchingProblem, matching_gradient, matching_value
 from common.fda.precision import effective_precision, forward_in, in_precision
 from common.io.checkpoints import Checkpoint
+from common.io.yaml_files import read_yaml_file
 from common.planning.cost import Ledger
 from common.run.device import prepare
 from common.run.run_log import environment_info
@@ -50,7 +50,7 @@ TA_SCALE = 0.3
 
 def preset(section: str) -> dict[str, Any]:
     """A section of the fast preset."""
-    return yaml.safe_load((PRESETS / "fast.yaml").read_text())[section]
+    return read_yaml_file(PRESETS / "fast.yaml")[section]
 
 
 def construct(of: Case, base: Path, expert: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from common.config import Model
 from common.core.blocks import Block, BlockFamily, BlockModule
 from common.core.task_vectors import Params
 from common.io.checkpoints import write_tensors
+from common.io.yaml_files import read_yaml_file
 
 TOY_BLOCK = 2
 
@@ -115,7 +115,7 @@ TOYS = {"vision": "vision/toy", "nlu": "nlu/toy", "minilm": "nlu/minilm"}  # and
 
 def toy(name: str, root: Path, anchors: int) -> tuple[Case, Path, list[Path], dict[str, float]]:
     """A block of a toy, the checkpoints of its base and experts, and the learning rate from the pretrained model."""
-    settings = yaml.safe_load(Path(f"configs/{TOYS[name]}.yaml").read_text())
+    settings = read_yaml_file(Path(f"configs/{TOYS[name]}.yaml"))
     paths = Model(**settings["model"] | {"root": str(root / name / "checkpoints")})
     if name == "vision":
         of = vit(paths, anchors)

@@ -8,21 +8,34 @@ merge method here cannot do: TIES with unlike weights, say. tests/test_mergekit_
 - A dtype is that of the result, as out_dtype; mergekit computes in it too, so its task vectors are rounded.
 - Where trimmed task vectors cancel to the last bit, TIES is 0 here and takes the positive ones there; of changes of
   equal size at the threshold all are kept here, and some there.
-int8_mask says how mergekit keeps a mask, and is passed over.
+int8_mask says how mergekit keeps a mask, and name what it calls a result: both are passed over.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
+from common.core.annotations import require_finite
 from common.core.errors import InputError
+from common.core.notices import warn
+from common.io.yaml_files import read_yaml_file
 
-KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "name"}
-GLOBAL = {"normalize", "lambda", "t", "density", "weight", "gamma", "rescale", "int8_mask"}
+METHODS = {  # what mergekit's methods read of the parameters; others are passed over there, and named here
+    "linear": {"weight", "normalize"},
+    "slerp": {"t"},
+    "task_arithmetic": {"weight", "normalize", "rescale", "lambda"},
+    "ties": {"weight", "normalize", "rescale", "lambda", "density"},
+    "dare_linear": {"weight", "normalize", "rescale", "lambda", "density"},
+    "dare_ties": {"weight", "normalize", "rescale", "lambda", "density"},
+    "breadcrumbs": {"weight", "normalize", "rescale", "lambda", "density", "gamma"},
+}
+KNOWN = ("base_model", "dtype", "merge_method", "models", "name", "out_dtype", "parameters", "tokenizer_source")
+OF_MODEL = ("model", "parameters")
+SWITCHES = {"normalize", "rescale", "int8_mask"}
+NUMBERS = {"lambda", "t", "density", "weight", "gamma"}
 OWN = {"density", "weight", "gamma"}  # of a model
 # Whether the weights are divided by their sum where the recipe does not say so, as mergekit has it.
 NORMALIZED = {"linear": True, "ties": True}
@@ -32,15 +45,23 @@ VOCABULARIES = {"base": "base", "union": "union"}
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """The fields of a recipe; InputError if it is no YAML of one, or has parts that are not read."""
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    recipe = read_yaml_file(file)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("merge_method"), str):
         raise InputError(f"{file} is no recipe of mergekit: it names no merge_method")
-    if unknown := sorted(set(recipe) - KNOWN):
-        raise InputError(f"{file}: {', '.join(unknown)} is not understood; read are {', '.join(sorted(KNOWN))}")
+    refuse_unknown(recipe, KNOWN, f"{file}: ")
+    if recipe["merge_method"] not in METHODS:
+        method, known = recipe["merge_method"], ", ".join(METHODS)
+        raise InputError(f"{file}: merge_method {method!r} is not understood; read are {known}")
+    for name in ("base_model", "dtype", "out_dtype", "tokenizer_source"):
+        if not isinstance(recipe.get(name), str | None):
+            raise InputError(f"{file}: {name} is {recipe[name]!r}; a text is understood")
     return recipe
+
+
+def refuse_unknown(said: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    """InputError with the keys that are not among the known ones."""
+    if unknown := [str(key) for key in said if key not in set(known)]:
+        raise InputError(f"{where}{', '.join(unknown)} is not understood; read are {', '.join(sorted(known))}")
 
 
 def config_of(file: Path, domain: str, run: Run) -> Config:
@@ -53,15 +74,18 @@ def config_of(file: Path, domain: str, run: Run) -> Config:
     refuse_joined([*models, *filter(None, [recipe.get("base_model")])], str(file))
     base = place(recipe.get("base_model") or next(iter(models)))
     said = {"normalize": None, "lambda": 1.0} | parameters(recipe, "", str(file))
+    said["lambda"] = float(said["lambda"])
+    say_passed_over(recipe, models, str(file))
     if method in WHOLE:  # the base is one of what is mixed, listed or not, and the first of two for slerp
-        if recipe.get("base_model") and base not in map(place, models):
+        if recipe.get("base_model") and not any(same_place(name, base) for name in models):
             models[recipe["base_model"]] = {}
-        models = dict(sorted(models.items(), key=lambda named: method == "slerp" and place(named[0]) != base))
+        models = dict(sorted(models.items(), key=lambda named: method == "slerp" and not same_place(named[0], base)))
     else:
-        models = {name: own for name, own in models.items() if place(name) != base}
+        models = {name: own for name, own in models.items() if not same_place(name, base)}
+        if not models:
+            raise InputError(f"{file}: models lists the base_model alone; {method} needs a model that differs from it")
     method, hyper = start_of(method, models, said, str(file))
-    experts = {name: place(name) for name in models}
-    named = {task_name(path, experts): path for path in experts.values()}
+    named = dict(zip(task_names([place(name) for name in models]), map(place, models), strict=True))
     model = Model(base=base, experts=named, **types_of(recipe, domain, str(file)))
     start = Start(method=method, hyper={method: hyper} if hyper else {})
     return Config(domain, model, list(named), Anchors(), start, Adapt(), Eval(), Compare(), run)  # type: ignore[arg-type]
@@ -70,16 +94,31 @@ def config_of(file: Path, domain: str, run: Run) -> Config:
 def entries(recipe: Mapping[str, Any], file: str) -> dict[str, dict[str, float]]:
     """{model: its numbers} in order; those of the recipe where a model has none of its own."""
     models = recipe.get("models")
-    if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("model"), str) for m in models):
-        raise InputError(f"{file}: models should be a list of entries with a model each")
-    names = [entry["model"] for entry in models]
-    if len(set(names)) < len(names):
-        raise InputError(f"{file} names a model twice")
-    own = {entry["model"]: parameters(entry, f"{entry['model']}: ", file) for entry in models}
-    for name, said in own.items():
-        if unlike := sorted(set(said) - OWN):
+    listed = models if isinstance(models, list) else []
+    names = [each.get("model") if isinstance(each, dict) else None for each in listed]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{file}: models should be a list of entries with a model each, a path or a name as text")
+    own: dict[str, dict[str, float]] = {}
+    for name, entry in zip(names, listed, strict=True):
+        refuse_unknown(entry, OF_MODEL, f"{file}: {name}: ")
+        if any(same_place(name, other) for other in own):
+            raise InputError(f"{file} names a model twice: {name}")
+        own[name] = parameters(entry, f"{name}: ", file)
+        if unlike := sorted(set(own[name]) - OWN):
             raise InputError(f"{file}: {name}: {', '.join(unlike)} is understood of the recipe alone, not of one model")
     return own
+
+
+def say_passed_over(recipe: Mapping[str, Any], models: Mapping[str, Any], file: str) -> None:
+    """Name the parameters that are without effect on the merge in mergekit, and so here."""
+    method, base = recipe["merge_method"], recipe.get("base_model")
+    heard = METHODS[method] | {"int8_mask"}
+    for where, said in {"": recipe.get("parameters") or {}, **models}.items():
+        of_base = where and method not in WHOLE and same_place(where, base)
+        if idle := sorted(set(said) if of_base else set(said) - heard):
+            whose = f"{where}: " if where else ""
+            which = f"{', '.join(idle)} of its base_model" if of_base else ", ".join(idle)
+            warn(f"{file}: {whose}{method} does not use {which}, here as in mergekit")
 
 
 def refuse_joined(names: Sequence[str], file: str) -> None:
@@ -95,13 +134,17 @@ def refuse_joined(names: Sequence[str], file: str) -> None:
 
 def parameters(entry: Mapping[str, Any], where: str, file: str) -> dict[str, Any]:
     """The parameters of a recipe or of one of its models; InputError on one that is not read, or is no number."""
-    found = entry.get("parameters") or {}
-    for name, value in found.items():
-        if name not in GLOBAL:
-            raise InputError(f"{file}: {where}{name} is not understood; read are {', '.join(sorted(GLOBAL))}")
+    found = entry.get("parameters")
+    if not isinstance(found, dict | None):
+        raise InputError(f"{file}: {where}parameters is {found!r}; a mapping is understood, as in {{weight: 0.5}}")
+    refuse_unknown(found or {}, SWITCHES | NUMBERS, f"{file}: {where}")
+    for name, value in (found or {}).items():
+        if name in SWITCHES and value not in (True, False):  # 0 and 1 among them
+            raise InputError(f"{file}: {where}{name} is {value!r}; true or false is understood")
         if not isinstance(value, bool | int | float):
             raise InputError(f"{file}: {where}{name} is {value!r}; one number for all tensors is understood")
-    return dict(found)
+        require_finite(value, f"{file}: {where}{name}")
+    return dict(found or {})
 
 
 def start_of(
@@ -115,26 +158,30 @@ def start_of(
     for name, own in models.items():
         if "weight" not in own and "weight" not in said:
             raise InputError(f"{file}: {method} needs a weight for {name}")
-    weights = [float(own.get("weight", said.get("weight"))) for own in models.values()]
+    weights = [float((said | own)["weight"]) for own in models.values()]
     normalize = NORMALIZED.get(method, False) if said["normalize"] is None else bool(said["normalize"])
-    if normalize and not math.isclose(sum(weights), 0):
-        shares = [weight / sum(weights) for weight in weights]
-    else:
-        shares = weights
-    if said.get("rescale", method.startswith("dare_")) != method.startswith("dare_"):
+    total = sum(weights)
+    require_finite(total, f"{file}: the sum of the weights")
+    # What rounding leaves of a sum of 0 is none to divide by; mergekit takes 1 in its place, but for linear.
+    least = 1e-8 * max(map(abs, weights)) if method == "linear" else 1e-8
+    shares = [weight / total for weight in weights] if normalize and abs(total) > least else weights
+    default = method.startswith("dare_")
+    if "rescale" in METHODS[method] and said.get("rescale", default) != default:
         raise InputError(f"{file}: {method} is understood with rescale as it is by default, not {said['rescale']}")
     if method == "linear":
         if not math.isclose(sum(shares), 1):
             step = (
-                "so they cannot be divided by their sum; give a model a weight that is not 0"
+                "so they cannot be divided by their sum; choose weights whose sum is not 0"
                 if normalize
                 else "with normalize: false they must add up to 1; without that line they are divided by their sum"
             )
-            raise InputError(f"{file}: the weights of linear add up to {sum(weights):g}, {step}")
+            raise InputError(f"{file}: the weights of linear add up to {total:g}, {step}")
         return "ta", {"scale": shares}
     if method == "task_arithmetic":
         return "ta", {"scale": [said["lambda"] * share for share in shares]}
-    density = one(models, said, "density", 1.0, file)
+    density = min(one(models, said, "density", 1.0, file), 1.0)  # more is all, as in mergekit
+    if density <= 0:
+        raise InputError(f"{file}: density is {density:g}, which leaves no change of any model; choose one above 0")
     if method == "dare_linear":
         return "dare_ta", {"drop": 1 - density, "scale": [said["lambda"] * share for share in shares]}
     if len(set(weights)) > 1:
@@ -147,17 +194,14 @@ def start_of(
         if method == "ties":
             return "ties", {"density": density, "scale": said["lambda"], "granularity": "tensor"}
         return "dare_ties", {"drop": 1 - density, "density": 1.0, "scale": said["lambda"]}
-    if method == "breadcrumbs":
-        gamma = one(models, said, "gamma", 0.01, file)
-        if density >= 1:  # then no outlier is removed either
-            return "breadcrumbs", {"keep": 1.0, "outliers": 0.0, "scale": said["lambda"] * shares[0]}
-        if density + gamma > 1:
-            raise InputError(
-                f"{file}: breadcrumbs is understood with density + gamma of at most 1, not {density} + {gamma}"
-            )
-        return "breadcrumbs", {"keep": density, "outliers": gamma, "scale": said["lambda"] * shares[0]}
-    known = "linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs"
-    raise InputError(f"{file}: merge_method {method!r} is not understood; read are {known}")
+    gamma = one(models, said, "gamma", 0.01, file)  # breadcrumbs
+    if density >= 1:  # then no outlier is removed either
+        return "breadcrumbs", {"keep": 1.0, "outliers": 0.0, "scale": said["lambda"] * shares[0]}
+    if density + gamma > 1:
+        raise InputError(
+            f"{file}: breadcrumbs is understood with density + gamma of at most 1, not {density} + {gamma}"
+        )
+    return "breadcrumbs", {"keep": density, "outliers": gamma, "scale": said["lambda"] * shares[0]}
 
 
 def one(
@@ -180,17 +224,30 @@ def number(said: Mapping[str, Any], name: str, method: str, file: str) -> float:
 
 
 def place(name: str) -> str:
-    """Where a model is: a path that is there, else a place on the hub if it looks like one."""
+    """Where a model is: a path that is there, else a place on the hub if it looks like one; without a last slash."""
+    name = name.rstrip("/") or name
     if "://" in name or Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return name
     return f"hf://{name}"
 
 
-def task_name(path: str, experts: Mapping[str, str]) -> str:
-    """What an expert is called: the last part of its place, or all of it where two have the same."""
-    last = path.rstrip("/").rpartition("/")[2]
-    alike: Sequence[str] = [each for each in experts.values() if each.rstrip("/").rpartition("/")[2] == last]
-    return last if len(alike) == 1 else path.strip("/").replace("://", "-").replace("/", "-")
+def same_place(name: str, other: str | None) -> bool:
+    """Whether two names are of one model, however they spell its path."""
+    return other is not None and whole_place(name) == whole_place(other)
+
+
+def whole_place(name: str) -> str:
+    """Where a model is, as an absolute path or on the hub."""
+    where = place(name)
+    return where if "://" in where else os.path.abspath(Path(where).expanduser())
+
+
+def task_names(places: Sequence[str]) -> list[str]:
+    """What experts are called: the last part of their place, or all of it where two have the same, each another."""
+    wholes = [whole_place(each).strip("/").replace("://", "-").replace("/", "-") for each in places]
+    lasts = [whole_place(each).rpartition("/")[2] for each in places]
+    names = [last if lasts.count(last) == 1 and last else whole for last, whole in zip(lasts, wholes, strict=True)]
+    return names if len(set(names)) == len(names) else [f"{name}-{i}" for i, name in enumerate(names, start=1)]
 
 
 def types_of(recipe: Mapping[str, Any], domain: str, file: str) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The paper's figures besides scores for scripts/reproduce.py: the analyses behind them on our config of ViT-B/32, and
 our numbers beside those read off the paper's (configs/paper_figures.yaml)."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
-
-import yaml
 
 from common.analysis.material import Numbers, spread
 from common.analysis.projection import BATCH, STARTS, UPDATES
@@ -18,6 +17,7 @@ from common.evaluation.rows import display, values_by_name
 from common.evaluation.scoring import results_of
 from common.evaluation.tables import MISSING, aligned
 from common.io.checkpoints import write_text
+from common.io.yaml_files import read_yaml_file
 from common.pipeline import construct
 from common.planning.dry_run import CONSTRUCT, Plan
 from common.planning.dry_run import describe as plan_of
@@ -144,7 +144,7 @@ def verdict(name: str, options: Sequence[str]) -> str:
     config = config_of_figure(name, options)
     folder = config.run.dir / "analysis"
     analysis = FIGURES[name].analysis
-    numbers = yaml.safe_load((folder / f"{analysis}.json").read_text(encoding="utf-8"))
+    numbers = json.loads((folder / f"{analysis}.json").read_text(encoding="utf-8"))
     text = f"{name}: {folder / analysis}.png\n\n{beside_paper(name, numbers, config)}"
     write_text(folder / f"{name}.md", text)
     return text
@@ -152,7 +152,7 @@ def verdict(name: str, options: Sequence[str]) -> str:
 
 def paper_figures() -> dict[str, Any]:
     """What was read off the paper's figures, see the head of the file."""
-    return yaml.safe_load((ROOT / "configs/paper_figures.yaml").read_text(encoding="utf-8"))
+    return read_yaml_file(ROOT / "configs/paper_figures.yaml")
 
 
 def beside_paper(name: str, numbers: Numbers, config: Config) -> str:

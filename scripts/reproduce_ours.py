@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.analysis.material import plain
 from common.command import watched
 from common.config import ROOT, Config
@@ -21,6 +19,7 @@ from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, difference_in_words, scores_of
 from common.evaluation.tables import MISSING
 from common.io.checkpoints import write_text
+from common.io.yaml_files import read_yaml_file
 from common.run.run_log import CLOCKS
 from compare import compare
 from our_tables import OURS, WITH_SCORES
@@ -68,7 +67,7 @@ def describe(name: str, options: Sequence[str]) -> list[str]:
 
 def time_of(name: str) -> str:
     """How long it takes, and how that is known."""
-    minutes, how = yaml.safe_load(TIMES.read_text(encoding="utf-8"))[name]
+    minutes, how = read_yaml_file(TIMES)[name]
     if minutes is None:
         return f"not measured: {how}"
     return f"{in_minutes(minutes)} of one core, at best half as long on two: {how}"

@@ -209,7 +209,12 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
             r"experts\['math'\] has weights on the meta de",
         ),
         (lambda: merge(base, [modules["math"]], "ta"), "experts is a list; {task: module or path} is needed"),
-        (lambda: merge(base, {}, "ta"), "tasks must name at least one task"),
+        (lambda: merge(base, {}, "ta"), "experts is empty; {task: module or path} of at least one task is needed"),
+        (
+            lambda: merge(base, {1: modules["math"]}, "ta"),
+            "experts has the task 1; a text is needed that names it, as in '1'",
+        ),
+        (lambda: construct(base, {"": "x"}), "experts has the task ''; a text is needed that names it, as in 'math'"),
         (lambda: merge(base, {"math": tmp_path / "none"}, "ta"), "none"),
         (lambda: merge(paths["base"], experts, "ta"), "base is a place and no module.* folder= says where"),
         (lambda: merge(base, experts, "ta", domain="text"), "unknown domain 'text'; choose from vision, nlu, nlg"),

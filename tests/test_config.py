@@ -83,7 +83,15 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),
         (["--anchors.number", "0"], "anchors.number is 0"),
         (["--anchors.scale", "0"], "anchors.scale is 0"),
-        (["--anchors.lr", ".inf"], "anchors.lr is inf; it must be above zero"),
+        (["--anchors.lr", ".inf"], "anchors.lr is inf; it must be a finite number"),
+        (["--anchors.scale", ".nan"], "anchors.scale is nan; it must be a finite number"),
+        (["--adapt.lr", ".nan"], "adapt.lr is nan; it must be a finite number"),
+        (["--adapt.blend", ".nan"], "adapt.blend is nan; it must be a finite number"),
+        (["--adapt.speedup", ".inf"], "adapt.speedup is inf; it must be a finite number"),
+        (["--adapt.by_start", "{ta: {lr: .inf}}"], "adapt.by_start.ta.lr is inf; it must be a finite number"),
+        (["--run.gpus_per_unit", ".nan"], "run.gpus_per_unit is nan; it must be a finite number"),
+        (["--start.hyper", "{ta: {scale: [1, .nan]}}"], r"start.hyper.ta.scale\[1\] is nan; it must be a finite"),
+        (["--compare.search", "{ta: {scale: [.inf]}}"], r"compare.search.ta.scale\[0\] is inf; it must be a finite"),
         (["--anchors.steps=-1"], "anchors.steps is -1; it must be zero or more"),
         (["--eval.limit", "0"], "eval.limit is 0; it must be above zero"),
         (["--eval.limit=-3"], "eval.limit is -3"),
@@ -171,6 +179,6 @@ def test_a_ridge_is_of_a_warm_start_and_never_below_zero():
     check_choices(vision(*warm, "--adapt.ridge", "0.1"), domain)
     with pytest.raises(InputError, match="adapt.ridge is of the closed form: set adapt.warm_start regmean"):
         check_choices(vision("--adapt.ridge", "0.1"), domain)
-    for wrong in ("-1", ".inf", ".nan"):
-        with pytest.raises(InputError, match="adapt.ridge is .*; it must be zero or more"):
+    for wrong, said in {"-1": "zero or more", ".inf": "a finite number", ".nan": "a finite number"}.items():
+        with pytest.raises(InputError, match=f"adapt.ridge is .*; it must be {said}"):
             check_choices(vision(*warm, f"--adapt.ridge={wrong}"), domain)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from common.core import notices
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint
 from common.pipeline import merge_alone
-from mergekit_recipe import config_of, place
+from mergekit_recipe import config_of, place, task_names
 from NLG import domain
 from pico_nlg import write_pico_models
 from pico_recipes import KEPT, RECIPES, dropped, looked_at, recipe_of, write_recipe_models
@@ -179,7 +180,57 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
         ),
         ({"models": [{"model": "a", "parameters": {"lambda": 2}}]}, "a: lambda is understood of the recipe alone"),
         ({"tokenizer_source": "model:a"}, "tokenizer_source 'model:a' is not understood; read are base, union"),
-        ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice"),
+        ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice: a"),
+        ({"models": [{"model": "a"}, {"model": "./a/"}]}, "names a model twice: ./a/"),
+        ({"models": [{"model": "x/y"}, {"model": "hf://x/y"}]}, "names a model twice: hf://x/y"),
+        ({"models": [{"model": "a", "paramters": {"weight": 0.9}}]}, "a: paramters is not understood; read are model,"),
+        ({"models": [{"model": "a", "filter": "mlp", "tokenizer": 1}]}, "a: filter, tokenizer is not understood"),
+        ({"models": [{"model": "a", 3: 1}]}, "a: 3 is not understood; read are model, parameters"),
+        ({"models": [{"model": "a", "parameters": {"wieght": 1}}]}, "a: wieght is not understood; read are density"),
+        (
+            {"models": [{"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]},
+            r"a: weight is \[{'filter': 'mlp', 'value': 1}\]; one number for all",
+        ),
+        ({"models": [{"model": "a", "parameters": [1]}]}, r"a: parameters is \[1\]; a mapping is understood, as in"),
+        ({"parameters": "weight"}, "parameters is 'weight'; a mapping is understood"),
+        ({"parameters": {"normalize": 2}}, "normalize is 2; true or false is understood"),
+        ({"models": []}, "models should be a list of entries with a model each, a path or a name as text"),
+        ({"models": None}, "models should be a list"),
+        ({"models": {"model": "a"}}, "models should be a list"),
+        ({"models": [{"model": {"model": "a", "lora": "b"}}]}, "models should be a list .*, a path or a name as text"),
+        ({"models": [{"model": ""}]}, "models should be a list"),
+        (
+            {"models": [{"model": "base/", **weighted(1)}]},
+            "lists the base_model alone; task_arithmetic needs a model that",
+        ),
+        ({"base_model": {"model": "base"}}, "base_model is {'model': 'base'}; a text is understood"),
+        ({"base_model": 3}, "base_model is 3; a text is understood"),
+        ({"tokenizer_source": {"model": "a"}}, "tokenizer_source is {'model': 'a'}; a text is understood"),
+        ({"dtype": 16}, "dtype is 16; a text is understood"),
+        ({"out_dtype": False}, "out_dtype is False; a text is understood"),
+        ({"dtype": "float64"}, "dtype 'float64' is not understood; read are float32"),
+        ({"chat_template": "auto"}, "chat_template is not understood"),
+        ({"tokenizer": {"source": "union"}}, "tokenizer is not understood"),
+        ({"modules": {}}, "modules is not understood"),
+        ({"models": [{"model": "a", **weighted(math.nan)}]}, "a: weight is nan; it must be a finite number"),
+        ({"parameters": {"lambda": math.inf}}, "lambda is inf; it must be a finite number"),
+        (
+            {"models": [{"model": "a", **weighted(1e308)}, {"model": "b", **weighted(1e308)}]},
+            "the sum of the weights is inf; it must be a finite number",
+        ),
+        (
+            {
+                "merge_method": "linear",
+                "base_model": None,
+                "models": [
+                    {"model": "a", **weighted(0.1)},
+                    {"model": "b", **weighted(0.2)},
+                    {"model": "c", **weighted(-0.3)},
+                ],
+            },
+            "linear add up to 5.55.*e-17, so they cannot be divided by their sum; choose weights whose sum is not 0",
+        ),
+        ({"merge_method": "dare_linear", "parameters": {"density": 0}}, "density is 0, which leaves no change"),
         ({"merge_method": 3}, "is no recipe of mergekit: it names no merge_method"),
         (
             {"merge_method": "ties", "models": [{"model": "a", **weighted(1)}, {"model": "b", **weighted(2)}]},
@@ -201,7 +252,7 @@ def test_dare_and_breadcrumbs_are_this_project_s(models, tmp_path):
         ),
         (
             {"merge_method": "linear", "base_model": None, "models": [{"model": "a", **weighted(0)}]},
-            "the weights of linear add up to 0, so they cannot be divided by their sum; give a model a weight",
+            "the weights of linear add up to 0, so they cannot be divided by their sum; choose weights whose sum",
         ),
         (
             {"merge_method": "linear", "base_model": None, "parameters": {"normalize": False}},
@@ -241,3 +292,54 @@ def test_a_base_that_is_one_of_the_mixed_models_is_no_mistake(models, tmp_path, 
 def test_models_are_local_or_of_the_hub(tmp_path):
     assert place("org/name") == "hf://org/name" and place("./org/name") == "./org/name"
     assert place(str(tmp_path)) == str(tmp_path) and place("hf://a/b@main") == "hf://a/b@main"
+
+
+def config_for(tmp_path, **recipe):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return config_of(tmp_path / "recipe.yaml", "nlg", Run(name="x"))
+
+
+@pytest.mark.parametrize("base", ["base/", "./base", "x/../base"])
+def test_a_base_is_the_listed_one_however_its_path_is_spelled(tmp_path, base):
+    models = [{"model": "base", **weighted(2)}, {"model": "a/", **weighted(1)}, {"model": "b", **weighted(1)}]
+    linear = config_for(tmp_path, merge_method="linear", base_model=base, models=models)
+    assert linear.start.hyper == {"ta": {"scale": [0.5, 0.25, 0.25]}} and linear.tasks == ["base", "a", "b"]
+    added = config_for(tmp_path, merge_method="task_arithmetic", base_model=base, models=models)
+    assert added.start.hyper == {"ta": {"scale": [1.0, 1.0]}} and added.model.experts == {"a": "a", "b": "b"}
+
+
+def test_parameters_that_mergekit_passes_over_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    models = [{"model": "base", **weighted(2)}, {"model": "a", **weighted(1, density=0.5)}]
+    said = {"lambda": 0.5, "t": 0.5, "int8_mask": True}
+    config = config_for(tmp_path, merge_method="task_arithmetic", base_model="base", models=models, parameters=said)
+    assert config.start.hyper == {"ta": {"scale": [0.5]}}
+    file = tmp_path / "recipe.yaml"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {file}: task_arithmetic does not use t, here as in mergekit",
+        f"warning: {file}: base: task_arithmetic does not use weight of its base_model, here as in mergekit",
+        f"warning: {file}: a: task_arithmetic does not use density, here as in mergekit",
+    ]
+
+
+def test_a_density_above_one_is_all_and_a_weight_may_have_an_exponent(tmp_path):
+    models = [{"model": name, **weighted(0.5, density=2)} for name in ("a", "b")]
+    config = config_for(tmp_path, merge_method="dare_linear", base_model="base", models=models)
+    assert config.start.hyper == {"dare_ta": {"drop": 0.0, "scale": [0.5, 0.5]}}
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a, parameters: {weight: 5e-1}}]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert config_of(tmp_path / "recipe.yaml", "nlg", Run(name="x")).start.hyper == {"ta": {"scale": [0.5]}}
+
+
+def test_weights_that_cancel_to_rounding_are_not_divided_by(tmp_path):
+    """mergekit divides by 1 where the weights of differences add up to less than 1e-8."""
+    models = [{"model": name, **weighted(w)} for name, w in {"a": 0.1, "b": 0.2, "c": -0.3}.items()]
+    said = {"normalize": True}
+    config = config_for(tmp_path, merge_method="task_arithmetic", base_model="base", models=models, parameters=said)
+    assert config.start.hyper == {"ta": {"scale": [0.1, 0.2, -0.3]}}
+
+
+def test_every_expert_has_a_name_of_its_own():
+    assert task_names(["/x/a", "/y/b", "hf://o/c"]) == ["a", "b", "c"]
+    assert task_names(["/x/a", "/y/a", "hf://o/a"]) == ["x-a", "y-a", "hf-o-a"]
+    assert task_names(["/x/a", "/y/a", "/z/x-a"]) == ["x-a-1", "y-a-2", "x-a-3"]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from common import start
 from common.config import ROOT
+from common.core.annotations import is_of
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, subtract
 from common.io.checkpoints import Checkpoint
-from common.merging.registry import METHODS, STEPS, Method, hyperparameters, method_table
-from common.merging.starts import check_hyper, merge, survey
+from common.merging.registry import METHODS, STEPS, Method, every_row, hyperparameters, method_table
+from common.merging.starts import check_hyper, check_hyper_of, merge, survey
 from common.merging.tensorwise import each_tensor, total
 from common.pipeline import merge_alone
 from common.planning.dry_run import describe
@@ -539,6 +541,7 @@ def test_names_and_types_are_refused_before_anything_is_loaded(method, hyper, se
         ("layer_swap", {}, "layer_swap: it merges two models, there are 3 tasks"),
         ("average", {"metrics": [0.5, 0.5]}, r"average: metrics has a number above 0 for each of the 3 tasks, not \[0"),
         ("average", {"metrics": [1, 1, 0]}, "average: metrics has a number above 0"),
+        ("average", {"power": -1}, "average: power -1 is of metrics, and there are none; leave it out, or give"),
         ("rws", {"clean": 3}, "rws: clean is the place of a task, 0 to 2, not 3"),
         ("rws", {"keep": -1}, "rws: keep must be at least 0, it is -1"),
         ("sce", {"select": 0}, r"sce: select must lie in \(0, 1\], it is 0"),
@@ -564,6 +567,17 @@ def test_names_and_types_are_refused_before_anything_is_loaded(method, hyper, se
 def test_values_are_refused_once_the_number_of_tasks_is_known(method, hyper, sentence):
     with pytest.raises(InputError, match=sentence):
         check_hyper(method, hyper, tasks=3)
+
+
+@pytest.mark.parametrize("part", every_row())
+def test_no_hyperparameter_of_any_method_is_infinite_or_no_number(part):
+    """Each that takes a number, and each that takes a list of them, by itself; the huge integer is none of floats."""
+    for name, parameter in hyperparameters(part).items():
+        for number, said in {math.nan: "is nan; it", math.inf: "is inf; it", 10**400: "is larger than any"}.items():
+            for value, place in ((number, ""), ([0.5, number], "[1]")):
+                if is_of(value, parameter.annotation):
+                    with pytest.raises(InputError, match=re.escape(f"{part}: {name}{place} {said}")):
+                        check_hyper_of(part, {name: value}, tasks=2)
 
 
 def test_merge_refuses_no_task_other_tensors_and_values_not_finite():

@@ -47,6 +47,14 @@ def test_average_can_weigh_by_a_power_of_metrics():
         assert_close(ours[name], np.tensordot([16 / 21, 4 / 21, 1 / 21], stack64(deltas, name), axes=1))
 
 
+@pytest.mark.parametrize(("power", "best"), [(4000.0, 2), (-4000.0, 0)])
+def test_a_power_that_no_float_holds_leaves_the_best_expert_alone(power, best):
+    base, deltas = task_vectors(3)
+    ours = merge("average", base, deltas, {"metrics": [0.5, 1.0, 2.0], "power": power})
+    for name in SHAPES:
+        assert_close(ours[name], stack64(deltas, name)[best])
+
+
 def sce_by_loop(taus, select, masked):
     flat = taus.reshape(len(taus), -1)
     v = flat.var(axis=0)

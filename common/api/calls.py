@@ -20,6 +20,7 @@ from common.api.modules import (
     like_base,
     model_section,
     named_as_given,
+    require_experts,
     require_model,
 )
 from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
@@ -140,6 +141,7 @@ def prepared(
 ) -> Iterator[Prepared]:
     """The config that the arguments make, its modules on disk meanwhile, its run in `folder` or a temporary one."""
     require_model(base, "base")
+    require_experts(experts)
     name = domain or domain_of(base)
     if name not in FOLDERS:
         raise InputError(f"unknown domain {name!r}; choose from {', '.join(FOLDERS)}")

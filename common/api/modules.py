@@ -40,15 +40,11 @@ OWN = ("base", "expert", "experts", "root")  # fields of the section model that 
 def model_section(base: ModelLike, experts: Mapping[str, ModelLike], options: Model, folder: Path) -> Model:
     """The section `model` of a config, with every module written to a folder of its own below `folder`.
 
-    Raises: InputError on something that is neither a model nor a place, or on an option that is an argument here.
+    Raises: InputError on an option that is an argument here.
     """
     for name in OWN:
         if getattr(options, name) != getattr(Model(), name):
             raise InputError(f"model.{name} is set, but base and experts are arguments of the function")
-    if not isinstance(experts, Mapping):
-        raise InputError(f"experts is a {type(experts).__name__}; {{task: module or path}} is needed")
-    for task, expert in experts.items():
-        require_model(expert, f"experts[{task!r}]")
     if isinstance(base, OF_OPEN_CLIP) and not options.arch:
         raise InputError(
             "base: a model of open_clip does not say its architecture; model=Model(arch=...) names it, as in "
@@ -96,9 +92,8 @@ def named_as_given(base: ModelLike, experts: Mapping[str, ModelLike], folder: Pa
     try:
         yield
     except InputError as error:
-        models = dict(experts) if isinstance(experts, Mapping) else {}
         given = [
-            (f"experts[{task!r}]", each, place_of(folder, i, task)) for i, (task, each) in enumerate(models.items())
+            (f"experts[{task!r}]", each, place_of(folder, i, task)) for i, (task, each) in enumerate(experts.items())
         ]
         said = str(error)
         for name, model, place in (*given, ("base", base, folder / "base")):
@@ -110,6 +105,20 @@ def named_as_given(base: ModelLike, experts: Mapping[str, ModelLike], folder: Pa
 def place_of(folder: Path, number: int, task: str) -> Path:
     """Where the expert of a task is saved below a folder."""
     return folder / str(number) / (for_task("{slug}", task) or "expert")
+
+
+def require_experts(experts: object) -> None:
+    """InputError unless there is an expert, each has the name of its task, and is a model or a place."""
+    if not isinstance(experts, Mapping):
+        raise InputError(f"experts is a {type(experts).__name__}; {{task: module or path}} is needed")
+    if not experts:
+        raise InputError("experts is empty; {task: module or path} of at least one task is needed")
+    for task, expert in experts.items():
+        if not isinstance(task, str) or not task:
+            raise InputError(
+                f"experts has the task {task!r}; a text is needed that names it, as in {str(task) or 'math'!r}"
+            )
+        require_model(expert, f"experts[{task!r}]")
 
 
 def require_model(model: object, what: str) -> None:

@@ -1,7 +1,10 @@
 """Whether a value read from YAML fits the annotation of what it is for, and what that asks for in plain words."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
+
+from common.core.errors import InputError
 
 WORDS = {
     "int": "a whole number",
@@ -37,3 +40,18 @@ def kind_in_words(kind: Any) -> str:
     if get_args(kind):
         return " or ".join(map(kind_in_words, get_args(kind)))
     return WORDS.get(kind.__name__, str(kind))
+
+
+def require_finite(value: object, where: str = "") -> None:
+    """InputError, with its address, on the first number in a value, however deep in lists and mappings, that is NaN or
+    infinite: no comparison holds of NaN, so that a check of a range may let it pass. `where` is the value's address."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            require_finite(each, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for place, each in enumerate(value):
+            require_finite(each, f"{where}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; it must be a finite number")
+    elif isinstance(value, int) and value.bit_length() > 1023:
+        raise InputError(f"{where} is larger than any float; a number below 1e308 is needed")

@@ -3,16 +3,15 @@
 from functools import cache
 from typing import Any
 
-import yaml
-
 from common.config import ROOT
 from common.core.errors import InputError
+from common.io.yaml_files import read_yaml_file
 
 
 @cache
 def paper_tables() -> dict[str, Any]:
     """{name: table}, read once."""
-    return yaml.safe_load((ROOT / "configs" / "paper_results.yaml").read_text(encoding="utf-8"))
+    return read_yaml_file(ROOT / "configs" / "paper_results.yaml")
 
 
 def paper_table(name: str) -> dict[str, Any] | None:

@@ -18,11 +18,15 @@ from common.merging.tensorwise import each_tensor, scaled_total, weighted
 def average(
     base: Params, deltas: Sequence[Params], *, metrics: Sequence[float] | None = None, power: float = 1.0
 ) -> Params:
-    """The mean task vector, for tensors of any shape; InputError unless there is one metric above 0 for each task."""
+    """The mean task vector, for tensors of any shape; InputError unless there is one metric above 0 for each task,
+    and on a power of no metrics."""
+    if metrics is None and power != 1:
+        raise InputError(f"average: power {power} is of metrics, and there are none; leave it out, or give metrics")
     if metrics is None:
         return each_tensor(lambda taus: weighted(taus, None), base, deltas)
     if len(metrics) != len(deltas) or min(metrics) <= 0:
         raise InputError(f"average: metrics has a number above 0 for each of the {len(deltas)} tasks, not {metrics}")
-    powers = [(metric / max(metrics)) ** power for metric in metrics]
+    largest = max(metrics) if power > 0 else min(metrics)  # in its power, which is then 1, so that none overflows
+    powers = [(metric / largest) ** power for metric in metrics]
     scales = [each / sum(powers) for each in powers]
     return each_tensor(lambda taus: scaled_total(scales, taus), base, deltas)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.core.annotations import is_of, kind_in_words
+from common.core.annotations import is_of, kind_in_words, require_finite
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, made_anew, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION, CalibrationTask
@@ -185,7 +185,7 @@ def check_hyper(start: str, hyper: Hyper, tasks: int | None = None) -> None:
 
 
 def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
-    """`check_hyper` of one key of `METHODS` or `STEPS`."""
+    """`check_hyper` of one key of `METHODS` or `STEPS`; no hyperparameter of any can be infinite."""
     accepted = hyperparameters(part)
     for name, value in hyper.items():
         if name not in accepted:
@@ -193,6 +193,7 @@ def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
         kind = accepted[name].annotation
         if not is_of(value, kind):
             raise InputError(f"{part}: {name} must be {kind_in_words(kind)}, it is {value!r}")
+        require_finite(value, f"{part}: {name}")
     if tasks is None:
         return
     if tasks < 1:

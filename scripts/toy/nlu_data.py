@@ -15,15 +15,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
-import yaml
 
 from common.io.examples import cut_order
+from common.io.yaml_files import read_yaml_file
 
 Passage = list[str]  # the words of a paragraph
 Generator = np.random.RandomState  # its streams are frozen, those of numpy's newer generators are not
 
 NAMES = ["topic", "acceptability", "consecutive", "paraphrase", "similarity", "contains", "blank"]
-ROWS = yaml.safe_load((Path(__file__).parents[2] / "NLU" / "tasks.yaml").read_text())
+ROWS = read_yaml_file(Path(__file__).parents[2] / "NLU" / "tasks.yaml")
 TASKS = {name: ROWS[name] for name in NAMES}  # columns, number of labels and metric, as the pipeline reads them
 SPLITS = {"train": 16000, "validation": 600}
 CUT = "validation_cut"  # the tenth of the training set on which coefficients are chosen

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits, load_sample_images
+
+from common.io.yaml_files import read_yaml_file
 
 from .vision_drawing import SIZE, X, Y, character, outline, paint, smooth_noise, two_colours
 
 NAMES = ("digits", "photos", "letters", "shapes", "textures", "housenumbers", "counts", "directions")
-ROWS = yaml.safe_load((Path(__file__).parents[2] / "Vision" / "tasks.yaml").read_text())
+ROWS = read_yaml_file(Path(__file__).parents[2] / "Vision" / "tasks.yaml")
 TASKS = {name: ROWS[name] for name in NAMES}  # class names and templates, as the pipeline reads them
 SPLITS = {"train": 4000, "test": 800}
 DIGITS = {"world": slice(600), "train": slice(600, 1197), "test": slice(1197, None)}  # of the 1797 handwritten ones
