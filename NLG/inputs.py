@@ -15,7 +15,7 @@ from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
 from common.io.model_files import GENERATION_FILE, folder_of
-from common.io.skeleton import stored_shapes
+from common.io.skeleton import computing, stored_shapes
 from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
 
@@ -44,7 +44,7 @@ def check_inputs(config: Config) -> None:
     """
     base, path = base_config(config.model), config.model.path("base")
     others = other_models(config)
-    compare_models(path, base, others)
+    compare_models(path, base, others, computing(skeleton(config.model)))
     for other in others.values():
         if not is_adapter(other):
             check_head(config.model, base, other)

@@ -61,6 +61,18 @@ def test_an_expert_of_another_function_is_refused_before_any_weight(own, monkeyp
     assert not config.run.dir.exists()
 
 
+def test_positions_that_are_counted_from_another_padding_are_refused(own, monkeypatch):
+    root, config = own
+    fields = {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 24, "pad_token_id": 1}
+    kind = AutoConfig.for_model("xglm", vocab_size=VOCABULARY, max_position_embeddings=32, **fields)
+    for name in MODELS:
+        save(AutoModelForCausalLM.from_config(kind), pico_tokenizer(), root / name)
+    edit_config(root / "code", pad_token_id=3)
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(InputError, match=r"code/config.json: pad_token_id is 3, the base's is 1"):
+        merge_alone(change(config, "model", family="auto"), nlg)
+
+
 def test_a_config_of_transformers_4_stays_one(own):
     root, config = own
     old = {"torch_dtype": "float32", "rope_theta": 5e5, "rope_scaling": None}
