@@ -112,10 +112,11 @@ def check_ends(model: Model, others: dict[str, Path]) -> None:
     ours = ends_of(model.path("base"))
     for task, path in others.items():
         theirs = ends_of(path)
-        if ours is not None and theirs is not None and as_set(theirs) != as_set(ours):
+        if theirs is not None and as_set(theirs) != as_set(ours):
             after = f"in its folder {task} as {task}" if task in model.tokenizers else "nowhere as this"
+            said = f"the base with {ours}" if ours is not None else "the base's files name none"
             warn(
-                f"{task} ends its answers with eos_token_id {theirs}, the base with {ours}: the merged model ends as "
+                f"{task} ends its answers with eos_token_id {theirs}, {said}: the merged model ends as "
                 f"the base, {after}; model.tokenizers says for which tasks there is such a folder"
             )
 

@@ -22,6 +22,7 @@ from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
+from NLG.inputs import check_ends
 from NLU import domain as nlu
 from pico_nlg import EMBEDDING, HEAD, VOCABULARY, pico_model, pico_tokenizer, save
 from Vision import domain as vision
@@ -131,6 +132,13 @@ def test_what_surrounds_an_expert_comes_with_its_tokenizer(own, capsys):
     assert json.loads((folder / "config.json").read_text()) == base
     assert json.loads((folder / "code" / "config.json").read_text()) == base | {"eos_token_id": 5, "pad_token_id": 3}
     assert "code ends its answers with eos_token_id [1, 5], the base with 1" in capsys.readouterr().err
+    for name in ("base", "math"):
+        (root / name / "generation_config.json").unlink(missing_ok=True)
+        edit_config(root / name, eos_token_id=None)
+    check_ends(config.model, {name: root / name for name in ("math", "code")})
+    said = capsys.readouterr().err
+    assert "code ends its answers with eos_token_id [1, 5], the base's files name none: the merged" in said
+    assert "math" not in said
 
 
 def said_of(own_config, capsys):
