@@ -191,6 +191,19 @@ def test_an_expert_that_reads_text_otherwise_is_named(own, capsys):
     assert err.count("the base's, ") == 1
 
 
+def test_a_classic_expert_that_reads_text_otherwise_is_named(own, capsys):
+    root, config = own
+    for name in MODELS:
+        (root / name / "tokenizer.json").rename(root / name / "vocab.txt")
+        (root / name / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": name != "math"}))
+        (root / name / "vocab.txt").write_text("\n".join(map(str, range(VOCABULARY))))
+    (root / "code" / "tokenizer_config.json").write_text("{}")
+    _, err = said_of(config, capsys)
+    files = [root / name / "tokenizer_config.json" for name in ("math", "base")]
+    assert f"the do_lower_case in {files[0]} is not the base's, {files[1]}: the merged model" in err
+    assert err.count("the base's, ") == 1 and "matched by number" not in err
+
+
 def test_all_that_lies_beside_the_base_is_copied(own):
     """But weights, code, what is large, what is of another model, and what the merge writes by itself."""
     root, config = own
