@@ -23,6 +23,7 @@ from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import computing, counts_from_padding, layers_of, stored_shapes, token_axes, turned_weights
+from common.io.task_heads import refuse_copies
 from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
@@ -58,6 +59,9 @@ def check_inputs(config: Config) -> None:
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
     else:
+        known = stored_shapes(root)
+        for path in (model.path("base"), *other_models(config).values()):
+            refuse_copies(path, names_within(root, known), known, layers_of(root))
         warn_of_word_heads(config)
 
 
