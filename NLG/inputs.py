@@ -15,7 +15,7 @@ from common.io.checkpoints import plain_names
 from common.io.lineage import compare_models
 from common.io.model_config import ModelConfig, config_file, parse, read_config, require_family, resolve
 from common.io.model_files import GENERATION_FILE, folder_of
-from common.io.skeleton import stored_shapes
+from common.io.skeleton import computing, stored_shapes
 from common.io.tokenizer_rules import warn_of_reading, warn_of_templates
 from NLG.decoders import body, config_text, reading, skeleton
 
@@ -44,7 +44,7 @@ def check_inputs(config: Config) -> None:
     """
     base, path = base_config(config.model), config.model.path("base")
     others = other_models(config)
-    compare_models(path, base, others)
+    compare_models(path, base, others, computing(skeleton(config.model)))
     for other in others.values():
         if not is_adapter(other):
             check_head(config.model, base, other)
@@ -112,10 +112,11 @@ def check_ends(model: Model, others: dict[str, Path]) -> None:
     ours = ends_of(model.path("base"))
     for task, path in others.items():
         theirs = ends_of(path)
-        if ours is not None and theirs is not None and as_set(theirs) != as_set(ours):
+        if theirs is not None and as_set(theirs) != as_set(ours):
             after = f"in its folder {task} as {task}" if task in model.tokenizers else "nowhere as this"
+            said = f"the base with {ours}" if ours is not None else "the base's files name none"
             warn(
-                f"{task} ends its answers with eos_token_id {theirs}, the base with {ours}: the merged model ends as "
+                f"{task} ends its answers with eos_token_id {theirs}, {said}: the merged model ends as "
                 f"the base, {after}; model.tokenizers says for which tasks there is such a folder"
             )
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -23,7 +22,8 @@ from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
-from common.io.skeleton import layers_of, stored_shapes, token_axes, turned_weights
+from common.io.skeleton import computing, counts_from_padding, layers_of, stored_shapes, token_axes, turned_weights
+from common.io.task_heads import refuse_copies
 from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
 
@@ -59,6 +59,9 @@ def check_inputs(config: Config) -> None:
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
     else:
+        known = stored_shapes(root)
+        for path in (model.path("base"), *other_models(config).values()):
+            refuse_copies(path, names_within(root, known), known, layers_of(root))
         warn_of_word_heads(config)
 
 
@@ -73,19 +76,11 @@ def warn_of_word_heads(config: Config) -> None:
         )
 
 
-def computing(root: nn.Module) -> frozenset[str]:
-    """Fields that count for this encoder though they do not for others: RoBERTa numbers its positions from that of the
-    padding token on."""
-    embeddings = getattr(root, "embeddings", None)
-    from_padding = any(name.startswith("create_position_ids") for name in dir(embeddings))
-    return frozenset({"pad_token_id"} if from_padding else ())
-
-
 def positions_of(root: PreTrainedModel) -> int | float:
     """How many tokens an encoder has positions for: those behind that of the padding token where it numbers them from
     there. Infinity where its config names no number."""
     positions = getattr(root.config, "max_position_embeddings", None) or math.inf
-    return positions - root.config.pad_token_id - 1 if computing(root) else positions
+    return positions - root.config.pad_token_id - 1 if counts_from_padding(root) else positions
 
 
 @cached_by_files

@@ -66,7 +66,7 @@ def resolve(fields: Mapping[str, Any], file: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is no config of open_clip, JSON with model_cfg and its towers ({error!r})") from error
     del preprocess["size"]  # open_clip takes the tower's image_size instead
-    return {n: value for n, value in flat(model | towers | {"preprocess_cfg": preprocess}) if not is_off(value)}
+    return {n: value for n, value in flat(model | towers | {"preprocess_cfg": preprocess}) if not is_off(n, value)}
 
 
 def preprocess_of(model: Model) -> dict[str, Any]:

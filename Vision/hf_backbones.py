@@ -19,7 +19,8 @@ from common.io.cached import cached_by_files
 from common.io.lineage import compare_models
 from common.io.model_config import known_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
-from common.io.skeleton import first_input, layers_of, renamed_pieces, stored_parts
+from common.io.skeleton import first_input, layers_of, renamed_pieces, stored_parts, stored_path
+from common.io.task_heads import refuse_copies
 from Vision.hf_files import CLASSIFIERS, own_config, prepared_size, preprocessing, processor_folder
 
 POOLER = "pooler."
@@ -48,7 +49,10 @@ def check_inputs(config: Config) -> None:
     file, fields = own_config(base, CLASSIFIERS)
     require_family(fields, str(file), model.family)
     compare_models(base, resolve(fields, str(file)), other_models(config))
+    root = skeleton(model)
+    names, known, blocks = names_within(root), stored_parts(root), stored_path(root, layers_of(root))
     for path in (base, *other_models(config).values()):
+        refuse_copies(path, names, known, blocks)
         folder = processor_folder(path)
         if folder:
             tokens_of(model, folder)

@@ -1,6 +1,6 @@
 """What lies beside the weights of vision models of transformers: their configs, and how they prepare an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,23 +84,39 @@ def prepared_size(pixels: Pixels) -> tuple[int, int]:
     return tuple(pixels([{"image": BLANK}])["pixel_values"].shape[-2:])
 
 
-def require_same_preprocessing(path: Path, *bases: Path) -> None:
-    """InputError if the files beside a model prepare an image otherwise than those beside the first of the paths that
-    has any, which are the base's. A model without such files goes with the base's."""
-    own, base = processor_folder(path), processor_folder(*bases)
-    if not own or not base or contents(own, PROCESSORS) == contents(base, PROCESSORS):
-        return
-    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (own, base))
+def require_same_preprocessing(bases: Sequence[Path], others: Iterable[Path]) -> None:
+    """InputError if the files beside a model prepare an image otherwise than those beside the first of `bases` that has
+    any, or beside the first of the models where the base says nothing. A model without such files goes with these."""
+    folders = {path: folder for path in others if (folder := processor_folder(path))}
+    base = processor_folder(*bases)
+    first = base or next(iter(folders.values()), None)
+    for path, folder in folders.items():
+        said = unlike_preparation(folder, first) if first else ""
+        if said and base:
+            raise InputError(
+                f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter "
+                "says, for which these weights are not made; merge models of one base, or correct the file that is "
+                "wrong"
+            )
+        if said:
+            raise InputError(
+                f"{path} prepares an image otherwise than {first} ({said}), and no {PROCESSORS[0]} beside the base "
+                "says how it is done: one merged model sees images in one way; merge models that see them alike, or "
+                "correct the file that is wrong"
+            )
+
+
+def unlike_preparation(own: Path, other: Path) -> str:
+    """In what the files of a folder prepare an image otherwise than those of another; "" if they do not."""
+    if own == other or contents(own, PROCESSORS) == contents(other, PROCESSORS):
+        return ""
+    theirs, ours = (preprocessing(folder)([{"image": PROBE}]) for folder in (own, other))
     shapes = [{name: tuple(x.shape) for name, x in made.items()} for made in (theirs, ours)]
     if shapes[0] == shapes[1] and all(((x - ours[name]).abs() <= LEVEL).all() for name, x in theirs.items()):
-        return
-    fields, others = (processor_fields(folder) for folder in (own, base))
+        return ""
+    fields, others = (processor_fields(folder) for folder in (own, other))
     unlike = [key for key in {**fields, **others} if fields.get(key) != others.get(key)]
-    said = "; ".join(in_short(f"{key} is {fields.get(key)!r}, the base's is {others.get(key)!r}" for key in unlike))
-    raise InputError(
-        f"{path} prepares an image otherwise than {base} ({said}): the merged model sees images as the latter says, "
-        "for which these weights are not made; merge models of one base, or correct the file that is wrong"
-    )
+    return "; ".join(in_short(f"{key} is {fields.get(key)!r}, there {others.get(key)!r}" for key in unlike))
 
 
 def processor_fields(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from Vision.hf_files import preprocessing as preprocessing_of
 from Vision.layouts import facts_of_config, facts_of_module, in_transformers, pieces_in_transformers, require_same_facts
 from Vision.open_clip_models import skeleton as open_clip_skeleton
 from Vision.tasks import Headed
-from Vision.unmerged import warn_of_unmerged
+from Vision.unmerged import same_rounded, warn_of_unmerged
 from Vision.zero_shot import Classifier, head_of, refuse_heads
 
 IMAGE_TOWER = "vision_model."
@@ -78,7 +78,8 @@ def check_inputs(config: Config) -> None:
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
         if not is_adapter(other):
             check_projection(config.model, other)
-            require_same_preprocessing(other, *processors(config.model))
+    whole = [other for other in other_models(config).values() if not is_adapter(other)]
+    require_same_preprocessing(processors(config.model), whole)
     warn_of_unmerged(config.model, family(config.model), skeleton(config.model).state_dict(), other_models(config))
 
 
@@ -96,7 +97,7 @@ def check_projection(model: Model, other: Path) -> None:
     if PROJECTION not in theirs.shapes or is_stand_in(other):
         return
     ours = text_checkpoint(model)
-    if not torch.equal(theirs.read([PROJECTION])[PROJECTION], ours.read([PROJECTION])[PROJECTION]):
+    if not same_rounded(theirs, ours, PROJECTION):
         raise InputError(
             f"{other}: {PROJECTION} is not that of {ours.path}; the image tower alone is merged, and would answer "
             "through the latter: take experts whose projection was frozen"

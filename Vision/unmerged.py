@@ -17,8 +17,9 @@ from common.io.headers import StoredTensor
 from common.io.hub import is_stand_in
 from common.io.lora import open_checkpoint
 from common.io.model_files import State, same_bytes, state_of
-from common.io.stored_types import FLOATS
+from common.io.stored_types import FLOATS, coarser
 from common.io.tensors import read_tensor
+from common.io.unstacked import stored_type
 
 TEXT = (  # how names of a text tower begin in a file of either library
     "text_model.", "text_projection", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
@@ -87,7 +88,7 @@ def first_unlike(
 
 @cache
 def equal(one: StoredTensor, other: StoredTensor, state: State) -> bool:
-    """Whether two stored tensors are the same numbers, those of the wider type rounded to the other.
+    """Whether two stored tensors are the same numbers, rounded to the coarser of their types.
 
     state: of their two files. A comparison of the same state is made once, for a run opens its models again and again.
     """
@@ -97,5 +98,12 @@ def equal(one: StoredTensor, other: StoredTensor, state: State) -> bool:
         return same_bytes(one, other)
     if one.dtype not in FLOATS or other.dtype not in FLOATS:
         return False
-    narrow = min(FLOATS[one.dtype], FLOATS[other.dtype], key=lambda dtype: dtype.itemsize)
-    return torch.equal(read_tensor(one).to(narrow), read_tensor(other).to(narrow))
+    dtype = coarser(one.dtype, other.dtype)
+    return torch.equal(read_tensor(one).to(dtype), read_tensor(other).to(dtype))
+
+
+def same_rounded(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the same numbers in two models, rounded to the coarser of its types: that of a model which
+    was saved in half precision was only rounded where it was frozen."""
+    dtype = coarser(*(stored_type(each, name) for each in (one, other)))
+    return torch.equal(*(each.read([name])[name].to(dtype) for each in (one, other)))

@@ -51,6 +51,10 @@ def test_shards_are_found_through_their_index(tmp_path):
         (lambda f: f.unlink(), "holds none of model.safetensors"),
         (lambda f: write_tensors(f, {"a.x": torch.tensor([1.0, torch.nan])}), "a.x holds NaN or Inf"),
         (lambda f: write_tensors(f, {"a.x": torch.tensor([torch.inf])}), "a.x holds NaN or Inf"),
+        (
+            lambda f: write_tensors(f, {"a.x": torch.tensor([1e300, -1e301], dtype=torch.float64)}),
+            r"the tensor a.x reaches 1e\+301, which float32 cannot hold",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_sentence(file, damage, message):

@@ -19,7 +19,7 @@ from common.io.examples import Sample
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import MERGE, describe
-from helpers import change, edit_config
+from helpers import change, edit_config, rewrite
 from pico_hf_classifiers import CLASSIFIERS, GATED, pico_classifier_config, write_pico_classifiers
 from pico_lora import write_adapter
 from pico_vision import PICO_TASKS
@@ -233,6 +233,14 @@ def test_a_head_that_the_type_of_the_base_cannot_hold_is_refused_first(vit):
     ):
         merge_alone(change(config, "run", name="large"), domain)
     assert not list(config.run.dir.with_name("large").rglob("*.safetensors"))
+
+
+def test_a_second_copy_of_the_layers_is_no_head(vit):
+    _, config = vit
+    file = config.model.path("expert", "SVHN") / "model.safetensors"
+    rewrite(file, lambda own: own | {f"ema.{name}": tensor + 1 for name, tensor in own.items()})
+    with pytest.raises(InputError, match=r"SVHN holds ema\.vit\.\S+ beside \S+: a second model, as a moving average"):
+        construct(config, domain)
 
 
 def test_images_that_the_backbone_cannot_see_are_refused(vit):

@@ -102,6 +102,24 @@ def test_a_projection_of_an_expert_s_own_is_refused(tmp_path, pico_inputs):
         construct(pico_hf_config(tmp_path, pico_inputs / "data"), domain)
 
 
+@pytest.mark.parametrize(("base", "expert"), [("float32", "float16"), ("float32", "bfloat16"), ("bfloat16", "float16"),
+                                              ("float16", "float32")])  # fmt: skip
+def test_a_frozen_projection_may_be_rounded(tmp_path, pico_inputs, base, expert):
+    """In the type that one of the models was saved in; what differs after that was trained."""
+    models = write_pico_hf(tmp_path, "clip", alone=False)
+    models["base"].to(getattr(torch, base)).save_pretrained(tmp_path / "base")
+    held = models["base"].visual_projection.weight.data.float()
+    for task, kind in (("SVHN", expert), ("MNIST", "float32")):
+        models[task].visual_projection.weight.data = held.clone()
+        models[task].to(getattr(torch, kind)).save_pretrained(tmp_path / task)
+    config = change(pico_hf_config(tmp_path, pico_inputs / "data"), "start", method="average")
+    domain.check_inputs(config)
+    models["SVHN"].visual_projection.weight.data *= 1 + 2**-6
+    models["SVHN"].save_pretrained(tmp_path / "SVHN")
+    with pytest.raises(InputError, match=r"SVHN: visual_projection.weight is not that of .*base; the image"):
+        domain.check_inputs(config)
+
+
 def test_a_tower_saved_with_its_projection_goes_with_the_whole_model(tmp_path, pico_inputs):
     """The width of the projection is said by the config of the whole model, or by that of the tower."""
     models = write_pico_hf(tmp_path, "clip", alone=False)
@@ -131,6 +149,35 @@ def test_another_function_of_equal_weights_is_refused(pico):
     edit_config(config.model.path("expert", "SVHN"), layer_norm_eps=0.1)
     with pytest.raises(InputError, match=r"SVHN/config.json: layer_norm_eps is 0.1, the base's is 1e-0"):
         construct(config, domain)
+
+
+@pytest.mark.parametrize("tokenizer", ["base", "SVHN"])
+def test_where_the_base_does_not_say_how_images_are_prepared_experts_do(tmp_path, pico_inputs, tokenizer, capsys):
+    """They must agree, in whatever spelling; the merged model gets what they say, also where it is lent a tokenizer."""
+    write_pico_hf(tmp_path, "clip")
+    config = change(pico_hf_config(tmp_path, pico_inputs / "data"), "run", score=False)
+    config = change(config, "start", method="average")
+    base, *experts = (tmp_path / name / "preprocessor_config.json" for name in ("base", *PICO_TASKS))
+    fields = json.loads(base.read_text())
+    base.unlink()
+    if tokenizer != "base":
+        for file in (tmp_path / "base").glob("tokenizer*"):
+            file.rename(tmp_path / tokenizer / file.name)
+    for file in experts:
+        file.write_text(json.dumps(fields | {"image_mean": [0, 0, 0]}))
+    experts[1].write_text(
+        json.dumps(fields | {"image_mean": [0.0, 0, 0], "image_processor_type": "CLIPImageProcessorFast"})
+    )
+    folder = merge_alone(config, domain)
+    assert AutoImageProcessor.from_pretrained(folder).image_mean == (0, 0, 0)
+    assert (folder / "tokenizer.json").is_file()
+    assert f"has the {base.name} of {', '.join(PICO_TASKS)}" in capsys.readouterr().err
+    experts[1].write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"image_mean is .*, there \[0, 0, 0\]\), and no prepr.* beside the base says"):
+        merge_alone(change(config, "run", name="other"), domain)
+    base.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"image_mean is \[0, 0, 0\], there .*: the merged model sees images as the l"):
+        merge_alone(change(config, "run", name="other"), domain)
 
 
 def test_a_model_type_that_is_not_served_is_named(pico):

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common.core import notices
 from common.core.errors import InputError, in_short
+from common.io.config_fields import computing_fields
 from common.io.lineage import compare_models
-from common.io.model_config import compare_configs, differences, edited, require_same_function, resolve
+from common.io.model_config import compare_configs, differences, edited, known_config, require_same_function, resolve
+from common.io.skeleton import computing
 from helpers import edit_config
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -41,6 +45,10 @@ def compared(one, two):
         (BERT, {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
         (BERT, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         (BERT, {"is_decoder": True}, "is_decoder"),
+        (LLAMA, {"is_causal": False}, "is_causal"),
+        (LLAMA, {"is_causal": None}, "is_causal"),
+        (LLAMA | {"is_causal": False}, {"is_causal": True}, "is_causal"),
+        ({"model_type": "gemma3", "text_config": {}}, {"text_config": {"is_causal": False}}, "text_config.is_causal"),
         (BERT, {"max_position_embeddings": 64}, "max_position_embeddings"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"max_position_embeddings": 64},
          "max_position_embeddings"),
@@ -62,8 +70,11 @@ def test_a_field_that_changes_the_function_counts(base, changes, field):
          {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
         (LLAMA, {"hidden_act": "silu"}, {"hidden_act": "swish"}),
         (LLAMA, {}, {"use_mrope": False, "_flash_attn_2_enabled": True}),
+        (LLAMA, {}, {"is_causal": True}),
+        (LLAMA, {"is_causal": False}, {"is_causal": False}),
         (QWEN, {"use_sliding_window": False}, {"use_sliding_window": False, "sliding_window": 4096}),
         (BERT, {}, {"position_embedding_type": "absolute", "type_vocab_size": 2}),
+        (BERT, {}, {"position_embedding_type": None}),
     ],
 )  # fmt: skip
 def test_two_spellings_of_one_function_are_no_difference(base, one, two):
@@ -124,11 +135,43 @@ def test_a_refusal_names_file_field_and_both_values_in_its_spelling():
         resolve({"model_type": "no such"}, "it")
 
 
+def test_a_decoder_that_sees_what_is_behind_is_named_with_both_values():
+    plain, free = resolve(LLAMA, "plain"), resolve(LLAMA | {"is_causal": False}, "free")
+    with pytest.raises(InputError, match=r"^free: is_causal is False, the base's is True \(plain\)"):
+        require_same_function(plain, free)
+    with pytest.raises(InputError, match=r"^plain: is_causal is True, the base's is False \(free\)"):
+        require_same_function(free, plain)
+    assert computing_fields(LLAMA | {"is_causal": False})["is_causal"] is False
+
+
 def test_padding_counts_where_positions_are_counted_from_it():
     base, other = (resolve(BERT | {"model_type": "roberta", "pad_token_id": n}, str(n)) for n in (1, 3))
     assert require_same_function(base, other) == {"pad_token_id"}
     with pytest.raises(InputError, match="3: pad_token_id is 3, the base's is 1"):
         require_same_function(base, other, frozenset({"pad_token_id"}))
+
+
+@pytest.mark.parametrize(
+    ("opener", "kind", "fields", "counts"),
+    [
+        (AutoModel, "roberta", {}, True),
+        (AutoModel, "bert", {}, False),
+        (AutoModel, "esm", {"position_embedding_type": "absolute", "mask_token_id": 2}, True),
+        (AutoModel, "esm", {"position_embedding_type": "rotary", "mask_token_id": 2}, False),
+        (AutoModelForSeq2SeqLM, "m2m_100", {}, True),
+        (AutoModelForSeq2SeqLM, "bart", {}, False),
+        (AutoModelForSeq2SeqLM, "pegasus", {}, False),
+        (AutoModelForCausalLM, "xglm", {"num_layers": 1}, True),
+        (AutoModelForCausalLM, "llama", {}, False),
+        (AutoModelForCausalLM, "gemma3n_text", {"num_kv_shared_layers": 0}, False),
+    ],
+)
+def test_which_models_number_positions_from_the_padding_token(opener, kind, fields, counts):
+    with torch.device("meta"):
+        root = opener.from_config(
+            known_config({"model_type": kind, "vocab_size": 40, "pad_token_id": 1} | fields, kind)
+        )
+    assert computing(root) == ({"pad_token_id"} if counts else set())
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from common.layout import RunLayout
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import change, edit_config
+from helpers import change, edit_config, rewrite
 from NLU import domain, scoring
 from NLU.encoders import encoder as blocks_of
 from pico_nlu import (
@@ -265,6 +265,16 @@ def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
     stored = load_file(expert / "model.safetensors")
     heads = [n for n in stored if n.startswith(("classifier.", "bert.pooler."))]
     assert len(heads) == 4 and all(torch.equal(own[n], stored[n]) for n in heads)
+
+
+@pytest.mark.parametrize("place", ["base", "CoLA"])
+@pytest.mark.parametrize("prefix", ["ema.", "model_ema.module."])
+def test_a_second_copy_of_the_layers_is_no_head(own_nlu, place, prefix):
+    folder = own_nlu.model.path("base") if place == "base" else own_nlu.model.path("expert", place)
+    rewrite(folder / "model.safetensors", lambda own: own | {f"{prefix}{n}": t + 1 for n, t in own.items()})
+    name = r"roberta\.encoder\.layer\.\d.*"
+    with pytest.raises(InputError, match=rf"holds {prefix}{name} beside encoder\.layer\.\d.*: a second model"):
+        open_experiment(own_nlu, domain)
 
 
 def test_checkpoints_of_another_kind_are_refused(own_nlu):

@@ -134,6 +134,27 @@ def test_other_prompts_are_said_and_the_base_s_are_kept(config, capsys):
     assert SentenceTransformer(str(folder), device="cpu").prompts["query"] == ""
 
 
+def test_settings_that_the_base_lacks_are_said(root, capsys):
+    """Of what releases have added or say elsewhere, as the greatest length, one side alone says nothing."""
+    for file in (root / "base").glob("*sentence_*"):
+        file.unlink()
+    settings = {"max_seq_length": 8, "do_lower_case": True, "modality_config": {}}
+    (root / "a" / "sentence_bert_config.json").write_text(json.dumps(settings))
+    prompts = {"prompts": {"query": "x: "}, "default_prompt_name": "query", "similarity_fn_name": "cosine"}
+    (root / "a" / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    for name in ("b", "asks"):
+        (root / name / "sentence_bert_config.json").write_text('{"do_lower_case": false}')
+    empty = {"prompts": {"query": "", "document": ""}, "default_prompt_name": None}
+    (root / "b" / "config_sentence_transformers.json").write_text(json.dumps(empty))
+    said = "default_prompt_name (a), do_lower_case (a), prompts (a)"
+    compare_modules(root / "base", {"a": root / "a", "b": root / "b"})
+    assert capsys.readouterr().err.strip().endswith(f"and the base's are kept: {said}")
+    compare_modules(root / "plain", {"b": root / "b", "a": root / "a"})
+    assert capsys.readouterr().err.strip().endswith(f"those of {root / 'b'}, which a merged model gets: {said}")
+    compare_modules(root / "plain", {"b": root / "b"})
+    assert "settings" not in capsys.readouterr().err
+
+
 def test_files_of_an_earlier_release_say_the_same(root):
     """sentence-transformers 2 had a switch for each way of pooling, and its classes elsewhere."""
     modules_of_a = json.loads((root / "a" / MODULES_FILE).read_text())

@@ -23,6 +23,7 @@ from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
 from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
+from NLG.inputs import check_ends
 from NLU import domain as nlu
 from pico_nlg import EMBEDDING, HEAD, VOCABULARY, pico_model, pico_tokenizer, save
 from Vision import domain as vision
@@ -60,6 +61,18 @@ def test_an_expert_of_another_function_is_refused_before_any_weight(own, monkeyp
     with pytest.raises(InputError, match=r"code/config.json: num_attention_heads is 1, the base's is 2"):
         merge_alone(config, nlg)
     assert not config.run.dir.exists()
+
+
+def test_positions_that_are_counted_from_another_padding_are_refused(own, monkeypatch):
+    root, config = own
+    fields = {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 24, "pad_token_id": 1}
+    kind = AutoConfig.for_model("xglm", vocab_size=VOCABULARY, max_position_embeddings=32, **fields)
+    for name in MODELS:
+        save(AutoModelForCausalLM.from_config(kind), pico_tokenizer(), root / name)
+    edit_config(root / "code", pad_token_id=3)
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(InputError, match=r"code/config.json: pad_token_id is 3, the base's is 1"):
+        merge_alone(change(config, "model", family="auto"), nlg)
 
 
 def test_a_config_of_transformers_4_stays_one(own):
@@ -120,6 +133,13 @@ def test_what_surrounds_an_expert_comes_with_its_tokenizer(own, capsys):
     assert json.loads((folder / "config.json").read_text()) == base
     assert json.loads((folder / "code" / "config.json").read_text()) == base | {"eos_token_id": 5, "pad_token_id": 3}
     assert "code ends its answers with eos_token_id [1, 5], the base with 1" in capsys.readouterr().err
+    for name in ("base", "math"):
+        (root / name / "generation_config.json").unlink(missing_ok=True)
+        edit_config(root / name, eos_token_id=None)
+    check_ends(config.model, {name: root / name for name in ("math", "code")})
+    said = capsys.readouterr().err
+    assert "code ends its answers with eos_token_id [1, 5], the base's files name none: the merged" in said
+    assert "math" not in said
 
 
 def said_of(own_config, capsys):
@@ -170,6 +190,19 @@ def test_an_expert_that_reads_text_otherwise_is_named(own, capsys):
     own = root / "base" / "tokenizer.json"
     assert f"the normalizer in {file} is not the base's, {own}: the merged model reads a text as the base does" in err
     assert err.count("the base's, ") == 1
+
+
+def test_a_classic_expert_that_reads_text_otherwise_is_named(own, capsys):
+    root, config = own
+    for name in MODELS:
+        (root / name / "tokenizer.json").rename(root / name / "vocab.txt")
+        (root / name / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": name != "math"}))
+        (root / name / "vocab.txt").write_text("\n".join(map(str, range(VOCABULARY))))
+    (root / "code" / "tokenizer_config.json").write_text("{}")
+    _, err = said_of(config, capsys)
+    files = [root / name / "tokenizer_config.json" for name in ("math", "base")]
+    assert f"the do_lower_case in {files[0]} is not the base's, {files[1]}: the merged model" in err
+    assert err.count("the base's, ") == 1 and "matched by number" not in err
 
 
 def test_all_that_lies_beside_the_base_is_copied(own):

@@ -87,7 +87,8 @@ def two_tokens(root: Path) -> None:
 @pytest.mark.parametrize("policy", ["pad"])
 def test_one_row_is_not_two_tokens(tmp_path, policy):
     two_tokens(tmp_path)
-    with pytest.raises(InputError, match=r"row 41 is the token '<think>' in .*math, '<tool>' is row 41 in .*code") as e:
+    said = r"row 41 is the token '<think>' in .*math, the token '<tool>' is row 41 in .*code"
+    with pytest.raises(InputError, match=said) as e:
         merge_alone(config_of(tmp_path, policy), domain)
     assert "model.vocabulary may be union" in str(e.value) and not (tmp_path / "runs").exists()
 
@@ -97,7 +98,8 @@ def test_one_token_is_not_two_rows(tmp_path):
     write(tmp_path, "base", with_tokens(), VOCABULARY)
     write(tmp_path, "math", with_tokens("<x>", "<y>"), VOCABULARY + 2)
     write(tmp_path, "code", with_tokens("<y>", "<x>"), VOCABULARY + 2)
-    with pytest.raises(InputError, match=r"row 41 is the token '<x>' in .*/math, '<x>' is row 42 in .*/code; model"):
+    said = r"row 41 is the token '<x>' in .*/math, the token '<x>' is row 42 in .*/code; model"
+    with pytest.raises(InputError, match=said):
         merge_alone(config_of(tmp_path, "pad"), domain)
 
 
@@ -211,6 +213,55 @@ def test_rows_in_another_order_are_matched_by_token(tmp_path):
     for change in ({"run": replace(config.run, score=True)}, {"model": replace(config.model, tokenizers=("math",))}):
         with pytest.raises(InputError, match=r"the tokenizer of math .* has 'a' as number 4, the merged model .* 3"):
             open_experiment(replace(config, **change), domain)
+
+
+def test_a_row_for_padding_is_called_what_it_is(tmp_path):
+    write(tmp_path, "base", with_tokens(), VOCABULARY)
+    write(tmp_path, "math", with_tokens(padding="[PAD]"), VOCABULARY + 1)
+    write(tmp_path, "code", with_tokens("<x>"), VOCABULARY + 1)
+    with pytest.raises(
+        InputError, match=r"^row 41 is the padding token in .*/math, the token '<x>' is row 41 in .*/code"
+    ):
+        merge_alone(config_of(tmp_path, "pad"), domain)
+
+
+def write_lines(root: Path, **tokens: list[str]) -> None:
+    """Models with a vocabulary in lines alone, as that of a classic BERT."""
+    for name, lines in tokens.items():
+        write(root, name, None, VOCABULARY)
+        (root / "llama" / name / "vocab.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_a_vocabulary_in_lines_is_matched_by_token(tmp_path, capsys):
+    """A line may hold what others take for the end of one; the last is not empty."""
+    tokens = ["[PAD]", "\x85", "\u2028", *map(str, range(VOCABULARY - 3))]
+    order = [*range(3), *range(VOCABULARY - 1, 2, -1)]
+    write_lines(tmp_path, base=tokens, math=[tokens[i] for i in order], code=tokens)
+    merged, (base, math, code) = weights(merge_alone(config_of(tmp_path, "refuse"), domain)), models(tmp_path)
+    for name in NAMES:
+        expected = base[name] + 0.5 * (math[name][order] - base[name]) + 0.5 * (code[name] - base[name])
+        torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-6)
+    assert "matched by number" not in capsys.readouterr().err
+    (tmp_path / "llama" / "math" / "bpe.codes").touch()  # with which the lines are no tokens
+    open_experiment(config_of(tmp_path, "refuse"), domain)
+    assert "/math are matched by number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "spiece.model"])
+def test_files_whose_tokens_cannot_be_read_are_compared_as_they_are(tmp_path, file, capsys):
+    for name in ("base", "math", "code"):
+        write(tmp_path, name, None, VOCABULARY)
+        (tmp_path / "llama" / name / file).write_bytes(b"pieces")
+    open_experiment(config_of(tmp_path, "refuse"), domain)
+    assert "matched by number" not in capsys.readouterr().err
+    (tmp_path / "llama" / "math" / file).write_bytes(b"other pieces")
+    open_experiment(config_of(tmp_path, "refuse"), domain)
+    said = capsys.readouterr().err
+    assert said.count("matched by number") == 1
+    assert f"/math are matched by number: its {file} is not the base's, nor is there a tokenizer.json; save" in said
+    with_tokens().save_pretrained(tmp_path / "llama" / "base")  # code has one of its files
+    open_experiment(config_of(tmp_path, "refuse"), domain)
+    assert "/math are matched by number: " in (said := capsys.readouterr().err) and "code" not in said
 
 
 LETTERS_TURNED = [*range(3), *range(VOCABULARY - 1, 2, -1)]  # the tokens behind the special ones, the last first

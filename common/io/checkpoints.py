@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.core.errors import InputError
-from common.core.task_vectors import LazyTensor, Params, is_finite
+from common.core.task_vectors import LazyTensor, Params
 from common.io.hashes import SCHEME, file_hash, identity
 from common.io.headers import StoredTensor, opened
 from common.io.json_files import parse_object
 from common.io.model_files import CONFIG_FILE, GENERATION_FILE, OPEN_CLIP_CONFIG, find_model, folder_of, json_of
 from common.io.prefixes import unwrapped
 from common.io.quantised import quantiser_files, require_weights
-from common.io.tensors import WHOLE, of_shape, read_tensor
+from common.io.tensors import WHOLE, of_shape, read_tensor, require_finite
 from common.io.tokenizer_files import SENTENCE_FILES, TOKENIZER_FILES
 
 BESIDE = (CONFIG_FILE, OPEN_CLIP_CONFIG, GENERATION_FILE)
@@ -117,8 +117,7 @@ class Checkpoint:
         tensor = read_tensor(row, rows)
         if rows == WHOLE:
             tensor = of_shape(tensor, self.shapes[name])
-        if not is_finite(tensor):
-            raise InputError(f"{row.file}: the tensor {name} holds NaN or Inf")
+        require_finite(tensor, row, name)
         return tensor
 
     def has_rows(self, name: str) -> bool:
@@ -144,8 +143,7 @@ class Checkpoint:
         if name not in self.rows:
             raise InputError(f"{self.path} lacks the tensor {name}")
         tensor = read_tensor(self.rows[name], slice(index, index + 1))[0]
-        if not is_finite(tensor):
-            raise InputError(f"{self.rows[name].file}: the tensor {name} holds NaN or Inf at {index}")
+        require_finite(tensor, self.rows[name], name, index)
         return tensor
 
     def read_under(self, prefix: str) -> Params:

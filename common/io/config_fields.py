@@ -42,8 +42,9 @@ COMPUTING = {"phimoe": frozenset({"router_jitter_noise"})}
 # Names of rates at which training leaves something out. A truth value of such a name is no rate: with token_dropout ESM
 # scales its embeddings in every use.
 RATES = re.compile(r"dropout|pdrop$|layerdrop$|drop_path|droppath|^drop_rate$")
-# Fields of earlier releases of transformers and what they stood for where they were not written.
-EARLIER = {"position_embedding_type": "absolute", "hidden_activation": "gelu_pytorch_tanh"}
+# What a field that is not written stands for, where that is not "off": fields of earlier releases of transformers, and
+# one without which a decoder sees nothing of what follows a token (masking_utils.py of transformers).
+UNWRITTEN = {"position_embedding_type": "absolute", "hidden_activation": "gelu_pytorch_tanh", "is_causal": True}
 # One function under several names.
 SYNONYMS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 # Rotary positions whose angles do not depend on the greatest length.
@@ -59,9 +60,14 @@ def flat(nested: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, nested
 
 
-def is_off(value: Any) -> bool:
-    """Whether a field that has this value says what one says that is not there."""
-    return value is None or value is False or value == ""
+def unwritten(field: str) -> Any:
+    """What a field, also one within others, stands for where it is not written; None where that is off."""
+    return UNWRITTEN.get(field.rpartition(".")[2])
+
+
+def is_off(field: str, value: Any) -> bool:
+    """Whether a field that has this value says what one says that is not there, or nothing that is known."""
+    return value == "" or ((value is None or value is False) and unwritten(field) is not True)
 
 
 def tells(field: str) -> bool:
@@ -76,7 +82,7 @@ def computes(field: str, values: tuple[Any, ...], known_not_to: frozenset[str] =
 
 def computing_fields(written: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value} of all that is written in a config and changes what the model makes of its weights."""
-    said = {field: value for field, value in flat(written) if not is_off(value) and tells(field)}
+    said = {field: value for field, value in flat(written) if not is_off(field, value) and tells(field)}
     kind = COMPUTING.get(written.get("model_type", ""), frozenset())
     return {field: said[field] for field in sorted(said) if computes(field, (said[field],), HARMLESS - kind)}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.core.errors import InputError, in_short
 from common.core.notices import warn
-from common.io.config_fields import COMPUTING, EARLIER, ENDLESS, HARMLESS, SYNONYMS, computes, flat, is_off, tells
+from common.io.config_fields import COMPUTING, ENDLESS, HARMLESS, SYNONYMS, computes, flat, is_off, tells, unwritten
 from common.io.json_files import parse_object, read_object
 from common.io.model_files import CONFIG_FILE, MODEL_FILE, folder_of
 
@@ -37,6 +37,10 @@ class ModelConfig:
     def model_type(self) -> str | None:
         """The architecture that it names."""
         return self.written.get("model_type")
+
+    def value(self, field: str) -> Any:
+        """What a resolved field says, or stands for where it is not there; None where that is off."""
+        return self.resolved.get(field, unwritten(field))
 
     def spelling(self, field: str) -> str:
         """The name that a resolved field has in the file: rope_theta lay outside before it was in rope_parameters."""
@@ -118,11 +122,9 @@ def special_float(fields: dict[str, Any]) -> Any:
 def resolve(written: Mapping[str, Any], file: str) -> ModelConfig:
     """A config with the fields in which two files of one function agree, however each of them says it."""
     fields = known_config(written, file).to_dict()
-    resolved = {name: SYNONYMS.get(value, value) for name, value in flat(fields) if not is_off(value)}
+    resolved = {name: SYNONYMS.get(value, value) for name, value in flat(fields) if not is_off(name, value)}
     for name in [name for name in resolved if name.endswith(".rope_type")]:
         resolved.pop(name.removesuffix("rope_type") + "type", None)  # how it was called before
-    for name, value in EARLIER.items():
-        resolved.setdefault(name, value)
     return ModelConfig(file, written, resolved)
 
 
@@ -140,7 +142,7 @@ def differences(base: ModelConfig, other: ModelConfig, computing: frozenset[str]
     computing |= COMPUTING.get(base.model_type or "", frozenset())
     known_not_to = HARMLESS - computing | endless(base, other)
     for field in dict.fromkeys((*base.resolved, *other.resolved)):
-        values = other.resolved.get(field), base.resolved.get(field)
+        values = other.value(field), base.value(field)
         if values[0] != values[1] and tells(field):
             (counted if computes(field, values, known_not_to) else harmless)[field] = values
     return counted, harmless

@@ -83,13 +83,15 @@ def require_weights(where: Path, tensors: Mapping[str, Header], config: Mapping[
 
 
 def require_gathered(where: Path, tensors: Mapping[str, Header]) -> None:
-    """InputError if weights are empty: DeepSpeed's ZeRO-3 keeps them elsewhere and leaves places of shape [0]."""
+    """InputError if weights are empty: DeepSpeed's ZeRO-3 keeps them elsewhere and leaves places of shape [0], and one
+    alone may have been lost in another way."""
     empty = [name for name, tensor in tensors.items() if 0 in tensor.shape and re.search(r"(weight|bias)$", name)]
     if empty:
         raise InputError(
             f"{where} holds no weights in {len(empty)} of {len(tensors)} tensors, {min(empty)} among them, of shape "
-            f"{list(tensors[min(empty)].shape)}: it was saved under DeepSpeed ZeRO-3 without gathering them; save it "
-            "again with stage3_gather_16bit_weights_on_model_save, or make it of the ZeRO checkpoint by zero_to_fp32.py"
+            f"{list(tensors[min(empty)].shape)}: they were not there when it was saved, as under DeepSpeed ZeRO-3, "
+            "which does not gather them; save it again, there with stage3_gather_16bit_weights_on_model_save, or "
+            "make it of the ZeRO checkpoint by zero_to_fp32.py"
         )
 
 

@@ -23,6 +23,7 @@ from common.io.tokenizer_files import IN_MODULE, MODULES_FILE, SENTENCE_SETTINGS
 WHAT = "list of the modules of a sentence-transformers model"
 LIBRARY = "sentence_transformers."
 WEIGHTS = ("*.safetensors",)
+READING = frozenset({"do_lower_case", "prompts", "default_prompt_name"})
 WEIGHTLESS = ("Transformer", "Pooling", "Normalize", "Dropout")
 POOLING = {  # what sentence-transformers wrote before 6: a switch for each mode
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
@@ -76,9 +77,7 @@ def compare_modules(base: Path, experts: Mapping[str, Path]) -> Path | None:
                     f"{said}: a merged model embeds as the base does, for which these weights are not made; merge "
                     f"models of one base, or take {MODULES_FILE} out of {folder} to merge the encoders alone"
                 )
-        kept = {task: keys for task, (other, _) in others.items() if (keys := unlike_settings(other, folder))}
-        if kept:
-            said = ", ".join(f"{key} ({task})" for task, keys in kept.items() for key in keys)
+        if said := unlike_settings({task: other for task, (other, _) in others.items()}, folder):
             warn(f"settings of sentence-transformers differ from the base's, and the base's are kept: {said}")
         return folder
     above, around = modules_of(folder.parent)
@@ -93,6 +92,8 @@ def compare_modules(base: Path, experts: Mapping[str, Path]) -> Path | None:
             return None
     require_weights(*first)
     warn(f"the base has no {MODULES_FILE}: a merged model gets the modules that its experts have, those of {first[0]}")
+    if said := unlike_settings({task: other for task, (other, _) in others.items()}, first[0]):
+        warn(f"settings of sentence-transformers differ from those of {first[0]}, which a merged model gets: {said}")
     return first[0]
 
 
@@ -138,15 +139,32 @@ def settings_of(file: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def unlike_settings(one: Path, other: Path) -> list[str]:
-    """Fields of the settings beside modules.json, as prompts, that two models have with different values."""
-    found = []
-    for name in matching(other, SENTENCE_SETTINGS):
-        if (one / name).is_file():
-            mine, theirs = (read_object(each / name, "settings of sentence-transformers") for each in (one, other))
-            shared = (mine.keys() & theirs.keys()) - {"__version__"}
-            found += sorted(key for key in shared if mine[key] != theirs[key])
+def unlike_settings(folders: Mapping[str, Path], kept: Path) -> str:
+    """Fields of the settings beside modules.json, as prompts, in which models differ from the one whose are kept, each
+    with their tasks; "" if they do not. Of fields that one alone writes those count that say how a text is read."""
+    ours, found = settings_beside(kept), []
+    for task, folder in folders.items():
+        theirs = settings_beside(folder)
+        both = (ours.keys() & theirs.keys()) - {"__version__", "model_type"}
+        either = READING & (ours.keys() | theirs.keys())
+        unlike = {key for key in both | either if plain(ours.get(key)) != plain(theirs.get(key))}
+        found += [f"{key} ({task})" for key in sorted(unlike)]
+    return ", ".join(found)
+
+
+def settings_beside(folder: Path) -> dict[str, Any]:
+    """All fields of the settings beside modules.json."""
+    found = {}
+    for name in matching(folder, SENTENCE_SETTINGS):
+        found |= read_object(folder / name, "settings of sentence-transformers")
     return found
+
+
+def plain(value: Any) -> Any:
+    """A setting such that what says nothing, as an empty prompt, is None."""
+    if isinstance(value, dict):
+        value = {key: part for key, part in value.items() if part not in (None, "")}
+    return value or None
 
 
 def copy_modules(source: Path, target: Path) -> None:

@@ -76,6 +76,20 @@ def token_axes(skeleton: PreTrainedModel) -> dict[str, int]:
     return axes
 
 
+def counts_from_padding(skeleton: PreTrainedModel) -> bool:
+    """Whether a model numbers positions from that of the padding token on, as RoBERTa, M2M100 and XGLM do: what knows
+    that token and has no row for every token is a table of positions."""
+    parts = ((path, part) for path, part in skeleton.named_modules() if not any(True for _ in part.children()))
+    knowing = [path for path, part in parts if getattr(part, "padding_idx", None) is not None]
+    axes = token_axes(skeleton) if knowing else {}
+    return any(stored_name(skeleton, f"{path}.weight") not in axes for path in knowing)
+
+
+def computing(skeleton: PreTrainedModel) -> frozenset[str]:
+    """Fields of a config that count for this model though they do not for others."""
+    return frozenset({"pad_token_id"} if counts_from_padding(skeleton) else ())
+
+
 def stored_parts(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     """{name of a stored tensor: the model's own tensors that it holds}: one under another name, or several, the rows of
     one behind those of the other."""

@@ -20,6 +20,11 @@ NAMES = {name: getattr(torch, name) for name in ("float64", "float32", "float16"
 NO_FLOATS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
+def coarser(*kinds: str) -> torch.dtype:
+    """Of types in which tensors are stored that of the fewest digits."""
+    return max((FLOATS.get(kind, torch.float32) for kind in kinds), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def output_type(base: Checkpoint, fields: Mapping[str, Any], asked: str = "") -> torch.dtype:
     """The type of most merged weights: that asked for, else what the base's config says, else most of its weights'."""
     said = fields.get("dtype") or fields.get("torch_dtype")

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import torch
 
 from common.core.errors import InputError
 from common.core.task_vectors import LazyTensor, Params, is_finite, require_same_shapes
-from common.io.checkpoints import Checkpoint, write_tensors, write_text
+from common.io.adapters import is_adapter
+from common.io.checkpoints import Checkpoint, plain_names, write_tensors, write_text
 from common.io.lora import open_checkpoint
 from common.io.model_files import INDEX_FILE
 
@@ -44,6 +45,26 @@ def read_task_head(
     found = {name: shape for name, shape in head.shapes.items() if name in shapes}
     require_same_shapes(found, shapes, f"the head in {expert}")
     return head.read(shapes)
+
+
+def refuse_copies(path: Path, names: Callable[[str], str | None], known: Collection[str], blocks: str) -> None:
+    """InputError if a model has its layers a second time under other names, as a moving average beside them: what lies
+    in no body counts as a head, and one of the two would be left out without a word.
+
+    Args:
+        names: From a stored name to that in the body, None for what lies in none.
+        known: Names of all tensors of the body.
+        blocks: The path of its layers.
+    """
+    for name in plain_names(path) if not is_adapter(path) else ():
+        words = name.split(".") if names(name) is None else []
+        inner = (names(".".join(words[begin:])) for begin in range(1, len(words)))
+        copied = next((own for own in inner if own and own in known and own.startswith(f"{blocks}.")), None)
+        if copied:
+            raise InputError(
+                f"{path} holds {name} beside {copied}: a second model, as a moving average of the first; which is "
+                "meant no name tells; save that one alone"
+            )
 
 
 def with_pooler(tensors: Mapping[str, LazyTensor], base: Checkpoint, pooler: str) -> dict[str, LazyTensor]:

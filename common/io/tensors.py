@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.core.errors import InputError
+from common.core.task_vectors import is_finite
 from common.io.headers import StoredTensor, absent, opened
 
 DTYPES = {
@@ -48,6 +49,23 @@ def read_tensor(row: StoredTensor, rows: slice = WHOLE) -> Tensor:
     except OSError as error:
         raise InputError(f"{row.file} cannot be read: {error.strerror}") from error
     return tensor
+
+
+def require_finite(tensor: Tensor, row: StoredTensor, name: str, at: int | None = None) -> None:
+    """InputError if a tensor that was read, or one of several that are stacked in it, holds NaN or Inf: as it is
+    stored, or because float32 cannot hold what is."""
+    if is_finite(tensor):
+        return
+    which = f"{row.file}: the tensor {name}" if at is None else f"{row.file}: the tensor {name}, at {at},"
+    if row.dtype == "F64":
+        with opened(row.file) as handle:
+            stored = handle.get_tensor(row.stored) if at is None else handle.get_slice(row.stored)[at : at + 1]
+        if is_finite(stored):
+            raise InputError(
+                f"{which} reaches {stored.abs().max():.3g}, which float32 cannot hold, in which models are merged; "
+                "look for what went wrong when it was trained or saved"
+            )
+    raise InputError(f"{which} holds NaN or Inf")
 
 
 def fill(flat: Tensor, handle: FileIO, row: StoredTensor) -> Tensor:

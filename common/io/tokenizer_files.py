@@ -12,12 +12,16 @@ VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "vocab.json", "vocab.txt", "spiece.model", "spm.model",
     "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "target.spm", "tekken.json", "*.tiktoken",
 )  # fmt: skip
+# How an image is prepared, or another thing that a processor has besides text.
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "image_preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
 # All of a tokenizer, its chat templates and what else a processor is made of.
 TOKENIZER_FILES = (
     *VOCABULARIES, "vocab.*", "merges.txt", "bpe.codes", "dict.txt", "added_tokens.json", "special_tokens_map.json",
     "tokenizer_config.json", "normalizer.json", "chat_template.*", "additional_chat_templates/*.jinja",
-    "preprocessor_config.json", "image_preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "audio_tokenizer_config.json",
+    *PROCESSOR_FILES, "audio_tokenizer_config.json",
 )  # fmt: skip
 
 # What sentence-transformers has around an encoder: its modules and their folders, prompts, lengths.

@@ -15,6 +15,7 @@ from common.io.tokens import FAST, SETTINGS, read_json
 
 TEMPLATE, MORE_TEMPLATES, OF_PROCESSOR = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 READING = ("normalizer", "pre_tokenizer")  # the parts of tokenizer.json by which a text becomes pieces
+LETTERS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")  # settings of a tokenizer of BERT's
 
 
 def chat_templates(path: Path) -> dict[str, str]:
@@ -58,9 +59,9 @@ def warn_of_reading(base: Path, others: Mapping[str, Path], with_folder: Collect
     ours = reading_of(base)
     for task, path in others.items():
         theirs = reading_of(path)
-        parts = [part for part in READING if ours and theirs and ours[part] != theirs[part]]
+        parts = [part for part in ours if part in theirs and ours[part] != theirs[part]]
         if parts:
-            file, its = folder_of(path) / FAST, folder_of(base) / FAST
+            file, its = (folder_of(each) / (FAST if parts[0] in READING else SETTINGS) for each in (path, base))
             warn(
                 f"the {' and the '.join(parts)} in {file} {'is' if len(parts) == 1 else 'are'} not the base's, {its}: "
                 f"the merged model reads a text as the base does{beside([task], with_folder, option)}"
@@ -75,11 +76,13 @@ def beside(tasks: Sequence[str], with_folder: Collection[str], option: str) -> s
     return f"; {option} can name experts whose tokenizer, with all this, gets a folder beside the merged model's"
 
 
-def reading_of(path: Path) -> dict[str, Any] | None:
-    """{part: its settings} of how a text becomes pieces, every default written out; None without a tokenizer.json."""
-    file = folder_of(path) / FAST
+def reading_of(path: Path) -> dict[str, Any]:
+    """{part: its settings} of how a text becomes pieces, every default written out; without a tokenizer.json what the
+    settings of the tokenizer say of letters, {} if nothing."""
+    file, settings = (folder_of(path) / name for name in (FAST, SETTINGS))
     if not file.is_file():
-        return None
+        said = read_json(settings) if settings.is_file() else {}
+        return {part: said[part] for part in LETTERS if part in said}
     whole = read_json(file)
     parts = {part: whole.get(part) for part in READING}
     from tokenizers import Tokenizer

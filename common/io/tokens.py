@@ -9,8 +9,12 @@ from typing import Any
 from common.core.errors import InputError
 from common.io.checkpoints import write_text
 from common.io.json_files import read_object
+from common.io.model_config import read_text
+from common.io.tokenizer_files import VOCABULARIES, contents
 
-FAST, PLAIN, ADDED, SETTINGS = "tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"
+FAST, ADDED, SETTINGS = "tokenizer.json", "added_tokens.json", "tokenizer_config.json"
+PLAIN, LINES = "vocab.json", "vocab.txt"  # {token: number}; a token a line, whose number is that of the line
+CODES = "bpe.codes"  # beside it a vocab.txt is a list of pieces with their frequencies, as of BERTweet
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tokens(folder: Path) -> Tokens | None:
-    """The tokens of the tokenizer in a folder; None if there is none, or none but a tokenizer.model.
+    """The tokens of the tokenizer in a folder; None if there is none, or none but such as a tokenizer.model.
 
     InputError names a file that is damaged.
     """
@@ -45,6 +49,9 @@ def read_tokens(folder: Path) -> Tokens | None:
             ids = dict(pairs) | {token: row["id"] for token, row in added.items()}
         elif (folder / PLAIN).is_file():
             ids, added = read_json(folder / PLAIN), {}
+        elif has_tokens(folder):
+            lines = read_text(folder / LINES).removesuffix("\n").split("\n")
+            ids, added = {token: i for i, token in enumerate(lines)}, {}
         else:
             return None
         more = read_json(folder / ADDED) if (folder / ADDED).is_file() else {}
@@ -57,6 +64,20 @@ def read_tokens(folder: Path) -> Tokens | None:
         raise InputError(
             f"the tokenizer in {folder} is damaged: its files lack what they should hold ({error!r})"
         ) from error
+
+
+def has_tokens(folder: Path) -> bool:
+    """Whether the tokens of the tokenizer in a folder can be read."""
+    known = any((folder / name).is_file() for name in (FAST, PLAIN))
+    return known or ((folder / LINES).is_file() and not (folder / CODES).is_file())
+
+
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether the files of two tokenizers that hold a vocabulary are the same where both have them, byte by byte."""
+    files = [contents(folder, VOCABULARIES) for folder in (one, other)]
+    shared = files[0].keys() & files[1].keys()
+    more = [contents(folder, [ADDED]) for folder in (one, other)]
+    return bool(shared) and more[0] == more[1] and all(files[0][name] == files[1][name] for name in shared)
 
 
 def with_more(source: Path, more: Mapping[str, tuple[int, Mapping[str, Any]]]) -> str:

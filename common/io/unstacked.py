@@ -67,6 +67,13 @@ class Unstacked(Checkpoint):
         return self.own.fingerprint()
 
 
+def stored_type(checkpoint: Checkpoint, name: str) -> str:
+    """The type in which a tensor of a checkpoint is stored, or the first stack that has a piece of it."""
+    while isinstance(checkpoint, Unstacked):
+        name, checkpoint = checkpoint.stacks[name][0][0] if name in checkpoint.stacks else name, checkpoint.own
+    return checkpoint.rows[name].dtype
+
+
 def part_of(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
     """The shape of a piece of a stored tensor."""
     shape = shape if piece.place is None else shape[1:]

@@ -27,8 +27,8 @@ from common.io.matched import JoinedBase, MatchedExpert, Matching
 from common.io.model_files import folder_of
 from common.io.tensors import with_size
 from common.io.token_rows import are_comparable, require_equal_sizes, require_kept_sizes, row_count, row_counts
-from common.io.tokenizer_files import has_tokenizer
-from common.io.tokens import FAST, Tokens, read_tokens, with_more
+from common.io.tokenizer_files import VOCABULARIES, has_tokenizer, matching
+from common.io.tokens import FAST, Tokens, has_tokens, read_tokens, same_vocabulary, with_more
 
 PADDING = ""  # stands for the padding token that the base lacks, by whatever name
 
@@ -58,7 +58,9 @@ def match_vocabularies(
     names = list(axes)
     own = read_tokens(base.folder)
     named = any(has_tokenizer(model.folder) for model in models)  # else there are no names that could tell otherwise
-    tokens = {task: tokens_of_expert(expert, own, names if named else ()) for task, expert in experts.items()}
+    tokens = {
+        task: tokens_of_expert(expert, base.folder, own, names if named else ()) for task, expert in experts.items()
+    }
     counts = {task: sizes[expert] for task, expert in experts.items()}
     paths = {task: expert.path for task, expert in experts.items()}
     new = {} if policy == "base" or own is None else new_tokens(own, tokens, counts)
@@ -94,22 +96,34 @@ def match_vocabularies(
     return base, matched, matching
 
 
-def tokens_of_expert(expert: Checkpoint, base: Tokens | None, names: Sequence[str]) -> Tokens | None:
-    """An expert's tokens; the base's for an adapter without a tokenizer; None if they are unknown, with a
-    warning where it moves tensors of these names."""
-    if not is_adapter(expert.path) or any((expert.folder / file).is_file() for file in (FAST, "vocab.json")):
-        found = read_tokens(expert.folder)
-    else:
-        found = base
-    if (found is None or base is None) and any(expert.touches(name) for name in names):
-        which = "the base" if base is None else expert.path
-        warn(f"the rows of {expert.path} are matched by number: {which} has no tokenizer.json")
+def tokens_of_expert(expert: Checkpoint, base: Path, own: Tokens | None, names: Sequence[str]) -> Tokens | None:
+    """An expert's tokens; the base's, `own`, where the expert's files are those of the base's folder, or for an adapter
+    without a tokenizer; None if they are unknown, with a warning where it moves tensors of these names."""
+    same = not has_tokens(expert.folder) and same_vocabulary(expert.folder, base)
+    read = not same and (has_tokens(expert.folder) or not is_adapter(expert.path))
+    found = read_tokens(expert.folder) if read else own
+    if (found is None or own is None) and not same and any(map(expert.touches, names)):
+        lacking = ("the base", base) if own is None else (expert.path, expert.folder)
+        files = [matching(folder, VOCABULARIES) for folder in (expert.folder, base)]
+        shared = sorted(set(files[0]) & set(files[1]))
+        why = f"{lacking[0]} has no {FAST}"
+        if not has_tokens(expert.folder) and own is None and shared:
+            why = f"its {shared[0]} is not the base's, nor is there a {FAST}"
+        warn(
+            f"the rows of {expert.path} are matched by number: {why}; save the tokenizers of all with save_pretrained, "
+            f"which writes a {FAST}, and rows are matched by token"
+        )
     return found
 
 
 def key_of(token: str, tokens: Tokens) -> str:
     """What a token that the base lacks is known by: its text, or that it is the padding token."""
     return PADDING if token == tokens.padding else token
+
+
+def called(key: str) -> str:
+    """A token for a sentence, by what it is known by."""
+    return f"the token {key!r}" if key != PADDING else "the padding token"
 
 
 def new_tokens(
@@ -142,8 +156,8 @@ def own_places(
                     "lacks are left out)"
                 )
                 raise InputError(
-                    f"row {first} is the token {token or 'for padding'!r} in {path}, {key or 'padding'!r} is row "
-                    f"{row} in {paths[task]}; {ways if policy else 'models that are merged must have one vocabulary'}"
+                    f"row {first} is {called(token)} in {path}, {called(key)} is row {row} in {paths[task]}; "
+                    f"{ways if policy else 'models that are merged must have one vocabulary'}"
                 )
     return places
 
