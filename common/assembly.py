@@ -17,7 +17,7 @@ from common.io.checkpoints import Checkpoint, read_header, write_text
 from common.io.locks import locked
 from common.io.model_files import CONFIG_FILE
 from common.io.sentence_modules import compare_modules, copy_modules
-from common.io.surroundings import lend_tokenizer
+from common.io.surroundings import lend_surroundings
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.io.written import set_options
@@ -115,17 +115,23 @@ def finish(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint and, when it is whole, its provenance."""
-    write_text(folder / UNFINISHED, "")
-    write_model(experiment, domain, tensors, folder)
-    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
-    (folder / UNFINISHED).unlink()
+    write_text(mark := folder / UNFINISHED, "")
+    try:
+        write_model(experiment, domain, tensors, folder)
+        write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+    except InputError:
+        if list(folder.iterdir()) == [mark]:  # what is refused leaves nothing
+            mark.unlink()
+            folder.rmdir()
+        raise
+    mark.unlink()
 
 
 def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, LazyTensor], folder: Path) -> None:
     """Write a checkpoint that stock libraries open."""
     domain.export(experiment.config.model, tensors, folder)
     paths = {task: expert.path for task, expert in experiment.experts.items()}
-    lend_tokenizer(folder, paths)
+    lend_surroundings(folder, paths)
     modules = compare_modules(experiment.base.path, paths)
     if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
         copy_modules(modules, folder)

@@ -96,9 +96,10 @@ def test_a_start_that_does_not_fit_is_refused(own, tmp_path):
     config, root = own
     given = tmp_path / "given.safetensors"
     shutil.copy(root / "MNIST" / "finetuned.safetensors", given)
-    assert describe(change(config, "start", checkpoint=str(given)), domain, MERGE).refusals == []
+    construct(config, domain)
+    assert describe(change(config, "start", checkpoint=str(given)), domain, ADAPT).refusals == []
     rewrite(given, lambda tensors: tensors.pop("visual.proj"))
-    refused_alike(change(config, "start", checkpoint=str(given)), merge_alone, MERGE)
+    refused_alike(change(config, "start", checkpoint=str(given)), adapt, ADAPT)
 
 
 def test_nothing_is_written_and_the_status_is_that_of_the_run(own, tmp_path):

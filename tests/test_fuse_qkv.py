@@ -83,7 +83,7 @@ def test_anchors_say_whether_they_were_made_fused(both):
     config, _ = both
     construct(config, domain)
     file = next((config.run.dir / "anchors").rglob("*.safetensors"))
-    assert read_header(file)["model"] == {"fuse_qkv": True}
+    assert read_header(file)["model"]["fuse_qkv"] is True
     adapt(config, domain)
     for other in (construct, adapt):
         with pytest.raises(InputError, match="was made with weights.base = "):

@@ -23,6 +23,7 @@ from common.layout import RunLayout
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from common.start import merge_start
 from helpers import change, edit_config, rewrite
 from NLU import domain, scoring
 from NLU.encoders import encoder as blocks_of
@@ -209,7 +210,7 @@ def test_classifiers_leave_the_encoder_the_base_s_pooler(nlu_inputs, own_nlu, tm
         assert not any(report.values())
         assert torch.equal(merged.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
         given = change(change(config, "start", checkpoint=str(folder)), "run", name=f"given{len(heads)}")
-        taken = merge_alone(given, domain)  # what we wrote can be a start
+        taken = merge_start(open_experiment(given, domain), domain).path  # what we wrote can be a start
         assert torch.equal(AutoModel.from_pretrained(taken).pooler.dense.weight, merged.pooler.dense.weight)
     mnli, report = AutoModelForSequenceClassification.from_pretrained(folder / "heads/MNLI", output_loading_info=True)
     assert not any(report.values())

@@ -152,7 +152,7 @@ def test_the_validation_cut_is_scored_apart_from_the_test_set(nlu_config):
         tables.append((nlu_config.run.dir / "table.md").read_text())
     scores = [table.split("Avg:")[0] for table in tables]
     assert Counter((r["split"], r["n"]) for r in rows) == {("test", 30): 6, ("validation_cut", 3): 6}
-    assert "STS-B Pearson and Spearman 3," in tables[1] and scores[0] == scores[2] != scores[1]
+    assert "Pearson and Spearman on 3 of STS-B" in tables[1] and scores[0] == scores[2] != scores[1]
 
 
 def test_other_examples_in_the_same_folder_are_scored_anew(nlu_config, tmp_path):

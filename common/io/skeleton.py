@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import takewhile
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,15 @@ def stored_name(skeleton: PreTrainedModel, name: str) -> str:
     return next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1, device="meta")})))
 
 
+_AXES: WeakKeyDictionary[PreTrainedModel, dict[str, int]] = WeakKeyDictionary()
 SIZES = ("vocab_size", "vocab_size_per_layer_input")  # fields of a config that count the tokens of a tokenizer
 
 
 def token_axes(skeleton: PreTrainedModel) -> dict[str, int]:
     """{name in a checkpoint: axis} of all tensors with a row for every token, the embedding first: what has another
-    size along that axis in a model of twice the vocabulary."""
+    size along that axis in a model of twice the vocabulary. Of one skeleton it is found once."""
+    if skeleton in _AXES:
+        return dict(_AXES[skeleton])
     config = deepcopy(skeleton.config)
     for part in {id(each): each for each in (config, config.get_text_config())}.values():
         for field in SIZES:
@@ -73,7 +77,8 @@ def token_axes(skeleton: PreTrainedModel) -> dict[str, int]:
         sizes = zip(tensor.shape, larger[name].shape, strict=True)
         longer = [axis for axis, (size, more) in enumerate(sizes) if size != more]
         axes |= {stored_name(skeleton, name): axis for axis in longer}
-    return axes
+    _AXES[skeleton] = axes
+    return dict(axes)
 
 
 def counts_from_padding(skeleton: PreTrainedModel) -> bool:

@@ -74,7 +74,7 @@ def copy_settings(source: Path, target: Path, names: Iterable[str]) -> None:
             copy_files(source, target, [name])
 
 
-def lend_tokenizer(folder: Path, experts: Mapping[str, Path]) -> None:
+def lend_surroundings(folder: Path, experts: Mapping[str, Path]) -> None:
     """Give a merged model whose base has no tokenizer that of the experts, if those that have one have the same
     vocabulary, byte by byte; say which it has, or why none. So with what says how images are prepared.
 

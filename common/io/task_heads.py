@@ -56,10 +56,12 @@ def refuse_copies(path: Path, names: Callable[[str], str | None], known: Collect
         known: Names of all tensors of the body.
         blocks: The path of its layers.
     """
-    for name in plain_names(path) if not is_adapter(path) else ():
+    stored = plain_names(path) if not is_adapter(path) else []
+    there = {own for own in map(names, stored) if own in known}
+    for name in stored:
         words = name.split(".") if names(name) is None else []
         inner = (names(".".join(words[begin:])) for begin in range(1, len(words)))
-        copied = next((own for own in inner if own and own in known and own.startswith(f"{blocks}.")), None)
+        copied = next((own for own in inner if own and own in there and own.startswith(f"{blocks}.")), None)
         if copied:
             raise InputError(
                 f"{path} holds {name} beside {copied}: a second model, as a moving average of the first; which is "
