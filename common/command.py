@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -19,7 +19,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 from yaml import YAMLError
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
-from common.core.annotations import WORDS, is_of, kind_in_words
+from common.config.adapt import prefer_typed
+from common.core.annotations import WORDS
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
@@ -174,10 +175,11 @@ def with_no(read: Any, chosen: bool = False) -> Any:
 
 def parse(description: str, argv: list[str] | None = None) -> Config:
     """Read the command line and the YAML it names. Errors name the key and the choices, and exit with status 2."""
+    words = sys.argv[1:] if argv is None else argv
     twice: list[InputError] = []  # the library tries several ways to read a text, and keeps no error of one
 
     def load(text: str) -> Any:
-        twice.extend(repeats(text, "the command line, or a file that it names,"))
+        twice.extend(repeats(text, "the command line, or a file that it names,", typed_keys(words)))
         return with_no(get_loader("yaml")(text))
 
     set_loader(READ, load, exceptions=(YAMLError,))
@@ -203,7 +205,7 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
         action="store_true",
         help="Say what would be read, made and needed; read headers and a block",
     )
-    argv = files_first(sys.argv[1:] if argv is None else argv)
+    argv = files_first(words)
     parsed = read_arguments(parser, argv)
     if twice:
         raise twice[0]
@@ -262,19 +264,10 @@ def files_first(argv: list[str]) -> list[str]:
         raise InputError(f"unknown preset {named.preset!r}; choose from {', '.join(presets)}")
     chosen = [*named.config, *([presets[named.preset]] if named.preset else [])]
     for file in filter(Path.is_file, map(Path, chosen)):
-        read_yaml_file(file)  # for its InputError, which names the file, as that of the library would not
+        read_yaml_file(file, typed_keys(others))  # for its InputError, which names the file, as the library's does not
     return [f"--config={file}" for file in chosen] + others
 
 
-def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
-    """Check `by_start` and drop from it the fields given on the command line, which come first."""
-    known = {f.name: f.type for f in fields(Adapt) if f.name != "by_start"}
-    for start, changes in adapt.by_start.items():
-        for key, value in changes.items():
-            if key not in known:
-                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
-            if not is_of(value, known[key]):
-                raise InputError(f"adapt.by_start.{start}.{key} must be {kind_in_words(known[key])}, it is {value!r}")
-    return replace(
-        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
-    )
+def typed_keys(argv: Iterable[str]) -> set[str]:
+    """The dotted keys of the options on a command line."""
+    return {word[2:].split("=")[0] for word in argv if word.startswith("--")} - {"config", "preset"}

@@ -51,6 +51,15 @@ def test_a_config_that_says_something_twice_is_refused_by_file_and_line(tmp_path
         parse("", ["--config", str(first), "--config", str(second)])
 
 
+def test_what_is_twice_in_a_field_that_is_typed_counts_for_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG + "eval: {tests: {MNIST: [MNIST], MNIST: [SVHN]}}\n")
+    config = ["--config", str(tmp_path / "c.yaml")]
+    assert parse("", [*config, "--eval.tests", "{MNIST: []}"]).eval.tests == {"MNIST": []}
+    for typed in ([], ["--eval.test", "x"], ["--eval.limit", "3"]):
+        with pytest.raises(InputError, match="c.yaml has the key 'MNIST' twice in one group, in line 3"):
+            parse("", [*config, *typed])
+
+
 def test_what_the_command_line_says_twice_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text(CONFIG)
     (tmp_path / "adapt.yaml").write_text("lr: 0.1\nlr: 0.2\n")

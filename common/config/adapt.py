@@ -1,10 +1,12 @@
 """The sections `start` and `adapt`: what adaptation begins from, and how it trains."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.core.annotations import is_of, kind_in_words
+from common.core.errors import InputError
 from common.core.places import path_of
 
 
@@ -74,3 +76,17 @@ class Adapt:
     def for_start(self, method: str) -> "Adapt":
         """These settings with what differs for one start put in."""
         return replace(self, by_start={}, **self.by_start.get(method, {}))
+
+
+def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
+    """Check `by_start` and drop from it the fields given on the command line, which come first."""
+    known = {f.name: f.type for f in fields(Adapt) if f.name != "by_start"}
+    for start, changes in adapt.by_start.items():
+        for key, value in changes.items():
+            if key not in known:
+                raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
+            if not is_of(value, known[key]):
+                raise InputError(f"adapt.by_start.{start}.{key} must be {kind_in_words(known[key])}, it is {value!r}")
+    return replace(
+        adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
+    )

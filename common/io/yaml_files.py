@@ -4,7 +4,7 @@ A number may be written 1e-3 here, as elsewhere; YAML 1.1 takes it for text.
 """
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,28 @@ Reader.yaml_implicit_resolvers = {
 Reader.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
 
 
-def read_yaml_file(file: Path) -> Any:
-    """What a file says; InputError if it cannot be read, is no YAML, or says something of a key twice."""
+def read_yaml_file(file: Path, overridden: Collection[str] = ()) -> Any:
+    """What a file says; InputError if it cannot be read, is no YAML, or says something of a key twice.
+
+    overridden: Dotted keys, as eval.tests, whose values count for nothing: what is twice in them is passed over.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return read_yaml(text, str(file))
+    return read_yaml(text, str(file), overridden)
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """What a text says, which an InputError calls `where`."""
+def read_yaml(text: str, where: str, overridden: Collection[str] = ()) -> Any:
+    """What a text says, which an InputError calls `where`; see `read_yaml_file`."""
     reader = Reader(text)
     try:
         node = reader.get_single_node()
         if node is None:
             return None
-        for key, lines in repeated_keys(reader, node):
+        for key, group, lines in repeated_keys(reader, node):
+            if any(f"{group}.".startswith(f"{each}.") for each in overridden):
+                continue
             raise RepeatedKey(f"{where} has the key {key!r} twice in one group, in {in_lines(*lines)}; leave one out")
         return reader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
@@ -61,10 +66,10 @@ def read_yaml(text: str, where: str) -> Any:
         reader.dispose()
 
 
-def repeats(text: str, where: str) -> list[RepeatedKey]:
+def repeats(text: str, where: str, overridden: Collection[str] = ()) -> list[RepeatedKey]:
     """What `read_yaml` says of a key that stands twice; nothing of a text that is no YAML."""
     try:
-        read_yaml(text, where)
+        read_yaml(text, where, overridden)
     except RepeatedKey as error:
         return [error]
     except InputError:
@@ -77,19 +82,20 @@ def in_lines(first: int, second: int) -> str:
     return f"lines {first} and {second}" if first != second else f"line {first}"
 
 
-def repeated_keys(reader: Reader, root: yaml.Node) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(key as written, the lines that it stands in) of every key that a mapping has before, anywhere below a node.
+def repeated_keys(reader: Reader, root: yaml.Node) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(key as written, dotted keys of its mapping, the lines that it stands in) of every key that a mapping has before,
+    anywhere below a node.
 
     Keys are equal as Python's dictionaries have it. What << merges into a mapping is no key of it: it gives way there.
     """
-    waiting, seen = [root], set()
+    waiting, seen = [(root, "")], set()
     while waiting:
-        node = waiting.pop()
+        node, group = waiting.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting.extend(reversed(node.value))
+            waiting.extend((each, group) for each in reversed(node.value))
         elif isinstance(node, yaml.MappingNode):
             lines: dict[Hashable, int] = {}
             for key_node, _ in node.value:
@@ -97,6 +103,7 @@ def repeated_keys(reader: Reader, root: yaml.Node) -> Iterator[tuple[str, tuple[
                 if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
                     key = reader.construct_object(key_node)
                     if key in lines:
-                        yield key_node.value, (lines[key], line)
+                        yield key_node.value, group, (lines[key], line)
                     lines[key] = line
-            waiting.extend(value for _, value in reversed(node.value))
+            for key_node, value in reversed(node.value):
+                waiting.append((value, ".".join(filter(None, (group, str(key_node.value))))))
