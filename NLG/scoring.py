@@ -22,7 +22,7 @@ from common.io.examples import first, load_records, validation_cut
 from common.io.heads import open_experts
 from common.io.model_config import CONFIG_FILE
 from common.io.tokenizer_files import TOKENIZER_FILES, has_tokenizer
-from common.io.yaml_files import read_yaml_file
+from common.io.yaml_files import read_rows
 from NLG.answers import is_right_expression, is_right_number, is_right_text
 from NLG.decoders import architecture, opener_of, reading
 from NLG.generation import complete, open_tokenizer
@@ -247,4 +247,13 @@ def prompts_of(test: str, examples: Sequence[Example]) -> list[str]:
     return [row.prompt.replace("{problem}", RULES[row.rule].problem(example)) for example in examples]
 
 
-TASKS = {name: Task(**row) for name, row in read_yaml_file(Path(__file__).parent / "tasks.yaml").items()}
+def read_tasks(file: Path) -> dict[str, Task]:
+    """The rows of a tasks.yaml; InputError naming the task of whose fields one is wrong."""
+    tasks = read_rows(file, Task)
+    for name, task in tasks.items():
+        if task.rule not in RULES:
+            raise InputError(f"{file}: task {name}: unknown rule {task.rule!r}; choose from {', '.join(RULES)}")
+    return tasks
+
+
+TASKS = read_tasks(Path(__file__).parent / "tasks.yaml")

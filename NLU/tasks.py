@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.core.errors import InputError
 from common.evaluation.metrics import METRICS, REGRESSION
-from common.io.yaml_files import read_yaml_file
+from common.io.yaml_files import read_rows
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,12 @@ class Task:
 
 def read_tasks(file: Path) -> dict[str, Task]:
     """The rows of a tasks.yaml; InputError naming the task that lacks a field, or whose metric does not fit."""
-    tasks = {}
-    for name, row in read_yaml_file(file).items():
-        try:
-            tasks[name] = Task(**row)
-        except TypeError as error:
-            raise InputError(f"{file}: task {name}: {error}") from error
-        if tasks[name].metric not in METRICS:
-            raise InputError(f"{file}: task {name}: unknown metric {row['metric']!r}; choose from {', '.join(METRICS)}")
-        if (tasks[name].labels == 1) != (tasks[name].metric in REGRESSION):
-            raise InputError(f"{file}: task {name}: {row['metric']} does not fit labels: {row['labels']}")
+    tasks = read_rows(file, Task)
+    for name, task in tasks.items():
+        if task.metric not in METRICS:
+            raise InputError(f"{file}: task {name}: unknown metric {task.metric!r}; choose from {', '.join(METRICS)}")
+        if (task.labels == 1) != (task.metric in REGRESSION):
+            raise InputError(f"{file}: task {name}: {task.metric} does not fit labels: {task.labels}")
     return tasks
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from common.io.yaml_files import read_yaml_file
+from common.io.yaml_files import read_rows
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ class Headed(NamedTuple):
     head: Sequence[nn.Module]
 
 
-TASKS = {name: Task(**row) for name, row in read_yaml_file(Path(__file__).parent / "tasks.yaml").items()}
+TASKS = read_rows(Path(__file__).parent / "tasks.yaml", Task)

@@ -376,7 +376,7 @@ def test_a_correlation_with_labels_that_are_alike_is_said_to_be_undefined(own_nl
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{text: [sentence], labels: 2}", "task X: .*missing .*'metric'"),
+        ("{text: [sentence], labels: 2}", "task X lacks metric"),
         (
             "{text: [sentence], labels: 2, metric: bleu}",
             "task X: unknown metric 'bleu'; choose from accuracy, Matthews",

@@ -4,8 +4,10 @@ import pytest
 
 from common.command import parse
 from common.core.errors import InputError
-from common.io.yaml_files import read_yaml, read_yaml_file
+from common.io.yaml_files import read_rows, read_yaml, read_yaml_file
+from NLG.scoring import read_tasks as read_language_tasks
 from NLU.tasks import read_tasks
+from Vision.tasks import Task
 
 CONFIG = "domain: vision\ntasks: [MNIST]\n"
 
@@ -80,3 +82,31 @@ def test_a_row_of_tasks_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "tasks.yaml").write_text(row + "\n" + row)
     with pytest.raises(InputError, match="tasks.yaml has the key 'SST-2' twice in one group, in lines 1 and 3"):
         read_tasks(tmp_path / "tasks.yaml")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{templates: ['a {c}.'], clases: [x]}", "task X has no field 'clases'; choose from templates, classes, hub"),
+        ("{templates: ['a {c}.'], classes: [0, 1]}", r"task X: classes must be a list, \[a, b\], it is \[0, 1\]"),
+        ("{templates: 'a {c}.', classes: [x]}", r"task X: templates must be a list"),
+        ("{classes: [x]}", "task X lacks templates"),
+        ("", "task X lacks templates, classes"),
+    ],
+)
+def test_a_row_of_a_task_is_refused_by_its_field(tmp_path, row, said):
+    (tmp_path / "tasks.yaml").write_text(f"X: {row}\n")
+    with pytest.raises(InputError, match=f"tasks.yaml: {said}"):
+        read_rows(tmp_path / "tasks.yaml", Task)
+
+
+def test_a_rule_that_is_none_is_refused(tmp_path):
+    row = "X: {rule: nummer, prompt: '{problem}', max_new_tokens: 8}\n"
+    (tmp_path / "tasks.yaml").write_text(row)
+    with pytest.raises(InputError, match="task X: unknown rule 'nummer'; choose from number, expression"):
+        read_language_tasks(tmp_path / "tasks.yaml")
+    (tmp_path / "tasks.yaml").write_text(row.replace("nummer", "number"))
+    assert read_language_tasks(tmp_path / "tasks.yaml")["X"].max_new_tokens == 8
+    (tmp_path / "tasks.yaml").write_text("[X]\n")
+    with pytest.raises(InputError, match="is no mapping of names to rows"):
+        read_language_tasks(tmp_path / "tasks.yaml")

@@ -19,10 +19,11 @@ WORDS = {
 
 
 def is_of(value: object, kind: Any) -> bool:
-    """For a plain type, None, a Literal, a Sequence of one type, or a union of these; an integer is a float, too."""
+    """For a plain type, None, a Literal, a list or Sequence of one type, or a union of these; an integer is a float,
+    too."""
     if get_origin(kind) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
-    if get_origin(kind) is Sequence:
+    if get_origin(kind) in (list, Sequence):
         return isinstance(value, list | tuple) and all(is_of(item, get_args(kind)[0]) for item in value)
     if get_args(kind):
         return any(is_of(value, member) for member in get_args(kind))

@@ -79,5 +79,8 @@ def cast(make: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor:
     made = make()
     stored = made.to(dtype)
     if not is_finite(stored):
-        raise InputError(f"{name}: the merged weights reach {made.abs().max():.3g}, too much for model.dtype {dtype}")
+        raise InputError(
+            f"{name}: the merged weights reach {made.abs().max():.3g}, more than {dtype} can hold; smaller "
+            "coefficients of the merge would do, or a wider model.dtype"
+        )
     return stored

@@ -5,12 +5,16 @@ A number may be written 1e-3 here, as elsewhere; YAML 1.1 takes it for text.
 
 import re
 from collections.abc import Collection, Hashable, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 
+from common.core.annotations import is_of, kind_in_words
 from common.core.errors import InputError
+
+Row = TypeVar("Row")
 
 
 class RepeatedKey(InputError):
@@ -42,6 +46,27 @@ def read_yaml_file(file: Path, overridden: Collection[str] = ()) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     return read_yaml(text, str(file), overridden)
+
+
+def read_rows(file: Path, kind: type[Row], what: str = "task") -> dict[str, Row]:
+    """The entries of a file, each a row of the dataclass `kind` under its name.
+
+    Raises: InputError naming the file, the entry and the field that is unknown, missing or of another type.
+    """
+    found, types = read_yaml_file(file), get_type_hints(kind)
+    needed = [f.name for f in fields(cast(Any, kind)) if f.default is MISSING and f.default_factory is MISSING]
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is no mapping of names to rows, {what}: {{field: value}}")
+    for name, row in found.items():
+        row = row if isinstance(row, dict) else {}
+        for key, value in row.items():
+            if key not in types:
+                raise InputError(f"{file}: {what} {name} has no field {key!r}; choose from {', '.join(types)}")
+            if not is_of(value, types[key]):
+                raise InputError(f"{file}: {what} {name}: {key} must be {kind_in_words(types[key])}, it is {value!r}")
+        if lacking := [key for key in needed if key not in row]:
+            raise InputError(f"{file}: {what} {name} lacks {', '.join(lacking)}")
+    return {str(name): kind(**row) for name, row in found.items()}
 
 
 def read_yaml(text: str, where: str, overridden: Collection[str] = ()) -> Any:
