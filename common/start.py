@@ -125,7 +125,11 @@ def opened_start(experiment: Experiment) -> Checkpoint:
         return experiment.base
     if experiment.config.start.checkpoint:
         return experiment.given_start()
-    return unstacked(Checkpoint(RunLayout(experiment.config).start), experiment.family.pieces)
+    folder = RunLayout(experiment.config).start
+    try:
+        return unstacked(Checkpoint(folder), experiment.family.pieces)
+    except InputError as error:  # as of any model; but this one can be had again
+        raise InputError(f"{error}; it is a merge of this run: remove {folder} to have it made anew") from error
 
 
 def merged_with_data(

@@ -494,3 +494,14 @@ def test_a_merge_that_is_none_is_refused(own):
         with pytest.raises(InputError, match=message):
             merge_alone(named, nlg)
         assert any(message in said for said in describe(named, nlg, MERGE).refusals)
+
+
+def test_a_merge_that_has_lost_a_file_can_be_made_anew(own):
+    _, config = own
+    folder = merge_alone(config, nlg)
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name}.*; it is a merge of this run: remove {folder} to have it made"):
+        merge_alone(config, nlg)
+    shutil.rmtree(folder)
+    assert merge_alone(config, nlg) == folder and shard.is_file()
