@@ -213,7 +213,7 @@ def parse(description: str, argv: list[str] | None = None) -> Config:
     # what is of any type the library reads once more, a word at a time
     start = replace(config.start, hyper=with_no(config.start.hyper))
     config = replace(config, start=start, compare=replace(config.compare, search=with_no(config.compare.search)))
-    typed = {a.removeprefix("--adapt.").split("=")[0] for a in argv if a.startswith("--adapt.")}
+    typed = {key.removeprefix("adapt.") for key in typed_keys(words) if key.startswith("adapt.")}
     return replace(config, adapt=prefer_typed(config.adapt, typed))
 
 

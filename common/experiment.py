@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from common.io.matched import Matching
 from common.io.tensors import WHOLE, in_rows, with_size
 from common.io.unread import settle_unread, with_copies
 from common.io.unstacked import unstacked
+from common.io.written import computed_as
 from common.merging.starts import hyper_of
 
 # What steps take, measured with the toys: passes of a matching step and of one of a fit, in products of a pass forward;
@@ -59,6 +61,11 @@ class Experiment:
     def blocks(self) -> list[int]:
         """Indices of the blocks to work on."""
         return list(range(self.depth)) if self.config.run.blocks is None else sorted(set(self.config.run.blocks))
+
+    @cached_property
+    def computed_as(self) -> dict[str, Any]:
+        """What says how the layers compute besides their weights, read once: every file of anchors says it."""
+        return computed_as(self.config.model)
 
     @property
     def largest_product(self) -> int:

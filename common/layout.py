@@ -29,7 +29,7 @@ from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
-from common.io.written import WHERE_SET, computed_as, contents_of, written_as
+from common.io.written import WHERE_SET, contents_of, written_as
 from common.merging.starts import chain_of
 
 PROVENANCE_FILE = "provenance.json"
@@ -147,13 +147,12 @@ def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, 
     for said_by_shape_or_no_matter in ("source", "number", "tokens", "chunk", "snapshots"):
         del settings[said_by_shape_or_no_matter]
     unit = {"task": task, "block": index, "seed": config.run.seed, "precision": config.run.precision}
-    how = {"model": computed_as(config.model) | fused_or_not(config).get("model", {})}
-    return {"anchors": settings, "run": unit} | how
+    return {"anchors": settings, "run": unit, "model": experiment.computed_as | fused_or_not(config)}
 
 
 def fused_or_not(config: Config) -> dict[str, Any]:
     """What says that the matching loss had q, k and v as one tensor; nothing where it had them as they are stored."""
-    return {"model": {"fuse_qkv": True}} if config.model.fuse_qkv else {}
+    return {"fuse_qkv": True} if config.model.fuse_qkv else {}
 
 
 def anchor_provenance(
@@ -236,7 +235,7 @@ def fit_settings(experiment: Experiment) -> dict[str, Any]:
         "run": {"seed": config.run.seed},
         "anchors": {"init": config.anchors.init, "part": experiment.family.part},
         "inputs": {"model": written_as(config)},
-    } | fused_or_not(config)
+    } | ({"model": fused} if (fused := fused_or_not(config)) else {})
 
 
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The paper's figures besides scores for scripts/reproduce.py: the analyses behind them on our config of ViT-B/32, and
 our numbers beside those read off the paper's (configs/paper_figures.yaml)."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from common.evaluation.rows import display, values_by_name
 from common.evaluation.scoring import results_of
 from common.evaluation.tables import MISSING, aligned
 from common.io.checkpoints import write_text
+from common.io.json_files import read_object
 from common.io.yaml_files import read_yaml_file
 from common.pipeline import construct
 from common.planning.dry_run import CONSTRUCT, Plan
@@ -144,7 +144,7 @@ def verdict(name: str, options: Sequence[str]) -> str:
     config = config_of_figure(name, options)
     folder = config.run.dir / "analysis"
     analysis = FIGURES[name].analysis
-    numbers = json.loads((folder / f"{analysis}.json").read_text(encoding="utf-8"))
+    numbers = read_object(folder / f"{analysis}.json", "numbers of an analysis")
     text = f"{name}: {folder / analysis}.png\n\n{beside_paper(name, numbers, config)}"
     write_text(folder / f"{name}.md", text)
     return text

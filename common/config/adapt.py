@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.core.annotations import is_of, kind_in_words
+from common.core.annotations import require_kind
 from common.core.errors import InputError
 from common.core.places import path_of
 
@@ -85,8 +85,7 @@ def prefer_typed(adapt: Adapt, typed: set[str]) -> Adapt:
         for key, value in changes.items():
             if key not in known:
                 raise InputError(f"adapt.by_start.{start} has no field {key!r}; choose from {', '.join(sorted(known))}")
-            if not is_of(value, known[key]):
-                raise InputError(f"adapt.by_start.{start}.{key} must be {kind_in_words(known[key])}, it is {value!r}")
+            require_kind(value, known[key], f"adapt.by_start.{start}.{key}")
     return replace(
         adapt, by_start={s: {k: v for k, v in c.items() if k not in typed} for s, c in adapt.by_start.items()}
     )

@@ -43,6 +43,12 @@ def kind_in_words(kind: Any) -> str:
     return WORDS.get(kind.__name__, str(kind))
 
 
+def require_kind(value: object, kind: Any, where: str) -> None:
+    """InputError, with its address, if a value does not fit an annotation."""
+    if not is_of(value, kind):
+        raise InputError(f"{where} must be {kind_in_words(kind)}, it is {value!r}")
+
+
 def require_finite(value: object, where: str = "") -> None:
     """InputError, with its address, on the first number in a value, however deep in lists and mappings, that is NaN or
     infinite: no comparison holds of NaN, so that a check of a range may let it pass. `where` is the value's address."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Adapt, Config, as_dict
-from common.core.annotations import is_of, kind_in_words
+from common.core.annotations import require_kind
 from common.core.errors import InputError
 from common.domain import Domain, module_of, scored_tests
 from common.evaluation.front import TRIED, front_of, map_search, write_front
@@ -84,8 +84,7 @@ def check_fields(config: Config, lists: Mapping[str, Any], grid: list[dict[str, 
             raise InputError(f"compare.search.fda: adapt has no field {name!r} to choose; fields: {', '.join(known)}")
     for chosen in grid:
         for name, value in chosen.items():
-            if not is_of(value, known[name]):
-                raise InputError(f"compare.search.fda.{name} must be {kind_in_words(known[name])}, it is {value!r}")
+            require_kind(value, known[name], f"compare.search.fda.{name}")
         for start in config.compare.starts:
             check_settings(with_fields(config, start, chosen))
 

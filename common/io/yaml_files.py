@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 
-from common.core.annotations import is_of, kind_in_words
+from common.core.annotations import require_kind
 from common.core.errors import InputError
 
 Row = TypeVar("Row")
@@ -62,8 +62,7 @@ def read_rows(file: Path, kind: type[Row], what: str = "task") -> dict[str, Row]
         for key, value in row.items():
             if key not in types:
                 raise InputError(f"{file}: {what} {name} has no field {key!r}; choose from {', '.join(types)}")
-            if not is_of(value, types[key]):
-                raise InputError(f"{file}: {what} {name}: {key} must be {kind_in_words(types[key])}, it is {value!r}")
+            require_kind(value, types[key], f"{file}: {what} {name}: {key}")
         if lacking := [key for key in needed if key not in row]:
             raise InputError(f"{file}: {what} {name} lacks {', '.join(lacking)}")
     return {str(name): kind(**row) for name, row in found.items()}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.core.annotations import is_of, kind_in_words, require_finite
+from common.core.annotations import require_finite, require_kind
 from common.core.errors import InputError
 from common.core.task_vectors import LazyParams, Params, is_finite, made_anew, require_same_tensors
 from common.merging.calibration import NO_CALIBRATION, CalibrationTask
@@ -191,8 +191,7 @@ def check_hyper_of(part: str, hyper: Hyper, tasks: int | None = None) -> None:
         if name not in accepted:
             raise InputError(f"{part}: unknown hyperparameter {name!r}, accepted: {', '.join(accepted) or 'none'}")
         kind = accepted[name].annotation
-        if not is_of(value, kind):
-            raise InputError(f"{part}: {name} must be {kind_in_words(kind)}, it is {value!r}")
+        require_kind(value, kind, f"{part}: {name}")
         require_finite(value, f"{part}: {name}")
     if tasks is None:
         return
