@@ -21,15 +21,8 @@ from common.io.surroundings import lend_surroundings
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.io.written import set_options
-from common.layout import (
-    ADAPTATION_FILE,
-    PROVENANCE_FILE,
-    SAME_REST,
-    RunLayout,
-    is_finished,
-    read_provenance,
-    with_same_rest,
-)
+from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST, RunLayout, with_same_rest
+from common.provenance import is_finished, read_provenance
 
 UNFINISHED = ".unfinished"  # it lies in a folder while a model is written there, and after a kill
 PIECES = ("blocks", "parts")

@@ -17,7 +17,8 @@ from common.io.checkpoints import Checkpoint
 from common.io.hashes import SCHEME
 from common.io.hub import is_stand_in
 from common.io.json_files import interpreted
-from common.layout import PROVENANCE_FILE, RunLayout, read_provenance
+from common.layout import PROVENANCE_FILE, RunLayout
+from common.provenance import read_provenance
 from common.start import opened_start
 
 Fingerprints = Mapping[str, str]

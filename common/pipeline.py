@@ -38,8 +38,10 @@ from common.fda.matching import MatchingProblem
 from common.fda.precision import effective_precision
 from common.io.anchor_files import save_anchors, save_snapshots
 from common.io.checkpoints import Checkpoint, check_provenance, read_header, write_tensors
-from common.layout import (
-    RunLayout,
+from common.layout import RunLayout
+from common.opening import carry_out, open_stage
+from common.planning.cost import memory_of_adaptation, memory_of_construction
+from common.provenance import (
     anchor_provenance,
     anchors_of,
     block_provenance,
@@ -48,8 +50,6 @@ from common.layout import (
     require_anchors,
     require_own_anchors,
 )
-from common.opening import carry_out, open_stage
-from common.planning.cost import memory_of_adaptation, memory_of_construction
 from common.run.background import read_ahead, write_behind
 from common.run.progress import UnitBar, Units
 from common.run.run_log import record_stage

@@ -20,13 +20,10 @@ from common.io.headers import tensor_rows
 from common.io.locks import locked
 from common.io.tensors import WHOLE, read_tensor
 from common.io.unstacked import unstacked
-from common.layout import (
-    RunLayout,
-    is_finished,
-    merge_provenance,
-)
+from common.layout import RunLayout
 from common.merging.starts import by_part, chain_of, merge, survey
 from common.opening import carry_out
+from common.provenance import is_finished, merge_provenance
 from common.run.device import threads_for
 from common.run.engine import Memory, asks_for_workers
 from common.run.progress import UnitBar, Units, counted

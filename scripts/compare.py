@@ -27,7 +27,7 @@ from common.evaluation.rows import Row, write_results
 from common.evaluation.scoring import RESULTS, publish, results_of, score_run
 from common.evaluation.tuning import FDA, SPLIT, candidates, choose_hyperparameters, held_out, searching
 from common.experiment import Experiment
-from common.layout import PROVENANCE_FILE, RunLayout, is_finished, merge_provenance, with_same_rest
+from common.layout import PROVENANCE_FILE, RunLayout, with_same_rest
 from common.merging.registry import hyperparameters
 from common.merging.starts import chain_of
 from common.opening import open_experiment, open_inputs
@@ -41,6 +41,7 @@ from common.planning.dry_run import (
     check_start,
     describe,
 )
+from common.provenance import is_finished, merge_provenance
 from common.report.page import write_page
 from common.report.reading import REPORT, read_run
 from common.run.stages import current, named

@@ -19,6 +19,7 @@ ORDER = [
     ["experiment"],
     ["opening"],
     ["layout"],
+    ["provenance"],
     ["assembly"],
     ["start"],
     ["descent"],

@@ -27,9 +27,10 @@ from common.core.errors import InputError
 from common.evaluation.scoring import is_ours, score_run
 from common.evaluation.tuning import choose_hyperparameters, read_search
 from common.io.checkpoints import write_text
-from common.layout import RunLayout, merge_provenance
+from common.layout import RunLayout
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
+from common.provenance import merge_provenance
 from common.run.cluster import chosen, room_in, roomy
 from common.run.engine import Demand, Files, Memory, outcome_of, picklable, place_for, value_of, workers_for
 from common.run.processes import Pool, pool_of

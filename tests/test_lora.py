@@ -25,10 +25,10 @@ from common.evaluation.rows import read_results
 from common.io.adapters import WEIGHT_FILE
 from common.io.checkpoints import Checkpoint
 from common.io.lora import LoraCheckpoint, open_checkpoint
-from common.layout import inputs_of
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from common.provenance import inputs_of
 from NLG import domain as nlg
 from NLG.scoring import open_model, stock_model
 from NLU import domain as nlu

@@ -25,9 +25,9 @@ from transformers import (
 from common.config import Config
 from common.core import notices
 from common.core.errors import InputError
-from common.layout import inputs_of
 from common.opening import open_experiment
 from common.pipeline import merge_alone
+from common.provenance import inputs_of
 from helpers import rewrite
 from NLG import domain
 from NLU import domain as nlu

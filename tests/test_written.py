@@ -13,10 +13,10 @@ from common.config import Model
 from common.core.errors import InputError
 from common.io.checkpoints import Checkpoint, write_tensors
 from common.io.written import computed_as, written_as
-from common.layout import read_provenance
 from common.opening import open_experiment
 from common.pipeline import construct, merge_alone
 from common.planning.dry_run import CONSTRUCT, MERGE, describe
+from common.provenance import read_provenance
 from helpers import change, rewrite
 from NLG import domain as nlg
 from NLU import domain as nlu

@@ -22,9 +22,10 @@ from common.io.checkpoints import Checkpoint, read_header
 from common.io.examples import Sample
 from common.io.json_files import interpreted
 from common.io.unstacked import unstacked
-from common.layout import RunLayout, anchor_provenance, anchors_of, fit_provenance, is_finished
+from common.layout import RunLayout
 from common.merging.calibration import CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.pipeline import initial_anchors_of
+from common.provenance import anchor_provenance, anchors_of, fit_provenance, is_finished
 from common.start import merge_start
 
 Numbers = dict[str, Any]

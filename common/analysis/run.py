@@ -19,8 +19,9 @@ from common.evaluation.figures import INK, legend, panels, save
 from common.experiment import Experiment
 from common.io.checkpoints import write_text
 from common.io.hashes import digest
-from common.layout import RunLayout, no_anchors
+from common.layout import RunLayout
 from common.opening import open_experiment
+from common.provenance import no_anchors
 from common.run.device import threads_for
 from common.run.run_log import commit, record_stage
 from common.validation import check_data

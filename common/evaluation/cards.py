@@ -15,8 +15,9 @@ from common.evaluation.tables import table
 from common.io.checkpoints import write_text
 from common.io.model_files import CONFIG_FILE, OPEN_CLIP_CONFIG, folder_of, json_of
 from common.io.tokenizer_files import MODULES_FILE
-from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout, read_provenance
+from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout
 from common.merging.starts import JOINED
+from common.provenance import read_provenance
 from common.run.run_log import PARTS, version_of
 
 CARD = "README.md"

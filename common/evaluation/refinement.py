@@ -25,8 +25,9 @@ from common.evaluation.tuning import (
 )
 from common.experiment import Experiment
 from common.io.hashes import digest
-from common.layout import RunLayout, block_provenance, fit_provenance, require_anchors
+from common.layout import RunLayout
 from common.opening import open_experiment
+from common.provenance import block_provenance, fit_provenance, require_anchors
 from common.run.progress import UnitBar
 from common.run.stages import current
 from common.start import merge_start

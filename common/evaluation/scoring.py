@@ -23,8 +23,9 @@ from common.io.hashes import digest, identity
 from common.io.json_files import interpreted
 from common.io.locks import locked
 from common.io.paper_tables import paper_table
-from common.layout import PROVENANCE_FILE, RunLayout, data_of, read_provenance
+from common.layout import PROVENANCE_FILE, RunLayout
 from common.opening import carry_out, open_experiment
+from common.provenance import data_of, read_provenance
 from common.run.engine import Memory, gpus_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import commit, record_stage, total_cost

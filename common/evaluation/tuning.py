@@ -22,9 +22,9 @@ from common.io.examples import identity_of
 from common.io.hashes import digest
 from common.io.json_files import read_object
 from common.io.locks import locked
-from common.layout import inputs_of
 from common.merging.starts import chain_of, check_hyper
 from common.opening import libraries_of, open_experiment
+from common.provenance import inputs_of
 from common.run.device import prepare
 from common.run.engine import Demand, Files, Memory, asks_for_workers, place_for, value_of
 from common.run.progress import UnitBar

@@ -25,15 +25,7 @@ from common.io.adapters import is_adapter, open_adapter
 from common.io.checkpoints import Checkpoint, check_provenance, read_header
 from common.io.hub import is_stand_in
 from common.io.tensors import WHOLE
-from common.layout import (
-    RunLayout,
-    anchor_settings,
-    fit_settings,
-    is_finished,
-    merge_settings,
-    require_anchors,
-    require_own_anchors,
-)
+from common.layout import RunLayout
 from common.opening import open_inputs
 from common.planning.cost import (
     GIB,
@@ -49,6 +41,14 @@ from common.planning.cost import (
 from common.planning.merging import memory_of_merge, memory_with_data
 from common.planning.on_paper import Bytes, on_paper
 from common.planning.regime import relative_norms, said_of
+from common.provenance import (
+    anchor_settings,
+    fit_settings,
+    is_finished,
+    merge_settings,
+    require_anchors,
+    require_own_anchors,
+)
 from common.start import parts_of, require_merge
 from common.validation import check_choices, check_test_data, where_from
 

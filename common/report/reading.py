@@ -12,7 +12,8 @@ from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS, identifying, traces
 from common.io.json_files import interpreted, read_object
 from common.io.paper_tables import paper_table
-from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST, read_provenance
+from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST
+from common.provenance import read_provenance
 from common.report.vectors import VECTORS_FILE
 from common.run.run_log import NOTES, WHAT, read_notes
 

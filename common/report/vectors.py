@@ -17,7 +17,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import write_text
 from common.io.hashes import digest
 from common.io.json_files import read_object
-from common.layout import inputs_of
+from common.provenance import inputs_of
 
 VECTORS_FILE = "task_vectors.json"
 MOST = 4 * 10**9  # weights read: a minute or so; of more only run.report full asks
