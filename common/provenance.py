@@ -21,21 +21,44 @@ from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
+from common.io.model_files import weight_files
 from common.io.written import WHERE_SET, contents_of, written_as
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.merging.starts import chain_of
 
 
 def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is whole; InputError names what differs if it was made from something else."""
+    """Whether a checkpoint is whole; InputError names what differs if it was made from something else, or is not what
+    was made."""
     file = folder / PROVENANCE_FILE
     if not file.is_file():
         return False
-    said = provenance.get("inputs", {}).get("model", {})
+    said, made = provenance.get("inputs", {}).get("model", {}), read_provenance(folder)
     unset = {"inputs": {"model": {name: None for name in WHERE_SET if name not in said}}}
     for expected in (provenance, unset):
-        check_provenance(file, read_provenance(folder), expected)
+        check_provenance(file, made, expected)
+    require_weights(folder, made)
     return True
+
+
+def written_weights(folder: Path) -> str:
+    """Identifies the weights in a folder by every byte."""
+    return identity([[file.name, file_hash(file)] for file in weight_files(folder)])
+
+
+def require_weights(folder: Path, made: Mapping[str, Any]) -> None:
+    """InputError if a merged model has lost its weights, or they are no longer those that its provenance was written
+    for; one from before there was a record of them is taken as it is."""
+    anew = f"remove {folder} to have it made anew"
+    try:
+        found = written_weights(folder)
+    except InputError as error:  # as of any model; but this one can be had again
+        raise InputError(f"{error}; it is a merge of this run: {anew}") from error
+    if found != made.get("weights", found):
+        raise InputError(
+            f"{folder} holds other weights than the run wrote there: what was saved over them is no merge of this run; "
+            f"move it away, or {anew}"
+        )
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -122,11 +122,7 @@ def opened_start(experiment: Experiment) -> Checkpoint:
         return experiment.base
     if experiment.config.start.checkpoint:
         return experiment.given_start()
-    folder = RunLayout(experiment.config).start
-    try:
-        return unstacked(Checkpoint(folder), experiment.family.pieces)
-    except InputError as error:  # as of any model; but this one can be had again
-        raise InputError(f"{error}; it is a merge of this run: remove {folder} to have it made anew") from error
+    return unstacked(Checkpoint(RunLayout(experiment.config).start), experiment.family.pieces)
 
 
 def merged_with_data(

@@ -18,9 +18,11 @@ from transformers import (
 from common.assembly import UNFINISHED
 from common.core import notices
 from common.core.errors import InputError
+from common.evaluation.scoring import score_run
 from common.io.checkpoints import Checkpoint, write_text
 from common.pipeline import merge_alone
 from common.planning.dry_run import MERGE, describe
+from common.provenance import written_weights
 from helpers import change, edit_config, read, rewrite
 from NLG import domain as nlg
 from NLG.inputs import check_ends
@@ -505,3 +507,30 @@ def test_a_merge_that_has_lost_a_file_can_be_made_anew(own):
         merge_alone(config, nlg)
     shutil.rmtree(folder)
     assert merge_alone(config, nlg) == folder and shard.is_file()
+
+
+def test_a_model_saved_over_a_merge_is_not_taken_for_it(own):
+    """As after a fine-tuning that saves where it read: same names, same shapes, other weights."""
+    _, config = own
+    folder = merge_alone(config, nlg)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        merged.lm_head.weight.mul_(2)
+    merged.save_pretrained(folder)
+    sentence = f"{folder} holds other weights than the run wrote there"
+    assert any(sentence in said for said in describe(config, nlg, MERGE).refusals)
+    for use in (merge_alone, score_run):
+        with pytest.raises(InputError, match=sentence):
+            use(config, nlg)
+    shutil.rmtree(folder)
+    merge_alone(config, nlg)
+
+
+def test_a_merge_of_before_weights_were_recorded_is_taken_as_it_is(own):
+    _, config = own
+    folder = merge_alone(config, nlg)
+    file = folder / "provenance.json"
+    made = json.loads(file.read_text())
+    assert made.pop("weights") == written_weights(folder)
+    write_text(file, json.dumps(made))
+    assert merge_alone(config, nlg) == folder and json.loads(file.read_text()) == made
