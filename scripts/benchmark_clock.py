@@ -28,6 +28,9 @@ class Clock:
         self.cpu_seconds += time.process_time() - cpu
         return result
 
+    def __add__(self, other: "Clock") -> "Clock":
+        return Clock(self.device, self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

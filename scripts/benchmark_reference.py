@@ -1,12 +1,23 @@
-"""The yardstick of scripts/benchmark.py: both stages as plain code would have them."""
+"""The yardstick of scripts/benchmark.py: both stages as plain code would have them; and what is measured by it."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.config import PRESETS
 from common.core.blocks import Block
 from common.core.seeding import seeded
 from common.core.task_vectors import Params
 from common.fda.matching import DISTANCES
+from common.io.yaml_files import read_yaml_file
+
+PAPER_STEPS = 1200
+
+
+def preset(section: str) -> dict[str, Any]:
+    """A section of the fast preset, which the engine is measured with."""
+    return read_yaml_file(PRESETS / "fast.yaml")[section]
 
 
 class Reference:

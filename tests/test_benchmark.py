@@ -9,9 +9,12 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import benchmark
+import benchmark_construct
+from benchmark_adapt import adapt
 from benchmark_blocks import ARCHS, random_block, random_expert, vit, write_whole
+from benchmark_construct import construct
 from benchmark_merge import RECIPES, compared, largest_difference, make_models, measured, recipe_of
+from benchmark_reference import Reference
 from common.config import Model, Run
 from common.core.errors import InputError
 from common.core.seeding import seeded
@@ -40,7 +43,7 @@ def test_an_expert_is_as_far_from_the_base_as_said(pico):
 def test_the_reference_takes_the_gradient_that_the_engine_takes(pico):
     of, (theta_0, theta_t, _) = pico
     x = torch.randn(of.shape, generator=seeded(0))
-    reference = benchmark.Reference(of.block, theta_0, theta_t, x)
+    reference = Reference(of.block, theta_0, theta_t, x)
     with sdpa_kernel(SDPBackend.MATH):
         reference.step()
         problem = MatchingProblem(of.block, theta_0, theta_t, subtract(theta_t, theta_0))
@@ -50,14 +53,12 @@ def test_the_reference_takes_the_gradient_that_the_engine_takes(pico):
 
 
 def test_construction_is_measured(pico, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_ceiling", lambda precision, device: 1e12)
+    monkeypatch.setattr(benchmark_construct, "matmul_ceiling", lambda precision, device: 1e12)
     of, thetas = pico
     files = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
     for file, theta in zip(files, thetas[:2], strict=True):
         write_whole(file, of, theta)
-    told = benchmark.construct(
-        of, *files, Namespace(steps=40, reference_steps=2, repeats=1, together=2, compiler="eager"), CPU
-    )
+    told = construct(of, *files, Namespace(steps=40, reference_steps=2, repeats=1, together=2, compiler="eager"), CPU)
     assert told["loss"]["engine"] <= told["loss"]["reference"] and told["time_to_equal_loss_ratio"]["clock"] > 0
     assert told["steps"] == {"reference": 2, "engine": 20, "engine_planned": 40}
     assert not told["target_is_the_papers"]
@@ -66,7 +67,7 @@ def test_construction_is_measured(pico, tmp_path, monkeypatch):
 
 def test_adaptation_ends_where_the_plain_loop_ends(pico):
     of, thetas = pico
-    told = benchmark.adapt(of, thetas, {"pretrained": 1e-5, "ta": 1e-2}, Namespace(epochs=20, repeats=2), CPU)
+    told = adapt(of, thetas, {"pretrained": 1e-5, "ta": 1e-2}, Namespace(epochs=20, repeats=2), CPU)
     assert told["steps"] == 20 and told["tasks"] == 2
     assert all(told[s]["loss"]["fast"] < 0.9 * told[s]["loss"]["base"] for s in ("pretrained", "ta"))
     assert told["pretrained"]["difference_of_result"] < 1e-2 and told["ta"]["difference_of_result"] < 1e-2
