@@ -11,7 +11,6 @@ merge method here cannot do: TIES with unlike weights, say. tests/test_mergekit_
 int8_mask says how mergekit keeps a mask, and name what it calls a result: both are passed over.
 """
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,23 +21,13 @@ from common.core.annotations import require_finite
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.io.yaml_files import read_yaml_file
+from mergekit_start import METHODS, start_of
 
-METHODS = {  # what mergekit's methods read of the parameters; others are passed over there, and named here
-    "linear": {"weight", "normalize"},
-    "slerp": {"t"},
-    "task_arithmetic": {"weight", "normalize", "rescale", "lambda"},
-    "ties": {"weight", "normalize", "rescale", "lambda", "density"},
-    "dare_linear": {"weight", "normalize", "rescale", "lambda", "density"},
-    "dare_ties": {"weight", "normalize", "rescale", "lambda", "density"},
-    "breadcrumbs": {"weight", "normalize", "rescale", "lambda", "density", "gamma"},
-}
 KNOWN = ("base_model", "dtype", "merge_method", "models", "name", "out_dtype", "parameters", "tokenizer_source")
 OF_MODEL = ("model", "parameters")
 SWITCHES = {"normalize", "rescale", "int8_mask"}
 NUMBERS = {"lambda", "t", "density", "weight", "gamma"}
 OWN = {"density", "weight", "gamma"}  # of a model
-# Whether the weights are divided by their sum where the recipe does not say so, as mergekit has it.
-NORMALIZED = {"linear": True, "ties": True}
 WHOLE = ("linear", "slerp")  # mix models, not differences from a base
 VOCABULARIES = {"base": "base", "union": "union"}
 
@@ -145,82 +134,6 @@ def parameters(entry: Mapping[str, Any], where: str, file: str) -> dict[str, Any
             raise InputError(f"{file}: {where}{name} is {value!r}; one number for all tensors is understood")
         require_finite(value, f"{file}: {where}{name}")
     return dict(found or {})
-
-
-def start_of(
-    method: str, models: Mapping[str, Mapping[str, float]], said: Mapping[str, Any], file: str
-) -> tuple[str, dict[str, Any]]:
-    """(start.method, its hyperparameters) that do what the recipe asks for."""
-    if method == "slerp":
-        if len(models) != 2:
-            raise InputError(f"{file}: slerp mixes the base_model and one other model, not {len(models)} in all")
-        return "slerp", {"t": number(said, "t", method, file)}
-    for name, own in models.items():
-        if "weight" not in own and "weight" not in said:
-            raise InputError(f"{file}: {method} needs a weight for {name}")
-    weights = [float((said | own)["weight"]) for own in models.values()]
-    normalize = NORMALIZED.get(method, False) if said["normalize"] is None else bool(said["normalize"])
-    total = sum(weights)
-    require_finite(total, f"{file}: the sum of the weights")
-    # What rounding leaves of a sum of 0 is none to divide by; mergekit takes 1 in its place, but for linear.
-    least = 1e-8 * max(map(abs, weights)) if method == "linear" else 1e-8
-    shares = [weight / total for weight in weights] if normalize and abs(total) > least else weights
-    default = method.startswith("dare_")
-    if "rescale" in METHODS[method] and said.get("rescale", default) != default:
-        raise InputError(f"{file}: {method} is understood with rescale as it is by default, not {said['rescale']}")
-    if method == "linear":
-        if not math.isclose(sum(shares), 1):
-            step = (
-                "so they cannot be divided by their sum; choose weights whose sum is not 0"
-                if normalize
-                else "with normalize: false they must add up to 1; without that line they are divided by their sum"
-            )
-            raise InputError(f"{file}: the weights of linear add up to {total:g}, {step}")
-        return "ta", {"scale": shares}
-    if method == "task_arithmetic":
-        return "ta", {"scale": [said["lambda"] * share for share in shares]}
-    density = min(one(models, said, "density", 1.0, file), 1.0)  # more is all, as in mergekit
-    if density <= 0:
-        raise InputError(f"{file}: density is {density:g}, which leaves no change of any model; choose one above 0")
-    if method == "dare_linear":
-        return "dare_ta", {"drop": 1 - density, "scale": [said["lambda"] * share for share in shares]}
-    if len(set(weights)) > 1:
-        raise InputError(f"{file}: {method} is understood with equal weights, not {', '.join(map(str, weights))}")
-    if method in ("ties", "dare_ties"):
-        if not all(weights):
-            raise InputError(f"{file}: {method} is understood with weights that are not zero")
-        if not normalize:
-            raise InputError(f"{file}: {method} is understood with normalize: true, the mean of those that agree")
-        if method == "ties":
-            return "ties", {"density": density, "scale": said["lambda"], "granularity": "tensor"}
-        return "dare_ties", {"drop": 1 - density, "density": 1.0, "scale": said["lambda"]}
-    gamma = one(models, said, "gamma", 0.01, file)  # breadcrumbs
-    if density >= 1:  # then no outlier is removed either
-        return "breadcrumbs", {"keep": 1.0, "outliers": 0.0, "scale": said["lambda"] * shares[0]}
-    if density + gamma > 1:
-        raise InputError(
-            f"{file}: breadcrumbs is understood with density + gamma of at most 1, not {density} + {gamma}"
-        )
-    return "breadcrumbs", {"keep": density, "outliers": gamma, "scale": said["lambda"] * shares[0]}
-
-
-def one(
-    models: Mapping[str, Mapping[str, float]], said: Mapping[str, Any], name: str, otherwise: float, file: str
-) -> float:
-    """A number that must be the same for all models."""
-    values = {float(p.get(name, said.get(name, otherwise))) for p in models.values()}
-    if len(values) > 1:
-        raise InputError(
-            f"{file}: {name} is understood where it is the same for all, not {', '.join(map(str, values))}"
-        )
-    return values.pop()
-
-
-def number(said: Mapping[str, Any], name: str, method: str, file: str) -> float:
-    """A number that the recipe must have."""
-    if name not in said:
-        raise InputError(f"{file}: {method} needs parameters.{name}")
-    return float(said[name])
 
 
 def place(name: str) -> str:
