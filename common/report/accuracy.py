@@ -82,39 +82,49 @@ def accuracy_panel(data: Sequence[Spec], tasks: Sequence[str], kinds: Sequence[s
 
 def seconds(runs: Sequence[RunRecord]) -> Chart | None:
     """Mean score against what it took to make each model, its start included."""
-    data = []
-    for run in runs:
-        averages = {name: values[-1] for name, values in values_by_name(run.rows, run.tasks).items()}
-        spent: dict[str, list[float]] = {}
-        for name, cost in {(row_name(r), r.get("seed")): r for r in run.rows if "seconds" in r}.items():
-            spent.setdefault(name[0], []).append(cost["seconds"])
-        for row in {row_name(r): r for r in sorted(run.rows, key=rank) if "seconds" in r}.values():
-            name, start = row_name(row), display(row["start"]) if row["method"] == "fda" else ""
-            if averages[name] == averages[name]:
-                took = sum(sum(spent[n]) / len(spent[n]) for n in (name, start) if n in spent)
-                kind = kind_of(row) if start else "merge"
-                point = {
-                    "name": name,
-                    "label": start or name,
-                    "run": run.name,
-                    "kind": kind,
-                    "seconds": max(took, 0.01),
-                }
-                data.append(point | {"avg": averages[name] * (100 if run.percent else 1)})
+    data = [point for run in runs for point in points_of(run)]
     if not data:
         return None
     data = [
         point | {"shown": point["label"] if free else ""} for point, free in zip(data, have_room(data), strict=True)
     ]
-    unit = " (%)" if runs[0].percent else ""
-    kinds, names = list(dict.fromkeys(d["kind"] for d in data)), [run.name for run in runs]
     by_run = len(runs) > 1
+    groups = [run.name for run in runs] if by_run else list(dict.fromkeys(point["kind"] for point in data))
+    hardware = ", ".join(dict.fromkeys(row["hardware"] for run in runs for row in run.rows if "hardware" in row))
+    caption = (
+        "What it took to make a model from the experts: of a merge, merging and writing; of FDA, its start, the "
+        f"construction of the anchors and the adaptation. Names are those of the starts. Measured on {hardware}."
+    )
+    alt = "Mean score against seconds of each model; the numbers are in the table of results."
+    return Chart(caption, [Panel("", alt, seconds_panel(data, groups, by_run, runs[0].percent))], groups)
+
+
+def points_of(run: RunRecord) -> list[dict[str, Any]]:
+    """Of every model whose cost is known a point: seconds, and the mean score over tasks and seeds."""
+    averages = {name: values[-1] for name, values in values_by_name(run.rows, run.tasks).items()}
+    known = [row for row in run.rows if "seconds" in row]
+    spent: dict[str, list[float]] = {}
+    for (name, _), row in {(row_name(row), row.get("seed")): row for row in known}.items():
+        spent.setdefault(name, []).append(row["seconds"])
+    points = []
+    for name, row in {row_name(row): row for row in sorted(known, key=rank)}.items():
+        start = display(row["start"]) if row["method"] == "fda" else ""
+        if averages[name] == averages[name]:
+            took = sum(sum(spent[made]) / len(spent[made]) for made in (name, start) if made in spent)
+            point = {"name": name, "label": start or name, "run": run.name, "kind": kind_of(row) if start else "merge"}
+            average = averages[name] * (100 if run.percent else 1)
+            points.append(point | {"seconds": max(took, 0.01), "avg": average})
+    return points
+
+
+def seconds_panel(data: list[dict[str, Any]], groups: Sequence[str], by_run: bool, percent: bool) -> Spec:
+    """Points with their names where there is room; colours tell runs apart, or kinds of models within one."""
     x = quantity("seconds", "seconds", type="log", nice=True) | {"axis": {"tickCount": 4}}
-    y = quantity("avg", f"Avg{unit}", zero=False)
-    colour = named("run" if by_run else "kind", scale={"domain": names if by_run else kinds}, legend=None)
+    y = quantity("avg", "Avg (%)" if percent else "Avg", zero=False)
+    colour = named("run" if by_run else "kind", scale={"domain": groups}, legend=None)
     tip = tips(("name", "model"), ("run", "run"), ("seconds", "seconds", ".1f"), ("avg", "Avg", ".2f"))
     shape = {"shape": named("kind", "", legend={"orient": "bottom", "columns": 2})} if by_run else {}
-    spec = layers(
+    return layers(
         data,
         {
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.9},
@@ -123,13 +133,6 @@ def seconds(runs: Sequence[RunRecord]) -> Chart | None:
         *([] if by_run else [start_above(x, y)]),
         height=320,
     )
-    hardware = ", ".join(dict.fromkeys(row["hardware"] for run in runs for row in run.rows if "hardware" in row))
-    caption = (
-        "What it took to make a model from the experts: of a merge, merging and writing; of FDA, its start, the "
-        f"construction of the anchors and the adaptation. Names are those of the starts. Measured on {hardware}."
-    )
-    alt = "Mean score against seconds of each model; the numbers are in the table of results."
-    return Chart(caption, [Panel("", alt, spec)], names if by_run else kinds)
 
 
 def have_room(data: Sequence[Spec]) -> list[bool]:
