@@ -39,18 +39,20 @@ def main() -> None:
         how = {"published": True} if args.anchors == "published" else {}
         if how:
             require_released(names)
-        refused: list[str] = []
-        for name in names:
-            print(f"\n==== {name} ====", flush=True)
+        refused, told = [], []
+        for number, name in enumerate(names, start=1):
+            print(f"\n==== {name}{f', {number} of {len(names)}' if len(names) > 1 else ''} ====", flush=True)
+            kind = kind_of(name)
             if args.dry_run:
-                refused += [f"{name}: {sentence}" for sentence in kind_of(name).describe(name, options, **how)]
-            else:
-                kind_of(name).make(name, options, **how)
+                refused += [f"{name}: {sentence}" for sentence in kind.describe(name, options, **how)]
+                continue
+            kind.make(name, options, **how)
+            told.append(kind.verdict(name, options, **how))
+            print(f"\n{told[-1]}", flush=True)
         if refused:
             raise InputError("\nerror: ".join(dict.fromkeys(refused)))
-        if not args.dry_run:
-            for name in names:
-                print(f"\n==== {kind_of(name).verdict(name, options, **how)}")
+        if len(told) > 1:  # together, where each stands hours above
+            print("".join(f"\n==== {text}" for text in told))
 
 
 def kind_of(name: str) -> ModuleType:

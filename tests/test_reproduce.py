@@ -269,6 +269,24 @@ def test_a_table_of_ours_is_made_by_its_commands(pico_config, monkeypatch):
         ours.make("Vision/results/cut.json", [])
 
 
+def test_each_verdict_is_told_when_it_is_known_and_all_in_the_end(monkeypatch, capsys):
+    names = ["NLU/results/demo.json", "NLG/results/demo.json"]
+    monkeypatch.setattr(ours, "make", lambda name, options: print(f"made {name}"))
+    monkeypatch.setattr(ours, "verdict", lambda name, options: f"{name}: 0 moved")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *names])
+    reproduce.main()
+    first, second = (f"{name}: 0 moved" for name in names)
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert said[:3] == [f"==== {names[0]}, 1 of 2 ====", f"made {names[0]}", first]
+    assert said[3:] == [
+        f"==== {names[1]}, 2 of 2 ====",
+        f"made {names[1]}",
+        second,
+        f"==== {first}",
+        f"==== {second}",
+    ]
+
+
 def test_what_is_made_again_tells_of_its_progress(tmp_path, monkeypatch, capsys):
     """As a command of its own does: in the log, line by line where there is no terminal, and where it was stopped."""
     log, name = tmp_path / "log.txt", "NLU/results/demo.json"
