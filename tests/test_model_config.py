@@ -193,10 +193,10 @@ def test_harmless_differences_are_one_line(folders, capsys):
     assert line.startswith("warning: ") and line.endswith("kept: eos_token_id (math, code), use_cache (code)")
 
 
-def adapter(folders, **settings):
+def adapter(folders, computing=frozenset(), **settings):
     (folders / "lora").mkdir(exist_ok=True)
     (folders / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
-    compare_models(folders / "base", resolve(LLAMA, "base"), {"lora": folders / "lora"})
+    compare_models(folders / "base", resolve(LLAMA, "base"), {"lora": folders / "lora"}, computing)
 
 
 def test_an_adapter_of_another_base_is_refused_or_told(folders, capsys):
@@ -210,6 +210,15 @@ def test_an_adapter_of_another_base_is_refused_or_told(folders, capsys):
     edit_config(folders / "math", hidden_size=32)
     with pytest.raises(InputError, match=r"lora/adapter_config.json names the base .*math, .* hidden_size is 32 there"):
         adapter(folders, base_model_name_or_path=str(folders / "math"))
+
+
+def test_what_counts_for_one_architecture_counts_of_an_adapters_base(folders):
+    """As the padding's number of a decoder that counts positions from it."""
+    edit_config(folders / "math", pad_token_id=3)
+    named = {"base_model_name_or_path": str(folders / "math")}
+    adapter(folders, **named)
+    with pytest.raises(InputError, match="names the base .*math, which is another model: pad_token_id is 3 there"):
+        adapter(folders, computing=frozenset({"pad_token_id"}), **named)
 
 
 def test_a_config_is_kept_but_for_what_must_change():

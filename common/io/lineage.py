@@ -35,17 +35,20 @@ def compare_models(
     """
     for path in others.values():
         if is_adapter(path):
-            check_lineage(path, base, config)
+            check_lineage(path, base, config, computing)
     compare_configs(config, others, computing)
 
 
-def check_lineage(adapter: Path, base: Path, config: ModelConfig | None) -> None:
+def check_lineage(
+    adapter: Path, base: Path, config: ModelConfig | None, computing: frozenset[str] = frozenset()
+) -> None:
     """Look whether an adapter names the base, and warn if it names another or a revision of it.
 
     Args:
         adapter: Folder of the adapter.
         base: Path of the base.
         config: Its config, if it has one.
+        computing: As of `compare_models`.
     Raises: InputError if the base that is named is there and is of another architecture or size.
     """
     settings = read_config(adapter / ADAPTER_CONFIG)
@@ -56,7 +59,7 @@ def check_lineage(adapter: Path, base: Path, config: ModelConfig | None) -> None
     if where.exists() and where.resolve() == base.resolve():
         return
     if config and where.is_dir():
-        refuse_other_model(adapter, where, config)
+        refuse_other_model(adapter, where, config, computing)
     known = names_of(base, config)
     if where.name.casefold() not in known:
         warn(
@@ -67,7 +70,7 @@ def check_lineage(adapter: Path, base: Path, config: ModelConfig | None) -> None
         warn(f"{adapter / ADAPTER_CONFIG} names revision {revision} of {named}; whether {base} is that, no file says")
 
 
-def refuse_other_model(adapter: Path, named: Path, config: ModelConfig) -> None:
+def refuse_other_model(adapter: Path, named: Path, config: ModelConfig, computing: frozenset[str]) -> None:
     """InputError if the config in the folder that an adapter names is of another model than the base's config."""
     file = config_file(named)
     if not file:
@@ -78,7 +81,7 @@ def refuse_other_model(adapter: Path, named: Path, config: ModelConfig) -> None:
         raise InputError(
             f"{says}, of model type {written.get('model_type')!r}; that of {config.file} is {config.model_type!r}"
         )
-    counted, _ = differences(config, resolve(written, str(file)))
+    counted, _ = differences(config, resolve(written, str(file)), computing)
     if counted:
         said = [f"{field} is {one!r} there and {two!r}" for field, (one, two) in counted.items()]
         raise InputError(f"{says}, which is another model: {', '.join(in_short(said))} in {config.file}")
