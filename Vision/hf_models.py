@@ -44,7 +44,16 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_settings, copy_surroundings, write_edited
 from common.io.unstacked import unstacked
 from Vision.clip_config import clip_file
-from Vision.hf_files import BLANK, PROCESSORS, TWO_TOWERS, Pixels, image_config, own_config, require_same_preprocessing
+from Vision.hf_files import (
+    BLANK,
+    PROCESSORS,
+    TWO_TOWERS,
+    Pixels,
+    image_config,
+    own_config,
+    processor_folder,
+    require_same_preprocessing,
+)
 from Vision.hf_files import preprocessing as preprocessing_of
 from Vision.layouts import facts_of_config, facts_of_module, in_transformers, pieces_in_transformers, require_same_facts
 from Vision.open_clip_models import skeleton as open_clip_skeleton
@@ -70,7 +79,7 @@ def check_inputs(config: Config) -> None:
         if is_adapter(other):
             check_lineage(other, path, base)
         elif clip_file(other):
-            check_open_clip(base, other)
+            check_open_clip(config.model, base, other)
         elif config_file(other):
             harmless = require_same_function(base, image_config(other)) - {"architectures", "dtype"}
             if harmless:  # which towers alone and whole models always differ in
@@ -83,12 +92,14 @@ def check_inputs(config: Config) -> None:
     warn_of_unmerged(config.model, family(config.model), skeleton(config.model).state_dict(), other_models(config))
 
 
-def check_open_clip(base: ModelConfig, other: Path) -> None:
-    """InputError if a model of open_clip is another function of the weights of the base, a CLIPModel."""
+def check_open_clip(model: Model, base: ModelConfig, other: Path) -> None:
+    """InputError if a model of open_clip is another function of the weights of the base, a CLIPModel with this config,
+    or of images."""
     if base.model_type != "clip_vision_model":
         raise InputError(f"{other} is of open_clip, where a CLIPModel alone has a counterpart, no {base.model_type}")
     visual = open_clip_skeleton(Model(base=str(other.absolute()))).visual
-    require_same_facts(facts_of_config(base.resolved), facts_of_module(visual, str(other)), other)
+    ours = facts_of_config(base.resolved, processor_folder(*processors(model)))
+    require_same_facts(ours, facts_of_module(visual, str(other)), other)
 
 
 def check_projection(model: Model, other: Path) -> None:

@@ -8,7 +8,7 @@ Tensors are read under the names of the base, one at a time; a merged model is w
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from common.core.blocks import Piece
 from common.core.errors import InputError
+from Vision.hf_files import processor_fields
 
 OPEN_CLIP, HUGGING_FACE = "visual.", "vision_model."
 PROJ, PROJECTION = "visual.proj", "visual_projection.weight"
@@ -98,10 +99,16 @@ def lent(names: Collection[str]) -> tuple[str, ...]:
 
 # ---- what no tensor shows --------------------------------------------------------------------------------------------
 
+COLOURS = {"image_mean": "mean", "image_std": "std"}  # what is taken off each colour, and by what it is divided
 
-def facts_of_config(tower: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a CLIPModel's image tower besides its tensors, from the resolved fields of its config."""
-    return {
+
+def facts_of_config(tower: Mapping[str, Any], processor: Path | None) -> dict[str, Any]:
+    """What decides a CLIPModel's image tower besides its tensors, from the resolved fields of its config, and from the
+    files of its processor in a folder, where there are any."""
+    fields = processor_fields(processor) if processor else {}
+    shifted = fields.get("do_normalize", True) is not False
+    colours = {key: rounded(fields[key]) for key in COLOURS if shifted and isinstance(fields.get(key), list | tuple)}
+    return colours | {
         "heads": tower["num_attention_heads"],
         "activation": tower["hidden_act"],
         "layer_norm_eps": tower["layer_norm_eps"],
@@ -117,7 +124,8 @@ def facts_of_module(visual: nn.Module, where: str) -> dict[str, Any]:
     gelu = block.mlp.gelu
     approximate = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
     known = approximate[gelu.approximate] if isinstance(gelu, nn.GELU) else type(gelu).__name__
-    return {
+    colours = {key: rounded(visual.preprocess_cfg[name]) for key, name in COLOURS.items()}
+    return colours | {
         "heads": block.attn.num_heads,
         "activation": "quick_gelu" if isinstance(gelu, QuickGELU) else known,
         "layer_norm_eps": block.ln_1.eps,
@@ -125,9 +133,15 @@ def facts_of_module(visual: nn.Module, where: str) -> dict[str, Any]:
     }
 
 
+def rounded(numbers: Iterable[float]) -> tuple[float, ...]:
+    """Numbers that are told from others by three digits, however many were written."""
+    return tuple(round(float(number), 3) for number in numbers)
+
+
 def require_same_facts(base: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
-    """InputError naming what makes another model another function of equal weights."""
-    unlike = [name for name in base if other[name] != base[name]]
+    """InputError naming what makes another model another function of equal weights; of what only one of them says,
+    nobody can tell."""
+    unlike = [name for name in base if name in other and other[name] != base[name]]
     if unlike:
         said = [f"{name} is {other[name]!r}, the base's is {base[name]!r}" for name in unlike]
         raise InputError(

@@ -24,7 +24,7 @@ from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings
 from Vision.clip_config import check_inputs as check_configs
 from Vision.clip_config import clip_file, config_text, of_transformers, preprocess_of
-from Vision.hf_files import Pixels, image_config
+from Vision.hf_files import Pixels, image_config, processor_folder
 from Vision.layouts import (
     facts_of_config,
     facts_of_module,
@@ -70,7 +70,8 @@ def check_inputs(config: Config) -> None:
     check_configs(config)
     for path in filter(of_transformers, other_models(config).values()):
         ours = facts_of_module(skeleton(config.model).visual, str(config.model.path("base")))
-        require_same_facts(ours, facts_of_config(image_config(path).resolved), path)
+        theirs = facts_of_config(image_config(path).resolved, processor_folder(path))
+        require_same_facts(ours, theirs, path)
     if config.model.arch or clip_file(config.model.path("base")):
         known = skeleton(config.model).state_dict()
         warn_of_unmerged(config.model, family(config.model), known, other_models(config))

@@ -1,6 +1,7 @@
 """A CLIP of open_clip with experts of transformers, and the reverse: the same merges, written as the base is."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, CLIPImageProcessor
 
 from common.core.errors import InputError
 from common.io.checkpoints import write_tensors
@@ -90,6 +91,24 @@ def test_another_function_of_equal_weights_is_refused(base, experts, tmp_path, p
     with pytest.raises(
         InputError, match="SVHN: heads is 4, the base's is 2; activation is 'gelu', the base's is 'quick_"
     ):
+        construct(config, domain)
+
+
+@pytest.mark.parametrize(("base", "experts"), [("open_clip", "hf"), ("hf", "open_clip")])
+def test_an_expert_that_sees_other_colours_is_refused(base, experts, tmp_path, pico_inputs):
+    """Of an image, one takes off the mean of ImageNet, the other that of CLIP's own images."""
+    _, config = mixed(tmp_path, pico_inputs / "data", base, experts)
+    mean = [0.485, 0.456, 0.406]
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    processor.save_pretrained(tmp_path / "hf" / ("SVHN" if experts == "hf" else "base"))
+    open_experiment(config, domain)
+    if experts == "hf":
+        file, fields = tmp_path / "hf" / "SVHN" / "preprocessor_config.json", {"image_mean": mean}
+    else:
+        file, fields = tmp_path / "open_clip" / "SVHN" / "open_clip_config.json", {"preprocess_cfg": {"mean": mean}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    said = "SVHN: image_mean is (0.485, 0.456, 0.406), the base's is (0.481, 0.458, 0.408): the merged model computes"
+    with pytest.raises(InputError, match=re.escape(said)):
         construct(config, domain)
 
 
