@@ -10,6 +10,7 @@ from the repository's root and names of rows:
     scores FILE | ROW ...  those rows of it alone
     gains FILE | FILE ...  a line for each start: its mean, and what FDA with each initialisation makes of it
     study FILE             the table of scripts/study.py; FILE is the rows.json of a study, named as its kind
+    residual FILE          what scripts/analyse.py residual measured of each merge; FILE is its residual.json
     merges FILE | FILE ... scripts/benchmark.py merge's recipes, by both; a FILE is what its --out wrote
     methods                the merge methods
     architectures DOMAIN   what is anchored of each architecture that the tests merge, found in a pico model of it
@@ -173,6 +174,19 @@ def studied(file: str) -> str:
     return table_of(Path(file).stem, rows, import_module(f"{Path(file).parts[0]}.domain").PERCENT)
 
 
+def residuals(file: str) -> str:
+    """What each merge leaves of the interference, the least first, and what that has to do with the score."""
+    found = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    percent = import_module(f"{Path(file).parts[0]}.domain").PERCENT
+    lines: list[Sequence[str]] = [["Merge", "Residual", "Length", "Avg"]]
+    for name, model in sorted(found["models"].items(), key=lambda named: named[1]["mean"]):
+        lines.append([name, f"{model['mean']:.2f}", f"{model['length']:.2f}", cell(model["avg"], percent)])
+    said = f"Residual: mean over the tasks and {found['matrices']} matrices. Length: in mean lengths of a task vector."
+    ranks = f"Rank correlation of residual and Avg over these {len(lines) - 1} models: {found['rank_correlation']:.2f}."
+    birth = f"Config {found['config']}; commit {found['commit']}; seed {found['seed']}."
+    return aligned(lines) + f"\n{said}\n\n{ranks}\n\n{birth}\n"
+
+
 def architectures(domain: str) -> str:
     """A line for each name that anchored modules have, and the architectures that have it."""
     sys.path.append(str(ROOT / "tests"))
@@ -212,8 +226,8 @@ PICO = {  # of tests/: what architectures are tested
     "vision": ("pico_vision_architectures", "ARCHITECTURES"),
 }
 KINDS = {
-    "scores": scores, "gains": gains, "study": studied, "merges": merges, "methods": methods,
-    "architectures": architectures,
+    "scores": scores, "gains": gains, "study": studied, "residual": residuals, "merges": merges,
+    "methods": methods, "architectures": architectures,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from common.analysis.material import plain
+from common.analysis.registry import ANALYSES
+from common.analysis.run import analyse
 from common.command import watched
 from common.config import ROOT, Config
 from common.core.errors import InputError
-from common.domain import module_of
+from common.domain import Domain, module_of
 from common.evaluation.rows import Row, read_results, row_name
 from common.evaluation.scoring import RESULTS
 from common.evaluation.significance import difference, difference_in_words, scores_of
@@ -47,19 +49,34 @@ def make(name: str, options: Sequence[str]) -> None:
 
 def command_of(by: str) -> Any:
     """(config, domain) -> None."""
+    if by in ANALYSES:
+        return partial(analysed, by)
     return {"compare": compare, "regime": regime}.get(by, partial(study, by))
+
+
+def analysed(name: str, config: Config, domain: Domain) -> None:
+    """An analysis of models that are made and scored before."""
+    compare(config, domain)
+    analyse(name, config, domain)
+
+
+def scripts_of(by: str) -> list[str]:
+    """The scripts of a command, one after the other."""
+    if by in ANALYSES:
+        return ["compare.py", f"analyse.py {by}"]
+    return [f"{by}.py" if by in WITH_SCORES else f"study.py {by}"]
 
 
 def describe(name: str, options: Sequence[str]) -> list[str]:
     """Print the commands behind the table and how long they take. Nothing of it is refused before it is made."""
     table = OURS[name]
-    script = f"{table.by}.py" if table.by in WITH_SCORES else f"study.py {table.by}"
     for made in table.toys:
         state = "there" if Path(made[2]).is_dir() else "made first"
         print(f"  {state:10} {made[2]}: python scripts/make_toy.py {' '.join(made)}")
     for own in table.commands:
         said = " ".join(f"'{option}'" if set(option) & set(" {}[]") else option for option in [*own, *options])
-        print(f"  python scripts/{script} --config configs/{table.config}.yaml {said}".rstrip())
+        for script in scripts_of(table.by):
+            print(f"  python scripts/{script} --config configs/{table.config}.yaml {said}".rstrip())
     configs_of(name, options)  # refuses options that there are not
     print(f"  {time_of(name)}")
     return []
@@ -88,7 +105,8 @@ def verdict(name: str, options: Sequence[str]) -> str:
     if OURS[name].by in WITH_SCORES:
         said = moved(cells_of_scores(ROOT / name), cells_of_scores(made)) + shifted(ROOT / name, made)
     else:
-        said = moved(cells_of_study(ROOT / name), cells_of_study(made))
+        cells = cells_of_analysis if OURS[name].by in ANALYSES else cells_of_study
+        said = moved(cells(ROOT / name), cells(made))
     text = f"{name}\n\n{said}"
     write_text(made.with_name("reproduced.md"), text)
     return text
@@ -98,6 +116,8 @@ def made_by(by: str, folder: Path) -> Path:
     """The file that a command writes in the folder of its run."""
     if by in WITH_SCORES:
         return folder / WITH_SCORES[by] / RESULTS
+    if by in ANALYSES:
+        return folder / "analysis" / f"{by}.json"
     return folder / "study" / by / "rows.json"
 
 
@@ -114,6 +134,21 @@ def cells_of_study(file: Path) -> dict[tuple, Any]:
         key = tuple(str(row[part]) for part in ("name", "what", "at", "start", "init") if part in row)
         found |= {(*key, column): plain(value) for column, value in row.items() if not is_of_machine(column)}
     return found
+
+
+def cells_of_analysis(file: Path) -> dict[tuple, Any]:
+    """{(model, column): value to six digits} of an analysis that has a number of columns for each model."""
+    models = json.loads(file.read_text(encoding="utf-8"))["models"]
+    return {(name, *column): value for name, model in models.items() for column, value in leaves(plain(model))}
+
+
+def leaves(nested: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """(keys, value) of everything in nested dictionaries."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from (((key, *keys), leaf) for keys, leaf in leaves(value))
+        else:
+            yield (key,), value
 
 
 def is_of_machine(column: str) -> bool:

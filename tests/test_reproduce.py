@@ -200,14 +200,15 @@ def test_every_kept_file_can_be_made_again_by_the_commands_of_its_page():
     assert set(our_tables.OURS) == kept == set(reproduce.SETS["toys"]) and set(our_tables.DEMOS) < kept
     assert set(yaml.safe_load(ours.TIMES.read_text())) == kept
     for name, table in our_tables.OURS.items():
-        assert table.by in ("compare", "regime", *KINDS) and len(ours.configs_of(name, [])) == len(table.commands)
+        assert table.by in ("compare", "regime", *KINDS, *ANALYSES)
+        assert len(ours.configs_of(name, [])) == len(table.commands)
         page = flat((ROOT / name.split("/")[0] / "README.md").read_text(encoding="utf-8"))
-        script = f"study.py {table.by}" if table.by in KINDS else f"{table.by}.py"
         if name in our_tables.DEMOS:
             assert "sh scripts/demo.sh" in page
             continue
         for command in table.commands:
-            assert f"scripts/{script} --config configs/{table.config}.yaml" in page, name
+            for script in ours.scripts_of(table.by):
+                assert f"scripts/{script} --config configs/{table.config}.yaml" in page, name
             assert all(flat(option) in page for option in command), (name, command)
 
 
@@ -252,6 +253,23 @@ def test_seconds_of_a_study_are_no_cells(tmp_path, pico_config, monkeypatch):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(rows))
     assert ours.verdict(name, []) == f"{name}\n\n3 cells are committed, 1 moved\n- TA avg: 0.5, now 0.25\n"
+
+
+def test_an_analysis_comes_after_its_models_and_its_numbers_are_cells(tmp_path, pico_config, monkeypatch):
+    name, made = "Vision/results/analyses/residual.json", []
+    monkeypatch.setattr(ours, "ROOT", tmp_path)
+    monkeypatch.setattr(ours, "configs_of", lambda name, options: [pico_config])
+    monkeypatch.setattr(ours, "OURS", {name: our_tables.Ours((), "vision/toy", by="residual")})
+    monkeypatch.setattr(ours, "compare", lambda config, of: made.append("compare"))
+    monkeypatch.setattr(ours, "analyse", lambda name, config, of: made.append(name))
+    ours.make(name, [])
+    assert made == ["compare", "residual"] and ours.scripts_of("residual") == ["compare.py", "analyse.py residual"]
+    known = {"models": {"TA": {"residual": {"MNIST": 0.5, "SVHN": 0.7}, "mean": 0.6}}, "commit": "one"}
+    now = {"models": {"TA": {"residual": {"MNIST": 0.5, "SVHN": 0.9}, "mean": 0.6 + 1e-12}}, "commit": "other"}
+    for file, numbers in {tmp_path / name: known, pico_config.run.dir / "analysis/residual.json": now}.items():
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(numbers))
+    assert ours.verdict(name, []) == f"{name}\n\n3 cells are committed, 1 moved\n- TA residual SVHN: 0.7, now 0.9\n"
 
 
 def test_a_table_of_ours_is_made_by_its_commands(pico_config, monkeypatch):
