@@ -26,7 +26,7 @@ from common.core.task_vectors import LazyParams, subtract
 from common.io.checkpoints import Checkpoint
 from common.merging.registry import METHODS, STEPS, Method, every_row, hyperparameters, method_table
 from common.merging.starts import check_hyper, check_hyper_of, merge, survey
-from common.merging.tensorwise import each_tensor, total
+from common.merging.tensorwise import each_tensor, thirds_of, total
 from common.pipeline import merge_alone
 from common.planning.dry_run import describe
 from common.planning.merging import memory_of_merge, tensors_held
@@ -265,7 +265,7 @@ def test_trainable_parameters_merge_without_a_graph(method):
 @pytest.mark.parametrize("method", SPLIT)
 def test_a_fused_projection_is_taken_apart_if_asked(method):
     """As three matrices are that bear names of their own, and no other matrix; else it is one matrix."""
-    base, deltas = task_vectors(3, {"attn.in_proj_weight": (18, 7), "mlp.c_fc.weight": (18, 7)})
+    base, deltas = task_vectors(3, {"attn.in_proj_weight": (21, 7), "mlp.c_fc.weight": (21, 7)})
     thirds = []
     for delta in (base, *deltas):
         thirds.append({f"{name}.{k}": part for name, x in delta.items() for k, part in enumerate(x.chunk(3))})
@@ -428,6 +428,23 @@ def test_what_counts_over_the_whole_model_does_so_in_a_checkpoint(method, pico_c
         torch.testing.assert_close(ours[name], theta[name] + whole[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "apart"),
+    [
+        ("visual.attn.in_proj_weight", 24, True),
+        ("blocks.0.attn.qkv.weight", 24, True),
+        ("attn.Wqkv.weight", 24, True),
+        ("attn.Wqkv.weight", 12, False),  # keys and values of fewer heads than queries
+        ("linear_attn.in_proj_qkv.weight", 24, False),  # values may be wider than queries and keys
+        ("attention.wqkv.weight", 24, False),  # rows of queries, keys and values group by group
+        ("mlp.weight", 24, False),
+    ],
+)
+def test_only_equal_parts_of_a_fused_projection_are_taken_apart(name, rows, apart):
+    expected = [slice(0, 8), slice(8, 16), slice(16, 24)] if apart else []
+    assert thirds_of(name, torch.zeros(rows, 8)) == expected
+
+
 MEASURED = """
 import atexit, runpy, sys
 sys.argv = sys.argv[1:]
@@ -457,14 +474,17 @@ def streamed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", WITHOUT_DATA)
+@pytest.mark.parametrize("method", [*WITHOUT_DATA, "ta+svc", "pact+ta"])
 def test_a_checkpoint_streams_through_every_method(method, streamed, tmp_path):
     """At most 2.5 GB for a base and four experts of 1 GB, or what the dry run says. Steps are cut to two."""
     config = {
         "domain": "nlg",
         "model": {"root": str(streamed), "base": "base", "expert": "{task}"},
         "tasks": STREAMED_TASKS[:2] if method in TWO else STREAMED_TASKS,
-        "start": {"method": method, "hyper": {method: {"steps": 2} if "steps" in hyperparameters(method) else {}}},
+        "start": {
+            "method": method,
+            "hyper": {part: {"steps": 2} if "steps" in hyperparameters(part) else {} for part in method.split("+")},
+        },
         "run": {"root": str(tmp_path), "score": False, "device": "cpu"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -5,6 +5,7 @@ time if it lets go of it (`del tau`) before the next; one that needs them all ma
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from common.core.errors import InputError
 from common.core.task_vectors import Params, upcast
 
-FUSED = ("in_proj_weight", "qkv.weight")  # how projections to queries, keys and values, in equal thirds, are named
+FUSED = re.compile(r"(^|\.)(in_proj_weight|W?qkv\.weight)$")  # names of projections to queries, keys and values
 CACHED = 2**18  # numbers that are worked on while they are in the processor's caches
 UNDIVIDED = 2**12  # numbers that are all worked on at once
 
@@ -59,18 +60,26 @@ def each_matrix(
     """`scale` times what the rule gives for a matrix, and what `weighted` gives with `others` for any other tensor.
 
     A rule leaves the τᵢ it is given as they are and returns a tensor of its own. With `split_qkv` it is given the rows
-    of queries, of keys and of values of a fused projection one after the other.
+    of queries, of keys and of values of a fused projection, `thirds_of`, one after the other.
     """
 
     def merged(name: str, theta: Tensor) -> Tensor:
         if theta.ndim != 2:
             return weighted(Taus(deltas, name), others)
-        if split_qkv and name.endswith(FUSED) and len(theta) % 3 == 0:
-            thirds = [slice(k * len(theta) // 3, (k + 1) * len(theta) // 3) for k in range(3)]
+        if split_qkv and (thirds := thirds_of(name, theta)):
             return torch.cat([rule(Taus(deltas, name, rows)) for rows in thirds])
         return rule(Taus(deltas, name))
 
     return {name: merged(name, theta).mul_(scale) for name, theta in base.items()}
+
+
+def thirds_of(name: str, theta: Tensor) -> list[slice]:
+    """The rows of queries, of keys and of values of a matrix that is named as one which holds the three; none unless
+    each is square, as where keys and values have fewer heads than queries."""
+    rows, width = theta.shape
+    if rows != 3 * width or not FUSED.search(name):
+        return []
+    return [slice(k * width, (k + 1) * width) for k in range(3)]
 
 
 def weighted(taus: Sequence[Tensor], others: float | None) -> Tensor:
