@@ -145,12 +145,17 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
 
 def reading(root: PreTrainedModel, where: str) -> BlockFamily:
     """How a bare encoder without weights is stored, whether or not its layers can be anchored; InputError if it has no
-    list of layers, or if transformers stores its tensors under other names."""
+    list of layers, or if transformers stores its tensors under other names or its matrices the other way round."""
     path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
     if not path:
         raise InputError(f"{where}: a {kind} has no list of layers to anchor")
     if any(own not in stored for own, _ in root.named_parameters()):
         raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
+    if turned_weights(root):  # a rule that goes by rows would take outputs for inputs
+        raise InputError(
+            f"{where}: a {kind} has its matrices as (inputs, outputs), which are not turned for nlu; merge it as the "
+            "decoder that it is, domain: nlg"
+        )
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
@@ -158,7 +163,7 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
         before_head=POOLER,
         positions=positions if positions in stored else "",
         by_token=token_axes(root),
-        turned=turned_weights(root),
+        turned=(),
     )
 
 

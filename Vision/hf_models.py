@@ -7,6 +7,7 @@ Names of tensors are those of the whole model: vision_model.encoder.layers.0.…
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.cached import cached_by_files
 from common.io.checkpoints import Checkpoint
-from common.io.hub import is_stand_in
 from common.io.lineage import check_lineage
 from common.io.model_config import (
     ModelConfig,
@@ -42,7 +42,6 @@ from common.io.shards import write_stored
 from common.io.skeleton import first_input, layers_of
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_settings, copy_surroundings, write_edited
-from common.io.unstacked import unstacked
 from Vision.clip_config import clip_file
 from Vision.hf_files import (
     BLANK,
@@ -58,11 +57,10 @@ from Vision.hf_files import preprocessing as preprocessing_of
 from Vision.layouts import facts_of_config, facts_of_module, in_transformers, pieces_in_transformers, require_same_facts
 from Vision.open_clip_models import skeleton as open_clip_skeleton
 from Vision.tasks import Headed
-from Vision.unmerged import same_rounded, warn_of_unmerged
+from Vision.unmerged import check_projection, warn_of_unmerged
 from Vision.zero_shot import Classifier, head_of, refuse_heads
 
 IMAGE_TOWER = "vision_model."
-PROJECTION = "visual_projection.weight"
 
 
 def check_inputs(config: Config) -> None:
@@ -85,8 +83,7 @@ def check_inputs(config: Config) -> None:
             if harmless:  # which towers alone and whole models always differ in
                 said = ", ".join(sorted(harmless))
                 warn(f"config.json of {task} differs from the base's in what changes no weight's work: {said}")
-        if not is_adapter(other):
-            check_projection(config.model, other)
+        check_projection(path, family(config.model), partial(text_checkpoint, config.model), other)
     whole = [other for other in other_models(config).values() if not is_adapter(other)]
     require_same_preprocessing(processors(config.model), whole)
     warn_of_unmerged(config.model, family(config.model), skeleton(config.model).state_dict(), other_models(config))
@@ -100,19 +97,6 @@ def check_open_clip(model: Model, base: ModelConfig, other: Path) -> None:
     visual = open_clip_skeleton(Model(base=str(other.absolute()))).visual
     ours = facts_of_config(base.resolved, processor_folder(*processors(model)))
     require_same_facts(ours, facts_of_module(visual, str(other)), other)
-
-
-def check_projection(model: Model, other: Path) -> None:
-    """InputError if another model brings a projection of its own behind the tower, which is never merged."""
-    theirs = unstacked(Checkpoint(other, family(model).names), family(model).pieces)
-    if PROJECTION not in theirs.shapes or is_stand_in(other):
-        return
-    ours = text_checkpoint(model)
-    if not same_rounded(theirs, ours, PROJECTION):
-        raise InputError(
-            f"{other}: {PROJECTION} is not that of {ours.path}; the image tower alone is merged, and would answer "
-            "through the latter: take experts whose projection was frozen"
-        )
 
 
 @cached_by_files

@@ -1,7 +1,7 @@
 """What a CLIP that is merged has besides its image tower, which is never merged: said in a warning, not dropped in
 silence."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from common.io.lora import open_checkpoint
 from common.io.model_files import State, same_bytes, state_of
 from common.io.stored_types import FLOATS, coarser
 from common.io.tensors import read_tensor
-from common.io.unstacked import stored_type
+from common.io.unstacked import stored_type, unstacked
+from Vision.layouts import PROJECTION
 
 TEXT = (  # how names of a text tower begin in a file of either library
     "text_model.", "text_projection", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
@@ -100,6 +101,27 @@ def equal(one: StoredTensor, other: StoredTensor, state: State) -> bool:
         return False
     dtype = coarser(one.dtype, other.dtype)
     return torch.equal(read_tensor(one).to(dtype), read_tensor(other).to(dtype))
+
+
+def check_projection(base: Path, family: BlockFamily, answering: Callable[[], Checkpoint], other: Path) -> None:
+    """InputError if another model, or an adapter of the base, brings a projection of its own behind the tower, which is
+    never merged.
+
+    answering: gives the checkpoint whose projection the merged model answers through.
+    """
+    theirs = unstacked(open_checkpoint(other, base, family.names), family.pieces)
+    if PROJECTION not in theirs.shapes or is_stand_in(other) or not theirs.touches(PROJECTION):
+        return
+    ours = answering()
+    if is_adapter(other):
+        same = torch.equal(*(each.read([PROJECTION])[PROJECTION] for each in (theirs, ours)))
+    else:
+        same = same_rounded(theirs, ours, PROJECTION)
+    if not same:
+        raise InputError(
+            f"{other}: {PROJECTION} is not that of {ours.path}; the image tower alone is merged, and would answer "
+            "through the latter: take experts whose projection was frozen"
+        )
 
 
 def same_rounded(one: Checkpoint, other: Checkpoint, name: str) -> bool:

@@ -1,8 +1,11 @@
 """Vision models of transformers: stock CLIPs and SigLIPs in, a stock one out, scored as the stock library would."""
 
 import json
+import shutil
+from contextlib import nullcontext
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,6 +19,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from helpers import assert_same_in_bf16, change, edit_config
 from pico_hf_vision import TOWERS, pico_hf_config, write_pico_hf
+from pico_lora import write_adapter
 from pico_vision import PICO_TASKS
 from Vision import domain
 
@@ -100,6 +104,26 @@ def test_a_projection_of_an_expert_s_own_is_refused(tmp_path, pico_inputs):
     models["SVHN"].save_pretrained(tmp_path / "SVHN")
     with pytest.raises(InputError, match=r"SVHN: visual_projection.weight is not that of .*base; the image"):
         construct(pico_hf_config(tmp_path, pico_inputs / "data"), domain)
+
+
+def test_a_projection_that_an_adapter_trains_is_refused(tmp_path, pico_inputs):
+    """Whether it brings a whole one or factors of a change; one that is the base's still is none of its own."""
+    models = write_pico_hf(tmp_path, "clip", alone=False)
+    held = models["base"].visual_projection.weight.detach().numpy()
+    layer = "vision_model.encoder.layers.0.self_attn.q_proj"
+    change_of = {f"{layer}.lora_A.weight": np.ones((2, 16), "float32"), f"{layer}.lora_B.weight": np.ones((16, 2), "f")}
+    factors = {"lora_A.weight": np.ones((2, 16), "f"), "lora_B.weight": np.ones((held.shape[0], 2), "f")}
+    config = change(pico_hf_config(tmp_path, pico_inputs / "data"), "start", method="average")
+    shutil.rmtree(tmp_path / "SVHN")
+    for own, refused in (
+        ({"visual_projection.weight": held}, False),
+        ({"visual_projection.weight": held + 0.1}, True),
+        ({f"visual_projection.{name}": factor for name, factor in factors.items()}, True),
+    ):
+        saved = ["visual_projection"] if "visual_projection.weight" in own else None
+        write_adapter(tmp_path / "SVHN", change_of | own, modules_to_save=saved)
+        with pytest.raises(InputError, match="SVHN: visual_projection.*is not that of") if refused else nullcontext():
+            domain.check_inputs(config)
 
 
 @pytest.mark.parametrize(("base", "expert"), [("float32", "float16"), ("float32", "bfloat16"), ("bfloat16", "float16"),

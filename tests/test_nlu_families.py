@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+)
 
 from common.config import Start
 from common.core import notices
@@ -276,6 +284,14 @@ def test_a_second_copy_of_the_layers_is_no_head(own_nlu, place, prefix):
     name = r"roberta\.encoder\.layer\.\d.*"
     with pytest.raises(InputError, match=rf"holds {prefix}{name} beside encoder\.layer\.\d.*: a second model"):
         open_experiment(own_nlu, domain)
+
+
+def test_matrices_that_are_stored_the_other_way_round_are_refused(own_nlu):
+    """As GPT-2's: what goes by the rows of a matrix would take its outputs for its inputs."""
+    for folder in (own_nlu.model.path("base"), *(own_nlu.model.path("expert", task) for task in own_nlu.tasks)):
+        GPT2Model(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"base/config.json: a GPT2Model has its matrices as .*; merge it as the dec"):
+        merge_alone(change(change(own_nlu, "model", family="auto"), "start", method="ta"), domain)
 
 
 def test_checkpoints_of_another_kind_are_refused(own_nlu):
