@@ -19,6 +19,7 @@ from common.io.matched import Matching
 from common.io.paper_tables import paper_table
 from common.merging.registry import every_row, method_choices
 from common.merging.starts import JOINED, chain_of, check_hyper, check_hyper_of, hyper_of
+from common.run.device import check_device
 
 MISSING = "MISSING"
 POSITIVE = {
@@ -97,8 +98,10 @@ def where_from(config: Config, domain: Domain, test: str) -> str:
 
 
 def check_language_options(config: Config, domain: Domain) -> None:
-    """Options of language models go with one."""
+    """Options of language models go with one, and those of others do not."""
     if domain.NAME == "nlg":
+        if config.model.heads:
+            raise InputError("model.heads is for text encoders and image classifiers, not for nlg; leave it out")
         return
     for option in ("vocabulary", "dtype", "tokenizers"):
         if getattr(config.model, option) != getattr(Model(), option):
@@ -165,6 +168,9 @@ def check_settings(config: Config) -> None:
             raise InputError(f"compare.{name} names {one} twice: {', '.join(map(str, named))}")
     if config.run.blocks is not None and not config.run.blocks:
         raise InputError("run.blocks names no block; leave it out to work on all")
+    if config.run.blocks and len(set(config.run.blocks)) < len(config.run.blocks):
+        raise InputError(f"run.blocks names a block twice: {config.run.blocks}")
+    check_device(config.run.device)
     check_adapt("adapt", config.adapt)
     for start in config.adapt.by_start:
         check_adapt(f"adapt.by_start.{start}", config.adapt.for_start(start))

@@ -3,6 +3,7 @@
 python scripts/draw_method.py
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -110,4 +111,6 @@ def show_models(axes):
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("method.png"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("method.png"), help="default: %(default)s")
+    draw(parser.parse_args().out)

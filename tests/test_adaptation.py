@@ -77,10 +77,11 @@ def test_the_last_batch_may_be_smaller():
     assert len(trace) == 5
 
 
-def test_a_batch_larger_than_the_anchors_is_refused():
-    x = torch.randn(3, 1, 3)
-    with pytest.raises(InputError, match=r"adapt.batch_size is 4, but all tasks together have 3 anchors"):
-        fit(own_weights(random_params(0)), x, torch.zeros(3, 1, 4))
+def test_fewer_anchors_than_a_batch_may_have_are_one_batch():
+    theta_0, x = random_params(0), torch.randn(3, 1, 3)
+    several, all_at_once = (fit(own_weights(theta_0), x, torch.ones(3, 1, 4), batch_size=size) for size in (128, 3))
+    assert several[1] == all_at_once[1] and len(several[1]) == 5
+    assert all(torch.equal(several[0][name], theta) for name, theta in all_at_once[0].items())
 
 
 def test_a_loss_that_is_not_finite_names_its_epoch():

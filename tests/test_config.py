@@ -108,6 +108,7 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--tasks", "[MNIST,../x]"], "the task '../x' must be the name of a folder below the run's"),
         (["--eval.workers=-1"], "eval.workers is -1"),
         (["--run.blocks", "[]"], "run.blocks names no block; leave it out"),
+        (["--run.blocks", "[0,0]"], "run.blocks names a block twice: .0, 0"),
         (["--compare.starts", "[tsv,ta,tsv]"], "compare.starts names a start twice: tsv, ta, tsv"),
         (["--compare.inits", "[gauss,gauss]"], "compare.inits names an initialisation twice: gauss, gauss"),
         (["--domain", "nlu"], "config is of domain nlu"),

@@ -21,7 +21,26 @@ from common.run.background import read_ahead, write_behind
 from common.run.device import WORTH_THREADS, prepare, threads_for
 from common.run.progress import UnitBar, Units
 from common.run.run_log import read_notes, record_stage, total_cost
+from common.validation import check_choices
+from helpers import change
 from Vision import domain as vision
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:3", "mps", "cuda:one", ""])
+def test_a_device_that_is_none_is_named(device, pico_config):
+    with pytest.raises(
+        InputError, match=f"run.device is '{device}'; choose from auto, cpu, cuda or, of several, cuda:"
+    ):
+        prepare(device)
+    with pytest.raises(InputError, match="run.device"):
+        check_choices(change(pico_config, "run", device=device), vision)
+
+
+def test_a_device_beyond_those_there_are_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="run.device is cuda:2, but torch sees 2 CUDA devices here"):
+        prepare("cuda:2")
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):

@@ -353,12 +353,6 @@ def test_missing_and_truncated_anchors_are_named(pico_config):
         adapt(pico_config, domain)
 
 
-def test_a_batch_larger_than_the_anchors_is_refused(pico_config):
-    with pytest.raises(InputError, match="adapt.batch_size is 9, but all tasks together have 8 anchors"):
-        construct(pico_config, domain)
-        adapt(change(pico_config, "adapt", batch_size=9), domain)
-
-
 def test_a_result_of_other_settings_is_refused_unless_it_gets_a_label(pico_config):
     config = change(pico_config, "run", score=False)
     construct(config, domain)

@@ -50,7 +50,7 @@ class Adapt:
         epochs: Passes over the anchors of all tasks.
         speedup: Divides the epochs and multiplies the learning rate, with Adam's moments shorter to match. 1: the
             paper's.
-        batch_size: Anchors per step.
+        batch_size: Anchors per step, of all tasks; all of them at once where there are fewer.
         warm_start: regmean begins at the least-squares mean of the experts' linear maps on their anchors, a closed form
             that saves most epochs; with epochs 0 it is a merge of its own. none begins at the start as it is.
         ridge: Of the warm start: how much it is held to the start, λ of the penalty λ · g ‖W − W_start‖² with g the

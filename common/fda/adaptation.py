@@ -157,14 +157,13 @@ def fit_block(
 ) -> tuple[Params, list[float]]:
     """Train `start` until block(θ, inputs) is close to the targets; anchors of all tasks are pooled and shuffled.
 
-    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller. `progress` is
-    told the fraction of the epochs done, and the loss.
+    Loss: the distance summed over the batch (paper Eq. 4). The last batch of an epoch may be smaller, and is the only
+    one where there are fewer anchors than a batch may have. `progress` is told the fraction of the epochs done, and the
+    loss.
     Returns: the block's weights, detached, and the mean loss per anchor in each epoch.
-    Raises: InputError if the batch is larger than the anchors; FloatingPointError at a loss that is not finite.
+    Raises: FloatingPointError at a loss that is not finite.
     """
     anchors = len(inputs_ATD)
-    if settings.batch_size > anchors:
-        raise InputError(f"adapt.batch_size is {settings.batch_size}, but all tasks together have {anchors} anchors")
     params = as_leaf_tensors(start.params)
     step = start.make_optimizer(params, adam_betas(settings.speedup))
     epochs = shortened(settings.epochs, settings.speedup)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -15,12 +16,21 @@ WORTH_THREADS = (
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+def check_device(device: str) -> None:
+    """InputError unless a device is one that work can be done on, here or elsewhere."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"run.device is {device!r}; choose from auto, cpu, cuda or, of several, cuda:N")
+
+
 def prepare(device: str) -> torch.device:
     """Choose the device and make arithmetic repeatable: full float32, deterministic kernels, no inference fast path."""
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
+    if ":" in device and int(device.partition(":")[2]) >= (there := torch.cuda.device_count()):
+        raise InputError(f"run.device is {device}, but torch sees {there} CUDA devices here, numbered from 0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Every kernel here writes what it allocates. The name is made when torch is imported, so checkers do not know it.
