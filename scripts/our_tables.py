@@ -8,7 +8,7 @@ from study import RATES
 class Ours(NamedTuple):
     """A table of our own pages: what scripts/make_toy.py makes for it, the config, and the options of each command.
 
-    by: whose commands they are: compare, regime, or the kind of a study.
+    by: whose commands they are: compare, regime, the kind of a study, or an analysis, for which compare comes first.
     """
 
     toys: tuple[tuple[str, ...], ...]
@@ -42,6 +42,14 @@ WITHOUT_DATA = (
     "wudi_exact,swudi,swudi_a,actmat,tact,ace,opcm,ta+svc"
 )
 SMOLLM_GUARD = ("--run.name=smollm-guard", "--compare.seeds=[0]")
+SMOLLM_EVERY = (
+    "--run.name=smollm-every",
+    "--compare.seeds=[0]",
+    "--adapt.rest=pretrained",
+    "--eval.limit=100",
+    "--run.workers=1",
+    f"--compare.starts=[{WITHOUT_DATA}]",
+)
 CUT = ("--adapt.label=cut", "--compare.search={fda: {blend: [0.2,0.4,0.6,0.8,1.0]}}")
 MANY = (
     "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,varm,consensus_ta,tsv,dc_merge,"
@@ -49,6 +57,12 @@ MANY = (
     "pact+wudi,pact+swudi_a,ta+svc,tsv+svc,fisher,regmean,regmean_pp,adamerging,prodistill,fw_merging,"
     "expert_merging]"
 )
+MANY_WITHOUT_DATA = (
+    "--compare.starts=[pretrained,average,ta,rws,ties,dare_ta,dare_ties,breadcrumbs,pcb,sce,varm,consensus_ta,tsv,dc_merge,"
+    "star,cart,iso_c,iso_cts,wudi,wudi_exact,swudi,swudi_a,optmerge,actmat,tact,ace,doge_ta,opcm,widen,ta+svc,tsv+svc]"
+)
+MERGES = ("--run.name=merges", "--compare.inits=[]")
+MINILM_MERGES = ("--run.name=minilm-merges", "--compare.inits=[]")
 WITH_SCORES = {"compare": "", "regime": "regime"}  # whose file is results.json, and where in the run's folder
 DEMOS = tuple(f"{folder}/results/demo.json" for folder in ("Vision", "NLU", "NLG"))
 OURS = {
@@ -101,6 +115,7 @@ OURS = {
     "Vision/results/studies/methods.json": Ours(
         VISION, "vision/toy", (("--run.name=methods", "--run.workers=1", "--compare.seeds=[0,1,2]", MANY),), "methods"
     ),
+    "Vision/results/analyses/residual.json": Ours(VISION, "vision/toy", ((*MERGES, MANY_WITHOUT_DATA),), "residual"),
     "Vision/results/studies/rates.json": Ours((*VISION, *RATED), "vision/toy", ((FOUR,),), "rates"),
     "Vision/results/studies/ablations.json": Ours(VISION, "vision/toy", by="ablations"),
     "Vision/results/studies/tasks.json": Ours(VISION, "vision/toy", ((FOUR,),), "tasks"),
@@ -118,6 +133,9 @@ OURS = {
             ),
         ),
         "methods",
+    ),
+    "NLU/results/analyses/residual.json": Ours(
+        MINILM, "nlu/minilm", ((*MINILM_MERGES, f"--compare.starts=[{WITHOUT_DATA}]"),), "residual"
     ),
     "NLU/results/six.json": Ours(
         MINILM,
@@ -155,6 +173,8 @@ OURS = {
             ),
         ),
     ),
+    "NLG/results/studies/methods.json": Ours(SMOLLM, "nlg/smollm", (SMOLLM_EVERY,), "methods"),
+    "NLG/results/every.json": Ours(SMOLLM, "nlg/smollm", (SMOLLM_EVERY,)),
     "NLG/results/smollm_layer.json": Ours(
         SMOLLM,
         "nlg/smollm",

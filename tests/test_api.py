@@ -229,6 +229,21 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
             call()
 
 
+def test_arguments_are_looked_at_before_any_module_is_written(llamas, monkeypatch):
+    base, experts = split(llamas[1])
+    monkeypatch.setattr("common.api.calls.named_as_given", None)
+    for call, said in (
+        (lambda: merge(base, experts, "tta"), "unknown start 'tta'"),
+        (lambda: construct(base, experts, Anchors(steps=-2)), "anchors.steps is -2"),
+        (lambda: construct(base, experts, {"steps": 2}), r"anchors is {'steps': 2}, but should be Anchors\(...\) of"),
+        (lambda: merge(base, experts, "ta", model={"dtype": "float16"}), r"model is .*, but should be Model\(...\)"),
+        (lambda: adapt(base, experts, {}, "ta"), "anchors is {}, but should be what construct made, or a place"),
+        (lambda: merge(base, experts, "ta", device="gpu"), "run.device is 'gpu'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+
+
 @pytest.mark.parametrize("who", ["base", "math"])
 def test_a_generation_config_that_is_not_to_be_saved_is_kept(llamas, who):
     """Transformers refuses to save a temperature without sampling, though it opens files with it."""

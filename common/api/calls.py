@@ -28,6 +28,7 @@ from common.core.errors import InputError
 from common.domain import FOLDERS, Domain, module_of
 from common.layout import RunLayout
 from common.run.device import own_settings
+from common.validation import check_choices
 
 Folder = str | Path | None
 
@@ -125,8 +126,10 @@ def adapt(
     start = start if isinstance(start, Start) else Start(start)
     if isinstance(anchors, AnchorSet):
         settings, made = anchors.config.anchors, anchors.config.run
-    else:
+    elif isinstance(anchors, str | Path):
         settings, made = Anchors(source=str(anchors)), Run()
+    else:
+        raise InputError(f"anchors is {anchors!r}, but should be what construct made, or a place as anchors.source")
     run = replace(made, seed=made.seed if seed is None else seed, device=device, score=False)
     sections = {"anchors": settings, "start": start, "adapt": adapt, "eval": eval, "run": run}
     with prepared(base, experts, domain, folder, model, **sections) as ready:
@@ -145,6 +148,11 @@ def prepared(
     name = domain or domain_of(base)
     if name not in FOLDERS:
         raise InputError(f"unknown domain {name!r}; choose from {', '.join(FOLDERS)}")
+    of_domain = module_of(name)
+    parts = {"anchors": Anchors(), "start": Start(), "adapt": Adapt(), "eval": Eval(), "compare": Compare()}
+    require_sections(parts, sections | {"model": options})
+    # before any module is written
+    check_choices(Config(name, options, list(experts), **parts | sections), of_domain)  # type: ignore[arg-type]
     keeper = None if folder else TemporaryDirectory(prefix="fda-run-")
     place = Path(folder or keeper.name).expanduser()  # type: ignore[union-attr]
     run = replace(sections.pop("run"), name=place.name, root=str(place.parent))
@@ -154,13 +162,19 @@ def prepared(
         named_as_given(base, experts, Path(models)),
     ):
         section = model_section(base, experts, options, Path(models))
-        parts = {"anchors": Anchors(), "start": Start(), "adapt": Adapt(), "eval": Eval(), "compare": Compare()}
         config = Config(name, section, list(experts), run=run, **parts | sections)  # type: ignore[arg-type]
-        of_domain = module_of(name)
         for what, each in {"base": base, **experts}.items():
             if isinstance(each, OF_OPEN_CLIP):
                 check_computes_as(each, what, section, of_domain)
         yield Prepared(config, of_domain, keeper)
+
+
+def require_sections(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """InputError if an argument is not what the section of the config with its name is."""
+    kinds = {"model": Model} | {name: type(part) for name, part in parts.items()}
+    for name, kind in kinds.items():
+        if name in given and not isinstance(given[name], kind):
+            raise InputError(f"{name} is {given[name]!r}, but should be {kind.__name__}(...) of common.api")
 
 
 def result(base: ModelLike, folder: Folder, ready: Prepared, stage: Callable[[Config, Domain], Path | None]) -> Any:
