@@ -19,7 +19,9 @@ from common.config import Model
 from common.core.errors import InputError
 from common.core.seeding import seeded
 from common.domain import Scored
+from common.evaluation.rows import read_results
 from common.evaluation.scoring import score_run
+from common.evaluation.tables import footnotes
 from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import SAME_REST
 from common.pipeline import adapt, construct, merge_alone
@@ -351,6 +353,18 @@ def test_missing_and_truncated_anchors_are_named(pico_config):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"SVHN/block_01.safetensors is truncated"):
         adapt(pico_config, domain)
+
+
+def test_a_row_says_which_commit_made_the_model_and_which_scored_it(pico_config, monkeypatch):
+    """A merge that is kept may be of earlier code than its scores."""
+    monkeypatch.setattr("common.assembly.commit", lambda: "earlier")
+    merge_alone(change(pico_config, "start", method="ta"), domain)
+    monkeypatch.undo()
+    score_run(pico_config, domain)
+    rows, _ = read_results(pico_config.run.dir / "results.json")
+    made = {row["method"]: row.get("made") for row in rows}
+    assert made == {"pretrained": None, "individual": None, "ta": "earlier"}
+    assert "commits " in footnotes(rows, None) and "earlier, " in footnotes(rows, None)
 
 
 def test_a_result_of_other_settings_is_refused_unless_it_gets_a_label(pico_config):

@@ -2,11 +2,12 @@
 
 A row is what one evaluation wrote: {"method": "pretrained" | "individual" | a merge method | "fda", "start": for fda
 the method that adaptation started from, else None, "init": for fda "weight" | "gauss", else None, "label", "task",
-"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit}. An adapted model
-has "rest", adapt.rest of it, a test set read in a folder "test_set", what identifies its files. "scorer" identifies
-what else decides the answers, as heads, tokenizers and prompts do; rows older than it lack it. A merged model has
-"inputs", what identifies base and experts, an adapted one "start_checkpoint", that of its start. A model that the run
-made and timed has "seconds", "cpu_seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its
+"split", "metric", "value": a fraction, "n": examples scored, "config": digest, "commit": git commit of the scores}. An
+adapted model has "rest", adapt.rest of it, a test set read in a folder "test_set", what identifies its files. "scorer"
+identifies what else decides the answers, as heads, tokenizers and prompts do; rows older than it lack it. A merged
+model has "inputs", what identifies base and experts, an adapted one "start_checkpoint", that of its start. A model that
+the run made has "made", the git commit that it was made by, and where it was timed "seconds", "cpu_seconds",
+"peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its
 "seed".
 """
 

@@ -203,12 +203,14 @@ def publish(
 
 
 def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware."""
+    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware; and by which commit,
+    which can be an earlier one than that of the scores."""
     if checkpoint.path.parent != RunLayout(config).merged:
         return {}
     made = checkpoint.path.name
     stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
-    return total_cost(config.run.dir, stages)
+    birth = read_provenance(checkpoint.path).get("commit")
+    return total_cost(config.run.dir, stages) | ({"made": birth} if birth else {})
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:

@@ -213,7 +213,8 @@ def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = Fal
         *same_rest_note(rows),
         *([BOOTSTRAP] if judged else []),
         f"Metric and examples scored: {scored_on(rows)}.",
-        f"Configs {listed(r['config'] for r in rows)}; commits {listed(r['commit'] for r in rows)}.",
+        f"Configs {listed(r['config'] for r in rows)}; "
+        f"commits {listed(each for r in rows for each in (r.get('made', r['commit']), r['commit']))}.",
     ]
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
     if len(seeds) == 1:
