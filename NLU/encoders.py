@@ -7,17 +7,30 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as WITH_DECODER
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily, by_kind, key_biases
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.domain import other_models
+from common.io.adapters import is_adapter
 from common.io.cached import cached_by_files
+from common.io.checkpoints import Checkpoint
 from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
@@ -25,7 +38,15 @@ from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import computing, counts_from_padding, layers_of, stored_shapes, token_axes, turned_weights
 from common.io.task_heads import refuse_copies
 from common.io.tokenizer_rules import warn_of_reading
-from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
+from NLU.encoder_decoders import (
+    UNSCORED,
+    UNSERVED,
+    check_encoder_decoder,
+    copies_of,
+    encoder_decoder,
+    require_equal_copies,
+    without,
+)
 
 POOLER = "pooler."
 
@@ -59,9 +80,13 @@ def check_inputs(config: Config) -> None:
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
     else:
+        if config.run.score:
+            require_classifiers(model)
         known = stored_shapes(root)
         for path in (model.path("base"), *other_models(config).values()):
             refuse_copies(path, names_within(root, known), known, layers_of(root))
+            if copies_of(root) and not is_adapter(path):
+                require_equal_copies(Checkpoint(path, names_within(root, known)), root)
         warn_of_word_heads(config)
 
 
@@ -93,9 +118,8 @@ def skeleton(model: Model) -> PreTrainedModel:
         if getattr(model, name):
             raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
     config = architecture(model, model.path("base"))
-    opener = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
     with torch.device("meta"):
-        return opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+        return opener_of(config).from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
 
 
 def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
@@ -118,9 +142,32 @@ def reading_of(model: Model) -> BlockFamily:
     return family(model) if is_encoder_decoder(root) else reading(root, where)
 
 
+def encoder_alone(kind: str) -> str:
+    """The class of the encoder alone of a model type that has a decoder, as T5EncoderModel; "" of other types."""
+    return MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "") if kind in WITH_DECODER else ""
+
+
+def opener_of(config: PretrainedConfig) -> Any:
+    """What opens a model of this config: an encoder, an encoder with its decoder, or the encoder of such a model
+    alone, if that is the class that the config names; whether there is a decoder it may say either way."""
+    alone = encoder_alone(config.model_type)
+    if alone and alone in (config.architectures or []):
+        return AutoModelForTextEncoding
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder or alone else AutoModel
+
+
 def is_encoder_decoder(root: PreTrainedModel) -> bool:
     """Whether a model has a decoder behind its encoder."""
-    return bool(getattr(root.config, "is_encoder_decoder", False))
+    return type(root).__name__ in WITH_DECODER.values()
+
+
+def require_classifiers(model: Model) -> None:
+    """InputError if heads or scores are asked for of an encoder that has no classifier, or answers in words."""
+    root = skeleton(model)
+    if is_encoder_decoder(root):
+        raise InputError(f"{model.path('base')}: a {type(root).__name__} {UNSCORED}")
+    if type(root).__name__ == encoder_alone(root.config.model_type):
+        raise InputError(f"{model.path('base')}: a {type(root).__name__} is for embeddings: {UNSERVED}")
 
 
 def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
@@ -154,7 +201,7 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
-        names=names_within(root, stored),
+        names=without(copies_of(root), names_within(root, stored)),
         before_head=POOLER,
         positions=positions if positions in stored else "",
         by_token=token_axes(root),
