@@ -128,7 +128,7 @@ def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
 def copies_of(root: PreTrainedModel) -> frozenset[str]:
     """Names under which a file may have the embedding of words again, as where encoder and decoder share it."""
     embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-    words = embedding.weight
+    words = getattr(embedding, "weight", None)
     tied = {name for name, parameter in root.named_parameters(remove_duplicate=False) if parameter is words}
     return frozenset(tied - {f"{path_of(root, part)}.weight" for part in (embedding, head) if part is not None})
 

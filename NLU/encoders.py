@@ -31,7 +31,7 @@ from common.domain import other_models
 from common.io.adapters import is_adapter
 from common.io.cached import cached_by_files
 from common.io.checkpoints import Checkpoint
-from common.io.layer_calls import LayerCalls, require_second_derivative
+from common.io.layer_calls import LayerCalls, one_line, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
@@ -49,6 +49,7 @@ from NLU.encoder_decoders import (
 )
 
 POOLER = "pooler."
+OTHERS = "take models of an architecture that NLU/README.md lists"
 
 
 def config_of(model: Model, path: Path) -> Path:
@@ -117,9 +118,34 @@ def skeleton(model: Model) -> PreTrainedModel:
     for name in ("arch", "text", "head"):
         if getattr(model, name):
             raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
-    config = architecture(model, model.path("base"))
-    with torch.device("meta"):
-        return opener_of(config).from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+    config, file = architecture(model, model.path("base")), str(config_of(model, model.path("base")))
+    opener = opener_of(config)
+    if type(config) not in opener._model_mapping:
+        named = (config.architectures or [config.model_type])[0]
+        raise InputError(f"{file}: nlu cannot merge a {named}, for {opener.__name__} opens none such; {OTHERS}")
+    try:
+        with torch.device("meta"):
+            root = opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+    except Exception as error:  # sizes below zero, an activation that is none, a library that is not there
+        raise InputError(f"transformers cannot build the model of {file}: {one_line(error)}") from error
+    require_text_model(root, file)
+    return root
+
+
+def require_text_model(root: PreTrainedModel, where: str) -> None:
+    """InputError, which begins with `where`, if a model has not one embedding of its inputs or not one width: it hears,
+    reads characters, or is made of two models."""
+    try:
+        embedding = root.get_input_embeddings()
+    except NotImplementedError:  # none that transformers finds
+        embedding = None
+    kind = type(root).__name__
+    if all(part is not embedding for part in root.modules()):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, which has no one embedding of its tokens; {OTHERS}")
+    if not isinstance(getattr(root.config, "hidden_size", None), int):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, whose config has no one hidden_size; {OTHERS}")
+    if is_encoder_decoder(root) and not isinstance(root.get_encoder(), PreTrainedModel):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, whose encoder is no model by itself; {OTHERS}")
 
 
 def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
