@@ -237,10 +237,11 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
 
 def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
     """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
-    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in known} | {"pooler"}
+    prefix, known = f"{root.base_model_prefix}.", frozenset(known)
+    parts = {name.split(".")[0] for name in known} | {"pooler"}
 
     def name_of(stored: str) -> str | None:
-        name = stored.removeprefix(prefix)
+        name = stored if stored in known else stored.removeprefix(prefix)  # a body may be called so in the model itself
         if name.split(".")[0] not in parts or name.endswith("_ids"):
             return None
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

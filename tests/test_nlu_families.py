@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    DPRConfig,
+    DPRQuestionEncoder,
+    RobertaConfig,
+)
 
 from common.config import Start
 from common.core import notices
@@ -346,3 +354,19 @@ def test_what_is_no_text_encoder_is_named_in_one_sentence(kind, tmp_path):
         merge_alone(replace(config, tasks=["CoLA"]), domain)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     assert kind == "bert" or str(error.value).endswith("take models of an architecture that NLU/README.md lists")
+
+
+def test_a_body_that_its_own_class_calls_by_the_prefix_is_merged(tmp_path):
+    """DPR's question encoder has all its tensors under the prefix of its base model, and no name without it."""
+    for seed, name in enumerate(("base", "CoLA", "MNLI")):
+        torch.manual_seed(seed)
+        DPRQuestionEncoder(DPRConfig(**PICO)).save_pretrained(tmp_path / name)
+    config = change(pico_config(tmp_path, tmp_path / "runs"), "start", method="average")
+    config = change(change(config, "run", score=False), "model", root=str(tmp_path), family="auto", expert="{task}")
+    folder = merge_alone(replace(config, tasks=["CoLA", "MNLI"]), domain)
+    merged, *experts = (
+        load_file(place / "model.safetensors") for place in (folder, tmp_path / "CoLA", tmp_path / "MNLI")
+    )
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, (experts[0][name] + experts[1][name]) / 2)
+    assert merged.keys() == experts[0].keys()
