@@ -23,10 +23,12 @@ from common.io.checkpoints import Checkpoint
 from common.io.heads import are_equal
 from common.io.layer_calls import LayerCalls, one_line, require_second_derivative
 from common.io.lora import LoraCheckpoint
+from common.io.model_config import config_file, read_config
 from common.io.skeleton import canonical_names, layers_of, path_of, stored_shapes, token_axes, unread_names
 
 TABLE = ".relative_attention_bias"
-UNSCORED = "answers in words: scores, heads and merge methods that use data are not served for it; set run.score false"
+UNSERVED = "scores, heads and merge methods that use data are not served for it; set run.score false"
+UNSCORED = f"answers in words: {UNSERVED}"
 
 
 def encoder_decoder(root: PreTrainedModel, where: str, base: Path) -> BlockFamily:
@@ -124,22 +126,55 @@ def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
 
 
 def copies_of(root: PreTrainedModel) -> frozenset[str]:
-    """Names under which a file may have the embedding of words again, where encoder and decoder share it."""
-    embedding, head = vocabulary_of(root)
-    words = root.get_parameter(embedding)
+    """Names under which a file may have the embedding of words again, as where encoder and decoder share it."""
+    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
+    words = getattr(embedding, "weight", None)
     tied = {name for name, parameter in root.named_parameters(remove_duplicate=False) if parameter is words}
-    return frozenset(tied - {embedding, head})
+    return frozenset(tied - {f"{path_of(root, part)}.weight" for part in (embedding, head) if part is not None})
+
+
+def without(copies: frozenset[str], names: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """From a stored name to what `names` makes of it; None for a copy of the embedding."""
+
+    def name_of(stored: str) -> str | None:
+        name = names(stored)
+        return None if name in copies else name
+
+    return name_of
 
 
 def names_of(root: PreTrainedModel) -> Callable[[str], str | None]:
     """From a stored name to that in the whole model; None for a copy of the embedding."""
-    canonical, copies = canonical_names(root), copies_of(root)
+    return without(copies_of(root), canonical_names(root))
 
-    def name_of(stored: str) -> str | None:
-        name = canonical(stored)
-        return None if name in copies else name
 
-    return name_of
+def require_equal_copies(model: Checkpoint, root: PreTrainedModel) -> None:
+    """InputError if a file has the embedding of words several times, and not alike."""
+    embedding = f"{path_of(root, root.get_input_embeddings())}.weight"
+    for copy in sorted(copies_of(root) & model.shapes.keys()):
+        if embedding in model.shapes and not are_equal(model, embedding, copy):
+            raise InputError(
+                f"{model.path}: {copy} and {embedding} differ, which are one; save the model with save_pretrained"
+            )
+
+
+def require_whole(model: Checkpoint, root: PreTrainedModel) -> None:
+    """InputError if a file lacks the embedding of words or a first layer, as one of an encoder alone does, or of a
+    class that has all of it under other names."""
+    stacks = {path_of(root, stack): stack for stack in (root.get_encoder(), root.get_decoder())}
+    first = tuple(f"{path}.{layers_of(stack)}.0." for path, stack in stacks.items())
+    needed = [vocabulary_of(root)[0], *(name for name in stored_shapes(root) if name.startswith(first))]
+    missing = next((name for name in needed if name not in model.shapes), None)
+    if not missing:
+        return
+    kind, file = type(root).__name__, config_file(model.path)
+    named = (read_config(file).get("architectures") or [kind])[0] if file else kind
+    if named == kind or not file:
+        raise InputError(f"{model.path} has no tensor {missing}; save the whole model with save_pretrained")
+    raise InputError(
+        f"{file} names {named}, whose file has no tensor {missing} as the {kind} has that is merged here; give all as "
+        f"{kind}, of a classifier its base_model saved with save_pretrained, or all as encoders alone"
+    )
 
 
 def check_encoder_decoder(config: Config, root: PreTrainedModel, where: str) -> None:
@@ -160,10 +195,5 @@ def check_encoder_decoder(config: Config, root: PreTrainedModel, where: str) -> 
                 )
             continue
         model = Checkpoint(path, canonical_names(root))
-        for copy in copies_of(root) & model.shapes.keys():
-            if not are_equal(model, embedding, copy):
-                raise InputError(
-                    f"{path}: {copy} and {embedding} differ, which are one; save the model with save_pretrained"
-                )
-        if embedding not in model.shapes:
-            raise InputError(f"{path} has no tensor {embedding}; save the model with save_pretrained")
+        require_equal_copies(model, root)
+        require_whole(model, root)

@@ -7,27 +7,49 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as WITH_DECODER
 
 from common.config import Config, Model
 from common.core.blocks import BlockFamily, by_kind, key_biases
 from common.core.errors import InputError
 from common.core.notices import warn
 from common.domain import other_models
+from common.io.adapters import is_adapter
 from common.io.cached import cached_by_files
-from common.io.layer_calls import LayerCalls, require_second_derivative
+from common.io.checkpoints import Checkpoint
+from common.io.layer_calls import LayerCalls, one_line, require_second_derivative
 from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import computing, counts_from_padding, layers_of, stored_shapes, token_axes, turned_weights
 from common.io.task_heads import refuse_copies
 from common.io.tokenizer_rules import warn_of_reading
-from NLU.encoder_decoders import check_encoder_decoder, encoder_decoder
+from NLU.encoder_decoders import (
+    UNSCORED,
+    UNSERVED,
+    check_encoder_decoder,
+    copies_of,
+    encoder_decoder,
+    require_equal_copies,
+    without,
+)
 
 POOLER = "pooler."
+OTHERS = "take models of an architecture that NLU/README.md lists"
 
 
 def config_of(model: Model, path: Path) -> Path:
@@ -59,9 +81,13 @@ def check_inputs(config: Config) -> None:
     if is_encoder_decoder(root):
         check_encoder_decoder(config, root, str(file))
     else:
+        if config.run.score:
+            require_classifiers(model)
         known = stored_shapes(root)
         for path in (model.path("base"), *other_models(config).values()):
             refuse_copies(path, names_within(root, known), known, layers_of(root))
+            if copies_of(root) and not is_adapter(path):
+                require_equal_copies(Checkpoint(path, names_within(root, known)), root)
         warn_of_word_heads(config)
 
 
@@ -92,10 +118,34 @@ def skeleton(model: Model) -> PreTrainedModel:
     for name in ("arch", "text", "head"):
         if getattr(model, name):
             raise InputError(f"model.{name} is not for nlu: the folders of base and experts tell everything")
-    config = architecture(model, model.path("base"))
-    opener = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
-    with torch.device("meta"):
-        return opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+    config, file = architecture(model, model.path("base")), str(config_of(model, model.path("base")))
+    opener = opener_of(config)
+    if type(config) not in opener._model_mapping:
+        named = (config.architectures or [config.model_type])[0]
+        raise InputError(f"{file}: nlu cannot merge a {named}, for {opener.__name__} opens none such; {OTHERS}")
+    try:
+        with torch.device("meta"):
+            root = opener.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+    except Exception as error:  # sizes below zero, an activation that is none, a library that is not there
+        raise InputError(f"transformers cannot build the model of {file}: {one_line(error)}") from error
+    require_text_model(root, file)
+    return root
+
+
+def require_text_model(root: PreTrainedModel, where: str) -> None:
+    """InputError, which begins with `where`, if a model has not one embedding of its inputs or not one width: it hears,
+    reads characters, or is made of two models."""
+    try:
+        embedding = root.get_input_embeddings()
+    except NotImplementedError:  # none that transformers finds
+        embedding = None
+    kind = type(root).__name__
+    if all(part is not embedding for part in root.modules()):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, which has no one embedding of its tokens; {OTHERS}")
+    if not isinstance(getattr(root.config, "hidden_size", None), int):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, whose config has no one hidden_size; {OTHERS}")
+    if is_encoder_decoder(root) and not isinstance(root.get_encoder(), PreTrainedModel):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, whose encoder is no model by itself; {OTHERS}")
 
 
 def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:
@@ -118,9 +168,32 @@ def reading_of(model: Model) -> BlockFamily:
     return family(model) if is_encoder_decoder(root) else reading(root, where)
 
 
+def encoder_alone(kind: str) -> str:
+    """The class of the encoder alone of a model type that has a decoder, as T5EncoderModel; "" of other types."""
+    return MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "") if kind in WITH_DECODER else ""
+
+
+def opener_of(config: PretrainedConfig) -> Any:
+    """What opens a model of this config: an encoder, an encoder with its decoder, or the encoder of such a model
+    alone, if that is the class that the config names; whether there is a decoder it may say either way."""
+    alone = encoder_alone(config.model_type)
+    if alone and alone in (config.architectures or []):
+        return AutoModelForTextEncoding
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder or alone else AutoModel
+
+
 def is_encoder_decoder(root: PreTrainedModel) -> bool:
     """Whether a model has a decoder behind its encoder."""
-    return bool(getattr(root.config, "is_encoder_decoder", False))
+    return type(root).__name__ in WITH_DECODER.values()
+
+
+def require_classifiers(model: Model) -> None:
+    """InputError if heads or scores are asked for of an encoder that has no classifier, or answers in words."""
+    root = skeleton(model)
+    if is_encoder_decoder(root):
+        raise InputError(f"{model.path('base')}: a {type(root).__name__} {UNSCORED}")
+    if type(root).__name__ == encoder_alone(root.config.model_type):
+        raise InputError(f"{model.path('base')}: a {type(root).__name__} is for embeddings: {UNSERVED}")
 
 
 def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
@@ -159,7 +232,7 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
-        names=names_within(root, stored),
+        names=without(copies_of(root), names_within(root, stored)),
         before_head=POOLER,
         positions=positions if positions in stored else "",
         by_token=token_axes(root),
@@ -169,10 +242,11 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
 
 def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
     """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
-    prefix, parts = f"{root.base_model_prefix}.", {name.split(".")[0] for name in known} | {"pooler"}
+    prefix, known = f"{root.base_model_prefix}.", frozenset(known)
+    parts = {name.split(".")[0] for name in known} | {"pooler"}
 
     def name_of(stored: str) -> str | None:
-        name = stored.removeprefix(prefix)
+        name = stored if stored in known else stored.removeprefix(prefix)  # a body may be called so in the model itself
         if name.split(".")[0] not in parts or name.endswith("_ids"):
             return None
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -14,6 +14,7 @@ from common.core.task_vectors import LazyTensor, Params
 from common.io.checkpoints import Checkpoint, copy_files
 from common.io.model_config import config_file, dtype_field, parse, read_text
 from common.io.model_files import CONFIG_FILE, GENERATION_FILE, MODEL_FILE, folder_of
+from common.io.sentence_modules import classifier_modules, write_modules
 from common.io.shards import write_stored
 from common.io.stored_types import as_stored, output_type
 from common.io.surroundings import copy_surroundings, copy_tokenizer, write_edited
@@ -31,6 +32,7 @@ def check_export(model: Model) -> None:
         alike = [known for known in TASKS if for_task("{slug}", known) == for_task("{slug}", task)]
         if task not in TASKS and (alike or not model.path("expert", task).exists()):
             raise InputError(f"model.heads: unknown task {task!r}; choose from {', '.join(TASKS)}")
+        classifier_modules(model.path("expert", task))
     stored_heads(model)
 
 
@@ -73,7 +75,8 @@ def adjusted(text: str, dtype: torch.dtype, name: str) -> dict[str, Any]:
 
 
 def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, place: Path) -> None:
-    """The expert's config and tokenizer; an adapter has the base's, with as many labels as its head."""
+    """The expert's config, tokenizer and, of a CrossEncoder, modules, which name the function on its outputs. An
+    adapter has the base's config, with as many labels as its head."""
     expert, base = (folder_of(model.path(which, task)) for which in ("expert", "base"))
     name, config = class_name(model, task), expert_architecture(model, task)
     own = config_file(expert)
@@ -81,3 +84,4 @@ def write_classifier_surroundings(model: Model, task: str, dtype: torch.dtype, p
     labels = {} if own else {"id2label": {str(i): n for i, n in config.id2label.items()}, "label2id": config.label2id}
     write_edited(text, place / CONFIG_FILE, adjusted(text, dtype, name) | labels)
     copy_tokenizer(expert if has_tokenizer(expert) else base, place)
+    write_modules(classifier_modules(expert), place)

@@ -22,8 +22,7 @@ from common.io.lora import open_checkpoint
 from common.io.model_config import config_file, read_config
 from common.io.model_files import CONFIG_FILE
 from common.io.task_heads import read_task_head
-from NLU.encoder_decoders import UNSCORED
-from NLU.encoders import architecture, body_name, is_encoder_decoder, skeleton
+from NLU.encoders import architecture, body_name, require_classifiers
 from NLU.tasks import TASKS
 
 KINDS = {  # what opens an expert, and the class of each model type that it opens; the first is the only one scored
@@ -55,8 +54,7 @@ def outputs_of(model: Model, task: str) -> int:
 def expert_architecture(model: Model, task: str) -> PretrainedConfig:
     """The config.json of the task's expert; a LoRA adapter has the base's, and as many outputs as the task."""
     folder = model.path("expert", task)
-    if is_encoder_decoder(skeleton(model)):
-        raise InputError(f"{model.path('base')}: a {type(skeleton(model)).__name__} {UNSCORED}")
+    require_classifiers(model)
     if not is_adapter(folder) or (folder / CONFIG_FILE).is_file():
         return architecture(model, folder)
     config = architecture(model, model.path("base"))

@@ -16,7 +16,7 @@ from common.experiment import Experiment
 from common.io.checkpoints import Checkpoint, read_header, write_text
 from common.io.locks import locked
 from common.io.model_files import CONFIG_FILE
-from common.io.sentence_modules import compare_modules, copy_modules
+from common.io.sentence_modules import compare_modules, write_modules
 from common.io.surroundings import lend_surroundings
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
@@ -127,8 +127,8 @@ def write_model(experiment: Experiment, domain: Domain, tensors: Mapping[str, La
     domain.export(experiment.config.model, tensors, folder)
     paths = {task: expert.path for task, expert in experiment.experts.items()}
     lend_surroundings(folder, paths)
-    modules = compare_modules(experiment.base.path, paths)
-    if modules and (folder / CONFIG_FILE).is_file():  # sentence-transformers opens what transformers does
-        copy_modules(modules, folder)
+    modules = compare_modules(experiment.base.path, paths, bool(experiment.family.vocabulary))
+    # sentence-transformers opens what transformers does
+    write_modules(modules if (folder / CONFIG_FILE).is_file() else None, folder)
     if experiment.matching.more:
         write_with_more(experiment.base.folder, folder, experiment.matching.more)

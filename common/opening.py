@@ -198,7 +198,7 @@ def open_inputs(config: Config, domain: Domain, checking: Checking, anchored: bo
     places = {task: expert.path.resolve() for task, expert in experts.items()}
     warn_of_equals(base.path.resolve(), places, config.start.mixes_models)
     with checking("modules of sentence-transformers"):
-        compare_modules(base.path, {task: expert.path for task, expert in experts.items()})
+        compare_modules(base.path, {task: e.path for task, e in experts.items()}, bool(family.vocabulary))
     functions, prefixes = family.functions(modules), tuple(prefix for prefix, _ in modules)
     return Experiment(config, family, functions, prefixes, base, experts, shape, torch.device("cpu"), matching)
 

@@ -10,7 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
+    T5ForSequenceClassification,
+)
 
 from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
@@ -18,7 +24,7 @@ from common.fda.matching import MatchingProblem, matching_gradient
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
-from helpers import change, rewrite
+from helpers import change, edit_config, rewrite
 from NLU import domain
 from pico_encoders import WITH_DECODER, fields_of
 from pico_nlu import pico_config, pico_tokenizer
@@ -243,3 +249,74 @@ def test_other_encoder_decoders_are_refused_by_name(kind, fields, said, tmp_path
     file.write_text(json.dumps(of_kind))
     with pytest.raises(InputError, match=said):
         domain.family(t5.model)
+
+
+def write_as(root, opener, kind="t5", names=("base", *TASKS)):
+    """A base and two experts of a class in stock folders; their weights by name."""
+    made = {}
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        model = opener(AutoConfig.for_model(**fields_of(kind), eos_token_id=2))
+        model.save_pretrained(root / name)
+        made[name] = {own: weight.detach() for own, weight in model.named_parameters()}
+    return made
+
+
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
+def test_an_encoder_alone_is_merged_as_one(kind, tmp_path, capsys):
+    """T5EncoderModel: the average of its tensors; a file may have the embedding twice, as older ones do."""
+    states = write_as(tmp_path, AutoModelForTextEncoding.from_config, kind)
+    file = tmp_path / TASKS[0] / "model.safetensors"
+    rewrite(file, lambda tensors: tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()})
+    config = change(replace(config_of(tmp_path), tasks=TASKS), "start", method="average", hyper={})
+    folder = merge_alone(config, domain)
+    merged, report = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
+    assert type(merged).__name__.endswith("EncoderModel") and not report["missing_keys"]
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(weight, sum(states[task][name] for task in TASKS) / 2)
+    with pytest.raises(InputError, match="EncoderModel is for embeddings: scores, heads and merge methods .*score fal"):
+        merge_alone(change(config, "run", score=True), domain)
+    rewrite(file, lambda tensors: tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"] + 1})
+    with pytest.raises(InputError, match=r"CoLA: encoder.embed_tokens.weight and shared.weight differ, which are one"):
+        merge_alone(config, domain)
+
+
+@pytest.mark.parametrize(
+    ("opener", "which", "named", "missing"),
+    [
+        (T5ForSequenceClassification, "base", "T5ForSequenceClassification", "shared.weight"),
+        (AutoModelForTokenClassification.from_config, "base", "T5ForTokenClassification", "shared.weight"),
+        (
+            AutoModelForTextEncoding.from_config,
+            "CoLA",
+            "T5EncoderModel",
+            "decoder.block.0.layer.0.SelfAttention.q.weight",
+        ),
+    ],
+)
+def test_another_class_than_the_whole_model_is_named(opener, which, named, missing, t5, tmp_path, monkeypatch):
+    write_as(tmp_path, opener, names=("base", *TASKS) if which == "base" else (which,))
+    for name in TASKS if which in TASKS else ():  # as published encoders say it, sentence-t5 among them
+        edit_config(tmp_path / name, is_encoder_decoder=True)
+    monkeypatch.setattr("common.io.checkpoints.Checkpoint.read", None)
+    with pytest.raises(InputError) as error:
+        merge_alone(change(replace(t5, tasks=TASKS), "start", method="average", hyper={}), domain)
+    kind = "T5ForConditionalGeneration"
+    assert str(error.value) == (
+        f"{tmp_path / which / 'config.json'} names {named}, whose file has no tensor {missing} as the {kind} has that "
+        f"is merged here; give all as {kind}, of a classifier its base_model saved with save_pretrained, or all as "
+        "encoders alone"
+    )
+
+
+def test_the_base_model_of_a_classifier_is_merged(tmp_path):
+    """What the refusal of a T5ForSequenceClassification says to give."""
+    for name in ("base", *TASKS):
+        torch.manual_seed(len(name))
+        config = AutoConfig.for_model(**fields_of("t5"), eos_token_id=2)
+        T5ForSequenceClassification(config).base_model.save_pretrained(tmp_path / name)
+    config = change(replace(config_of(tmp_path), tasks=TASKS), "start", method="average", hyper={})
+    weights = [load_file(tmp_path / task / "model.safetensors") for task in TASKS]
+    merged = load_file(merge_alone(config, domain) / "model.safetensors")
+    for name in weights[0]:
+        torch.testing.assert_close(merged[name], (weights[0][name] + weights[1][name]) / 2)

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertModel,
+    DPRConfig,
+    DPRQuestionEncoder,
     GPT2Config,
     GPT2Model,
     RobertaConfig,
@@ -37,10 +39,32 @@ from NLU import domain, scoring
 from NLU.encoders import encoder as blocks_of
 from pico_nlu import (
     CONFIGS,
+    PICO,
     pico_architecture,
     pico_config,
 )
 
+SPEECH = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}  # fmt: skip
+UNLIKE = {  # a model type, the fields of a pico config of it, and why nlu cannot merge it
+    "canine": (PICO, "nlu cannot merge a CanineModel, which has no one embedding of its tokens"),
+    "perceiver": (
+        {"d_model": 16, "num_latents": 4},
+        "nlu cannot merge a PerceiverModel, which has no one embedding of",
+    ),
+    "clip": ({}, "nlu cannot merge a CLIPModel, which has no one embedding of its tokens"),
+    "wav2vec2": (PICO, "nlu cannot merge a Wav2Vec2Model, which has no one embedding of its tokens"),
+    "whisper": (SPEECH, "nlu cannot merge a whisper, for AutoModelForSeq2SeqLM opens none such"),
+    "fsmt": (
+        SPEECH | {"langs": ["a", "b"], "src_vocab_size": 50, "tgt_vocab_size": 50},
+        "whose encoder is no model by",
+    ),
+    "encoder-decoder": (
+        {part: {"model_type": "bert"} | PICO for part in ("encoder", "decoder")},
+        "nlu cannot merge a EncoderDecoderModel, whose config has no one hidden_size",
+    ),
+    "bert": (PICO | {"hidden_act": "none"}, "transformers cannot build the model of .*config.json: 'none'"),
+}
 KEY_BIAS = "attention.self.key.bias"
 
 
@@ -323,3 +347,36 @@ def test_code_that_comes_with_a_model_is_never_run(own_nlu, tmp_path):
     with pytest.raises(InputError, match="base/config.json has model type 'strange', model.family is 'roberta'"):
         construct(own_nlu, domain)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_what_is_no_text_encoder_is_named_in_one_sentence(kind, tmp_path):
+    """Before any weight, of which the base has none here but one; the sentence says what to take instead."""
+    fields, said = UNLIKE[kind]
+    write_tensors(tmp_path / "base" / "model.safetensors", {"weight": torch.ones(1)})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": kind} | fields))
+    shutil.copytree(tmp_path / "base", tmp_path / "CoLA")
+    config = change(
+        pico_config(tmp_path, tmp_path / "runs"), "model", root=str(tmp_path), family="auto", expert="{task}"
+    )
+    config = change(change(config, "start", method="average"), "run", score=False)
+    with pytest.raises(InputError, match=said) as error:
+        merge_alone(replace(config, tasks=["CoLA"]), domain)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert kind == "bert" or str(error.value).endswith("take models of an architecture that NLU/README.md lists")
+
+
+def test_a_body_that_its_own_class_calls_by_the_prefix_is_merged(tmp_path):
+    """DPR's question encoder has all its tensors under the prefix of its base model, and no name without it."""
+    for seed, name in enumerate(("base", "CoLA", "MNLI")):
+        torch.manual_seed(seed)
+        DPRQuestionEncoder(DPRConfig(**PICO)).save_pretrained(tmp_path / name)
+    config = change(pico_config(tmp_path, tmp_path / "runs"), "start", method="average")
+    config = change(change(config, "run", score=False), "model", root=str(tmp_path), family="auto", expert="{task}")
+    folder = merge_alone(replace(config, tasks=["CoLA", "MNLI"]), domain)
+    merged, *experts = (
+        load_file(place / "model.safetensors") for place in (folder, tmp_path / "CoLA", tmp_path / "MNLI")
+    )
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, (experts[0][name] + experts[1][name]) / 2)
+    assert merged.keys() == experts[0].keys()

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer import modules
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from common.core import notices
 from common.core.errors import InputError
@@ -186,13 +186,19 @@ def test_an_encoder_in_a_folder_of_its_own_is_merged_alone(root, capsys):
         ("{", "modules.json is no list of the modules of a sentence-transformers model"),
         ([{"type": "sentence_transformers.models.Pooling"}], r"a field is missing .*'path'"),
         ([{"type": "sentence_transformers.models.Dense", "path": "../2_Dense"}], "leads out of the folder"),
-        ([{"type": "sentence_transformers.models.Dense", "path": "9_Dense"}], "9_Dense, .* holds no .safetensors"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "9_Dense"}], "9_Dense, .*modules.json, holds no file"),
     ],
 )
 def test_damaged_modules_are_refused(root, listed, said):
     (root / "base" / MODULES_FILE).write_text(listed if isinstance(listed, str) else json.dumps(listed))
     with pytest.raises(InputError, match=said):
         compare_modules(root / "base", {})
+
+
+def test_a_pickle_of_a_module_is_refused_and_named(root):
+    (root / "dense" / "2_Dense" / "model.safetensors").rename(root / "dense" / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"2_Dense, .* no .safetensors .*convert_checkpoint.py makes one of pytorch_m"):
+        compare_modules(root / "dense", {})
 
 
 def test_modules_of_own_code_are_said_and_not_written(config, root, capsys):
@@ -212,3 +218,85 @@ def test_of_the_hub_the_modules_are_fetched_too(root):
     wanted = files_wanted(parse("hf://pico/dense"), [*names, "onnx/model.onnx", "2_Dense/pytorch_model.bin"])
     assert sorted(wanted) == sorted(names)
     assert files_wanted(parse("hf://pico/x"), ["model.safetensors", "1_a/b.json"]) == ["model.safetensors"]
+
+
+PAIRS = [("w1 w2", "w3"), ("w4", "w5")]
+
+
+def write_headed(folder, seed, opener, library, **options):
+    """A BERT under a head, both at random, as a class of sentence-transformers saves it."""
+    torch.manual_seed(seed)
+    model = opener.from_config(pico_architecture("bert", num_labels=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    if library:
+        library(str(folder), device="cpu", **options).save_pretrained(str(folder), create_model_card=False)
+
+
+def write_rerankers(root, base):
+    """A base and two CrossEncoders whose outputs are logits; the base is one too if `base` is its class."""
+    write_headed(root / "base", 0, AutoModelForSequenceClassification, base)
+    for seed, name in enumerate(("x", "y"), 1):
+        write_headed(
+            root / name, seed, AutoModelForSequenceClassification, CrossEncoder, activation_fn=torch.nn.Identity()
+        )
+
+
+def logits_of_average(root):
+    """What the first reranker's head makes of the average of both encoders; the pooler before it is its own."""
+    first, second = (AutoModelForSequenceClassification.from_pretrained(root / name).eval() for name in ("x", "y"))
+    with torch.no_grad():
+        for own, other in zip(first.bert.named_parameters(), second.bert.parameters(), strict=True):
+            if "pooler" not in own[0]:
+                own[1].add_(other).div_(2)
+        tokens = pico_tokenizer()(*map(list, zip(*PAIRS, strict=True)), return_tensors="pt", padding=True)
+        return first(**tokens).logits[:, 0]
+
+
+@pytest.mark.parametrize("base", [CrossEncoder, None])
+def test_a_cross_encoder_is_one_under_each_head_and_nowhere_else(config, tmp_path, capsys, base, monkeypatch):
+    """Its modules want a head that the merged encoder has not: the library would draw it at random, without a word.
+    Under the head it answers with the expert's activation, here none: a sigmoid would give values from 0 to 1."""
+    monkeypatch.setattr(notices, "_said", set())
+    write_rerankers(tmp_path, base)
+    folder = merged(config, "x", "y", root=str(tmp_path), family="auto", heads=("x",))
+    assert not list(folder.glob("*sentence*")) and not (folder / MODULES_FILE).exists()
+    assert "SentenceTransformer" not in (folder / "README.md").read_text()
+    said = f"modules.json of {'base, ' if base else ''}x, y is of a CrossEncoder, whose head is not merged"
+    assert capsys.readouterr().err.count(said) == 1
+    found = CrossEncoder(str(folder / "heads" / "x"), device="cpu").predict(PAIRS, convert_to_tensor=True)
+    torch.testing.assert_close(found, logits_of_average(tmp_path), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("which", ["base", "x"])
+def test_a_sparse_encoder_is_refused_for_its_head_over_words(config, tmp_path, which, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "read", None)
+    for name in ("base", "x"):
+        write_headed(tmp_path / name, len(name), AutoModelForMaskedLM, SparseEncoder if name == which else None)
+    with pytest.raises(InputError) as error:
+        merged(config, "x", root=str(tmp_path), family="auto")
+    place = tmp_path / which
+    assert str(error.value) == (
+        f"{place / MODULES_FILE} is of a SparseEncoder, with a head over words, which is not merged: the library would "
+        f"draw one at random; take {MODULES_FILE} out of {place} to merge the encoders alone"
+    )
+    (place / MODULES_FILE).unlink()
+    monkeypatch.undo()
+    assert not (merged(config, "x", root=str(tmp_path), family="auto") / MODULES_FILE).exists()
+
+
+def test_a_reranker_of_a_language_model_keeps_its_modules(root):
+    """Its scores are logits of two words, by the head over words that goes into a merged language model, not into a
+    merged encoder."""
+    listed = [
+        {"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
+        {"type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore", "path": "1_LogitScore"},
+    ]
+    (root / "base" / MODULES_FILE).write_text(json.dumps(listed))
+    (root / "base" / "sentence_bert_config.json").write_text('{"transformer_task": "text-generation"}')
+    assert compare_modules(root / "base", {}, has_words=True) == root / "base"
+    with pytest.raises(InputError, match="is of a model with a head for text-generation, which is not merged"):
+        compare_modules(root / "base", {})

@@ -2,6 +2,7 @@
 
 Without them the library takes the mean over the tokens of any encoder, with a line in its log: a merged model would
 embed otherwise than its experts. So it gets the base's, and where the base has none those that the experts agree on.
+Those of a classifier go with each task's head, as the merged encoder has none.
 Layout: what sentence-transformers 2 to 6 write. No weight of such a module is merged, no Python file is copied.
 """
 
@@ -22,9 +23,11 @@ from common.io.tokenizer_files import IN_MODULE, MODULES_FILE, SENTENCE_SETTINGS
 
 WHAT = "list of the modules of a sentence-transformers model"
 LIBRARY = "sentence_transformers."
-WEIGHTS = ("*.safetensors",)
+WEIGHTS, PICKLES = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.ckpt")
 READING = frozenset({"do_lower_case", "prompts", "default_prompt_name"})
-WEIGHTLESS = ("Transformer", "Pooling", "Normalize", "Dropout")
+WEIGHTLESS = ("Transformer", "MLMTransformer", "Pooling", "SpladePooling", "LogitScore", "Normalize", "Dropout")
+HEADLESS, CLASSIFIER, WORDS = "feature-extraction", "sequence-classification", ("text-generation", "any-to-any")
+TASK_OF = {"Transformer": HEADLESS, "MLMTransformer": "fill-mask"}  # where the settings of an encoder name none
 POOLING = {  # what sentence-transformers wrote before 6: a switch for each mode
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
@@ -59,16 +62,57 @@ def modules_of(path: Path) -> tuple[Path, list[Module]]:
     return folder, modules
 
 
-def compare_modules(base: Path, experts: Mapping[str, Path]) -> Path | None:
+def head_of(folder: Path, modules: Sequence[Module]) -> str:
+    """What head the modules want of the model in a folder, by the library's word for its task; "" if none."""
+    for module in modules:
+        if module.kind in TASK_OF:
+            task = str(settings_beside(folder / module.folder).get("transformer_task") or TASK_OF[module.kind])
+            return "" if task == HEADLESS else task
+    return ""
+
+
+def merged_modules(path: Path, has_words: bool) -> tuple[Path, list[Module]]:
+    """The folder of a model, and those of its modules that work around a merged one: none of a classifier, whose head
+    is never merged, for the library would draw one at random.
+
+    has_words: whether the head over words is merged with the rest.
+    Raises: InputError if the modules want another head that is not merged.
+    """
+    folder, modules = modules_of(path)
+    head = head_of(folder, modules)
+    if not head or (has_words and head in WORDS):
+        return folder, modules
+    if head != CLASSIFIER:
+        which = "a SparseEncoder, with a head over words" if head == "fill-mask" else f"a model with a head for {head}"
+        raise InputError(
+            f"{folder / MODULES_FILE} is of {which}, which is not merged: the library would draw one at random; take "
+            f"{MODULES_FILE} out of {folder} to merge the encoders alone"
+        )
+    return folder, []
+
+
+def warn_of_classifiers(models: Mapping[str, Path]) -> None:
+    """Say which models are classifiers of sentence-transformers, and where the merged one opens as such."""
+    if found := [name for name, path in models.items() if head_of(*modules_of(path)) == CLASSIFIER]:
+        warn(
+            f"{MODULES_FILE} of {', '.join(found)} is of a CrossEncoder, whose head is not merged: none is written "
+            "beside the merged encoder, and CrossEncoder opens the folders heads/<task> of the tasks in model.heads"
+        )
+
+
+def compare_modules(base: Path, experts: Mapping[str, Path], has_words: bool = False) -> Path | None:
     """The folder whose modules go with a merged model, if any.
 
     Args:
         base: Path of the base.
         experts: Path of each expert, by task. One without modules.json, as an adapter, is taken to use the others'.
-    Raises: InputError naming the file and the field if an expert has other modules than the base, or a file is damaged.
+        has_words: Whether the merged model has its head over words.
+    Raises: InputError naming the file and the field if an expert has other modules than the base, if they want a head
+        over words that is not merged, or if a file is damaged.
     """
-    folder, wanted = modules_of(base)
-    others = {task: found for task, path in experts.items() if (found := modules_of(path))[1]}
+    folder, wanted = merged_modules(base, has_words)
+    warn_of_classifiers({"base": base, **experts})
+    others = {task: found for task, path in experts.items() if (found := merged_modules(path, has_words))[1]}
     if wanted:
         require_weights(folder, wanted)
         for found in others.values():
@@ -98,13 +142,21 @@ def compare_modules(base: Path, experts: Mapping[str, Path]) -> Path | None:
 
 
 def require_weights(folder: Path, modules: Sequence[Module]) -> None:
-    """InputError if the weights of a module are not in safetensors: a pickle would have to be copied unread."""
+    """InputError if the weights of a module are not in safetensors, as a pickle would have to be copied unread, or if
+    nothing at all is there of a module that keeps something."""
     for module in modules:
         there = folder / module.folder
-        if module.folder and module.kind not in WEIGHTLESS and not matching(there, WEIGHTS):
+        if not module.folder or module.kind in WEIGHTLESS or matching(there, WEIGHTS):
+            continue
+        if pickles := matching(there, PICKLES):
             raise InputError(
                 f"{there}, a module of sentence-transformers, holds no .safetensors to be copied beside a merge; "
-                "scripts/convert_checkpoint.py makes one of a pickle"
+                f"scripts/convert_checkpoint.py makes one of {pickles[0]}"
+            )
+        if not matching(there, IN_MODULE):  # of other kinds not all have weights: the library tells what it misses
+            raise InputError(
+                f"{there}, a module of sentence-transformers by {folder / MODULES_FILE}, holds no file; fetch or save "
+                "the model again"
             )
 
 
@@ -167,9 +219,25 @@ def plain(value: Any) -> Any:
     return value or None
 
 
-def copy_modules(source: Path, target: Path) -> None:
-    """Copy modules.json, the settings beside it and the folder of every module."""
-    _, modules = modules_of(source)
-    copy_files(source, target, [MODULES_FILE, *matching(source, SENTENCE_SETTINGS)])
-    for module in filter(lambda module: module.folder, modules):
-        copy_files(source / module.folder, target / module.folder, matching(source / module.folder, IN_MODULE))
+def classifier_modules(path: Path) -> Path | None:
+    """The folder of a classifier of sentence-transformers, whose modules go with its head; None of any other model.
+
+    InputError if a file is damaged, or if weights of a further module are pickled.
+    """
+    folder, modules = modules_of(path)
+    if head_of(folder, modules) != CLASSIFIER:
+        return None
+    require_weights(folder, modules)
+    return folder
+
+
+def write_modules(source: Path | None, target: Path) -> None:
+    """Copy modules.json, the settings beside it and the folder of every module; without a source, and where it has
+    none, remove such files that an earlier merge has left."""
+    names = [MODULES_FILE, *matching(source, SENTENCE_SETTINGS)] if source else []
+    for name in {MODULES_FILE, *matching(target, SENTENCE_SETTINGS)} - set(names):
+        (target / name).unlink(missing_ok=True)
+    if source:
+        copy_files(source, target, names)
+        for module in (module for module in modules_of(source)[1] if module.folder):
+            copy_files(source / module.folder, target / module.folder, matching(source / module.folder, IN_MODULE))
