@@ -51,11 +51,17 @@ def config_text(model: Model) -> tuple[str, str]:
 
 
 def architecture(model: Model) -> PretrainedConfig:
-    """The base's config; InputError if model.family names another architecture. No code that it names is ever run."""
+    """The base's config; InputError if model.family names another architecture, or if it is of an encoder-decoder. No
+    code that it names is ever run."""
     text, where = config_text(model)
     fields = parse(text, where)
     require_family(fields, where, model.family)
-    return known_config(fields, where)
+    config = known_config(fields, where)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{where}: a {config.model_type} has an encoder before its decoder; domain nlu merges such ones"
+        )
+    return config
 
 
 def opener_of(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:

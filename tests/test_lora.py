@@ -299,6 +299,8 @@ UP_PAIR = pair(UP, MATRICES[UP])
         ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication is \[\[0, 2\], \[1, 3\]\]"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; only plain LoRA, .* merge_and_unload"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only plain LoRA, .*, so leave this expert out"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens is .3, 4.; .*, so leave this expert out"),
         ({"use_next": True}, "use_next is True, a setting unknown here, .*take it out if it does not, else let peft"),
         ({"next_config": {"scale": 2}}, "next_config is {'scale': 2}, a setting unknown here"),
         ({"r": None}, "is no adapter config, JSON with peft_type, r and lora_alpha"),

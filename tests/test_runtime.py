@@ -26,7 +26,7 @@ from helpers import change
 from Vision import domain as vision
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:3", "mps", "cuda:one", ""])
+@pytest.mark.parametrize("device", ["gpu", "cpu:3", "cuda:one", ""])
 def test_a_device_that_is_none_is_named(device, pico_config):
     with pytest.raises(
         InputError, match=f"run.device is '{device}'; choose from auto, cpu, cuda or, of several, cuda:"

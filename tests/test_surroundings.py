@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -62,6 +63,19 @@ def test_an_expert_of_another_function_is_refused_before_any_weight(own, monkeyp
     monkeypatch.setattr(Checkpoint, "read", None)
     with pytest.raises(InputError, match=r"code/config.json: num_attention_heads is 1, the base's is 2"):
         merge_alone(config, nlg)
+    assert not config.run.dir.exists()
+
+
+def test_an_encoder_decoder_is_sent_to_its_domain_before_any_weight(own, monkeypatch):
+    root, config = own
+    fields = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    kind = AutoConfig.for_model("bart", vocab_size=VOCABULARY, **fields, **heads)
+    for name in MODELS:
+        AutoModelForSeq2SeqLM.from_config(kind).save_pretrained(root / name)
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(InputError, match=r"base/config.json: a bart has an encoder before its decoder; domain nlu"):
+        merge_alone(change(config, "model", family="auto"), nlg)
     assert not config.run.dir.exists()
 
 

@@ -60,6 +60,9 @@ class Part(Enum):
     PLAIN = "the whole tensor under its own name: trained if its module is saved, else given"
 
 
+# kinds of adapters that add inputs to a model, and leave its weights as they are
+BESIDE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+LEFT_OUT = "what it learned cannot become a part of the model's weights, so leave this expert out"
 MERGED_FIRST = "let peft merge the adapter into its base, merge_and_unload, and give what it saves as the expert"
 PREFIX = ("base_model", "model")
 FACTORS: dict[tuple[str, ...], tuple[Part, bool]] = {  # the end of a key: which factor, and whether of an embedding
@@ -141,9 +144,9 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
         raise InputError(f"{file} is no adapter config, JSON with peft_type, r and lora_alpha ({error!r})") from error
     for name, values in PLAIN.items():
         if name in settings and settings[name] not in values:
-            raise InputError(
-                f"{file}: {name} is {settings[name]!r}; only plain LoRA, W + s B A, can be an expert: {MERGED_FIRST}"
-            )
+            step = LEFT_OUT if name == "alora_invocation_tokens" or settings[name] in BESIDE else MERGED_FIRST
+            said = f"{name} is {settings[name]!r}"
+            raise InputError(f"{file}: {said}; only plain LoRA, W + s B A, can be an expert: {step}")
     for name, value in settings.items():
         switched_on = value is True or (value and isinstance(value, dict | list))
         if switched_on and name not in PLAIN and name not in HARMLESS:

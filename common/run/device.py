@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -17,8 +16,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def check_device(device: str) -> None:
-    """InputError unless a device is one that work can be done on, here or elsewhere."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    """InputError unless a device is auto or one that torch knows, whether or not it is here."""
+    try:
+        known = device == "auto" or str(torch.device(device)) == device
+    except RuntimeError:
+        known = False
+    if not known or device.startswith("cpu:"):
         raise InputError(f"run.device is {device!r}; choose from auto, cpu, cuda or, of several, cuda:N")
 
 
@@ -29,7 +32,7 @@ def prepare(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("run.device is cuda, but torch sees no CUDA device here; run.device cpu or auto would do")
-    if ":" in device and int(device.partition(":")[2]) >= (there := torch.cuda.device_count()):
+    if device.startswith("cuda:") and int(device.partition(":")[2]) >= (there := torch.cuda.device_count()):
         raise InputError(f"run.device is {device}, but torch sees {there} CUDA devices here, numbered from 0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
