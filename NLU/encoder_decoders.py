@@ -120,17 +120,18 @@ def has_table(layer: nn.Module) -> bool:
 
 
 def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
-    """Names of the embedding of words and of the head over them."""
+    """Names of the embedding of words and of the head over them. An embedding that encoder and decoder share goes by
+    the first of its names, which is that in a file: Marian's is the encoder's as the model has it, and shared there."""
     embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-    return f"{path_of(root, embedding)}.weight", f"{path_of(root, head)}.weight"
+    words = next(name for name, parameter in root.named_parameters() if parameter is embedding.weight)
+    return words, f"{path_of(root, head)}.weight"
 
 
 def copies_of(root: PreTrainedModel) -> frozenset[str]:
     """Names under which a file may have the embedding of words again, as where encoder and decoder share it."""
-    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-    words = getattr(embedding, "weight", None)
+    words = root.get_input_embeddings().weight
     tied = {name for name, parameter in root.named_parameters(remove_duplicate=False) if parameter is words}
-    return frozenset(tied - {f"{path_of(root, part)}.weight" for part in (embedding, head) if part is not None})
+    return frozenset(tied - {*vocabulary_of(root)})
 
 
 def without(copies: frozenset[str], names: Callable[[str], str | None]) -> Callable[[str], str | None]:
@@ -150,7 +151,7 @@ def names_of(root: PreTrainedModel) -> Callable[[str], str | None]:
 
 def require_equal_copies(model: Checkpoint, root: PreTrainedModel) -> None:
     """InputError if a file has the embedding of words several times, and not alike."""
-    embedding = f"{path_of(root, root.get_input_embeddings())}.weight"
+    embedding, _ = vocabulary_of(root)
     for copy in sorted(copies_of(root) & model.shapes.keys()):
         if embedding in model.shapes and not are_equal(model, embedding, copy):
             raise InputError(
