@@ -42,8 +42,7 @@ def config_text(model: Model) -> tuple[str, str]:
 
     InputError if there is neither.
     """
-    file = config_file(model.path("base"))
-    if file:
+    if file := config_file(model.path("base")):
         return read_text(file), str(file)
     if not model.arch:
         raise InputError(f"there is no {model.path('base') / CONFIG_FILE}, and model.arch does not give its text")
@@ -51,16 +50,13 @@ def config_text(model: Model) -> tuple[str, str]:
 
 
 def architecture(model: Model) -> PretrainedConfig:
-    """The base's config; InputError if model.family names another architecture, or if it is of an encoder-decoder. No
-    code that it names is ever run."""
+    """The base's config; InputError if it is not of model.family, or of no decoder. No code it names is ever run."""
     text, where = config_text(model)
     fields = parse(text, where)
     require_family(fields, where, model.family)
     config = known_config(fields, where)
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{where}: a {config.model_type} has an encoder before its decoder; domain nlu merges such ones"
-        )
+        raise InputError(f"{where}: a {config.model_type} has an encoder before its decoder: domain nlu merges it")
     return config
 
 
@@ -84,10 +80,8 @@ def skeleton(model: Model) -> nn.Module:
     config = architecture(model)
     try:
         with torch.device("meta"):
-            opener = opener_of(config)
-            root = opener.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            ).eval()
+            how = {"attn_implementation": "eager", "trust_remote_code": False}
+            root = opener_of(config).from_config(config, dtype=torch.float32, **how).eval()
     except Exception as error:  # sizes below zero, an activation that is none: whatever its layers raise
         said = " ".join(str(error).split())
         raise InputError(f"transformers cannot build the model of {config_text(model)[1]}: {said}") from error

@@ -119,19 +119,25 @@ def has_table(layer: nn.Module) -> bool:
     return any(name.endswith(TABLE) for name, _ in layer.named_modules())
 
 
+def words_of(root: PreTrainedModel) -> str:
+    """Name of the embedding of words: of one that encoder and decoder share the first of its names, which is that in a
+    file, as Marian's is the encoder's where the model has it, and shared there."""
+    embedding = root.get_input_embeddings()
+    return next(name for name, parameter in root.named_parameters() if parameter is embedding.weight)
+
+
 def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
-    """Names of the embedding of words and of the head over them. An embedding that encoder and decoder share goes by
-    the first of its names, which is that in a file: Marian's is the encoder's as the model has it, and shared there."""
-    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-    words = next(name for name, parameter in root.named_parameters() if parameter is embedding.weight)
-    return words, f"{path_of(root, head)}.weight"
+    """Names of the embedding of words and of the head over them."""
+    return words_of(root), f"{path_of(root, root.get_output_embeddings())}.weight"
 
 
 def copies_of(root: PreTrainedModel) -> frozenset[str]:
     """Names under which a file may have the embedding of words again, as where encoder and decoder share it."""
-    words = root.get_input_embeddings().weight
+    words, head = getattr(root.get_input_embeddings(), "weight", None), root.get_output_embeddings()
     tied = {name for name, parameter in root.named_parameters(remove_duplicate=False) if parameter is words}
-    return frozenset(tied - {*vocabulary_of(root)})
+    if not tied:  # what embeds no words by one matrix, as CANINE
+        return frozenset()
+    return frozenset(tied - {words_of(root), *([f"{path_of(root, head)}.weight"] if head is not None else [])})
 
 
 def without(copies: frozenset[str], names: Callable[[str], str | None]) -> Callable[[str], str | None]:
@@ -151,7 +157,7 @@ def names_of(root: PreTrainedModel) -> Callable[[str], str | None]:
 
 def require_equal_copies(model: Checkpoint, root: PreTrainedModel) -> None:
     """InputError if a file has the embedding of words several times, and not alike."""
-    embedding, _ = vocabulary_of(root)
+    embedding = words_of(root)
     for copy in sorted(copies_of(root) & model.shapes.keys()):
         if embedding in model.shapes and not are_equal(model, embedding, copy):
             raise InputError(

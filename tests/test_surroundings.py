@@ -74,7 +74,7 @@ def test_an_encoder_decoder_is_sent_to_its_domain_before_any_weight(own, monkeyp
     for name in MODELS:
         AutoModelForSeq2SeqLM.from_config(kind).save_pretrained(root / name)
     monkeypatch.setattr(Checkpoint, "read", None)
-    with pytest.raises(InputError, match=r"base/config.json: a bart has an encoder before its decoder; domain nlu"):
+    with pytest.raises(InputError, match=r"base/config.json: a bart has an encoder before its decoder: domain nlu"):
         merge_alone(change(config, "model", family="auto"), nlg)
     assert not config.run.dir.exists()
 
