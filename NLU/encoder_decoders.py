@@ -120,10 +120,15 @@ def has_table(layer: nn.Module) -> bool:
 
 
 def words_of(root: PreTrainedModel) -> str:
-    """Name of the embedding of words: of one that encoder and decoder share the first of its names, which is that in a
-    file, as Marian's is the encoder's where the model has it, and shared there."""
-    embedding = root.get_input_embeddings()
-    return next(name for name, parameter in root.named_parameters() if parameter is embedding.weight)
+    """Name of the embedding of words that a head over them is tied to, the first of its names, which is that in a file:
+    what Marian's stacks share is shared.weight there, and of two the decoder's is the one."""
+    words = embedding_of(root).weight
+    return next(name for name, parameter in root.named_parameters() if parameter is words)
+
+
+def embedding_of(root: PreTrainedModel) -> nn.Module:
+    """The embedding of words: the decoder's, where there is a head over words."""
+    return (root if root.get_output_embeddings() is None else root.get_decoder()).get_input_embeddings()
 
 
 def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
@@ -133,7 +138,7 @@ def vocabulary_of(root: PreTrainedModel) -> tuple[str, str]:
 
 def copies_of(root: PreTrainedModel) -> frozenset[str]:
     """Names under which a file may have the embedding of words again, as where encoder and decoder share it."""
-    words, head = getattr(root.get_input_embeddings(), "weight", None), root.get_output_embeddings()
+    words, head = getattr(embedding_of(root), "weight", None), root.get_output_embeddings()
     tied = {name for name, parameter in root.named_parameters(remove_duplicate=False) if parameter is words}
     if not tied:  # what embeds no words by one matrix, as CANINE
         return frozenset()

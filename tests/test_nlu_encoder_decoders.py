@@ -183,6 +183,22 @@ def test_copies_of_the_embedding_are_one_with_it_or_refused(tmp_path):
         merge_alone(change(config, "run", name="other"), domain)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_marian_with_one_embedding_and_with_two(shared, tmp_path):
+    """Its one embedding is stored as shared.weight, which the stacks have by another name; of two the head is tied to
+    the decoder's, here stored besides in one expert alone."""
+    models = write_models(tmp_path, "marian", share_encoder_decoder_embeddings=shared)
+    file, words = tmp_path / "CoLA/model.safetensors", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"
+    expected = {n: (t + models["MNLI"].state_dict()[n]) / 2 for n, t in models["CoLA"].state_dict().items()}
+    save_file(load_file(file) | {"lm_head.weight": load_file(file)[words] + 1}, file, {"format": "pt"})
+    expected["lm_head.weight"] = expected[words] + 0.5
+    config = replace(change(config_of(tmp_path), "start", method="average"), tasks=TASKS)
+    merged, report = AutoModelForSeq2SeqLM.from_pretrained(merge_alone(config, domain), output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+
+
 ADAPTED = {"target_modules": ["q", "v", "wi"]}
 
 
