@@ -163,7 +163,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
     for part in holders:
         part._buffers |= {n: torch.empty_like(b, device="cpu") for n, b in part._buffers.items() if b is not None}
     for part in (*holders, model):
-        with suppress(Exception):  # it computes with weights, of which there are none, or asks for what is not there
+        # it computes with weights, of which there are none, or asks its config for what is not there
+        with suppress(NotImplementedError, AttributeError):
             model._init_weights(part)
     for part, own in zip(holders, before, strict=True):
         part._buffers |= {name: own[name] for name, b in part._buffers.items() if b is not None and not b._version}
