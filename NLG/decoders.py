@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.models.auto import modeling_auto
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from common.config import Model
@@ -35,6 +34,7 @@ from common.io.skeleton import (
     unread_names,
 )
 from NLG.mixtures import Layout, experts_of, keeps_width, layout_of, pieces_of
+from NLG.openers import opener_of
 
 
 def config_text(model: Model) -> tuple[str, str]:
@@ -50,22 +50,11 @@ def config_text(model: Model) -> tuple[str, str]:
 
 
 def architecture(model: Model) -> PretrainedConfig:
-    """The base's config; InputError if it is not of model.family, or of no decoder. No code it names is ever run."""
+    """The base's config; InputError if model.family names another architecture. No code that it names is ever run."""
     text, where = config_text(model)
     fields = parse(text, where)
     require_family(fields, where, model.family)
-    config = known_config(fields, where)
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{where}: a {config.model_type} has an encoder before its decoder: domain nlu merges it")
-    return config
-
-
-def opener_of(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """What opens a model of this config: that of a language model, or of one that sees images besides."""
-    seeing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    named = (config.architectures or [""])[0]
-    causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and named not in seeing.values()
-    return AutoModelForCausalLM if causal or config.model_type not in seeing else AutoModelForImageTextToText
+    return known_config(fields, where)
 
 
 @cached_by_files
@@ -78,10 +67,11 @@ def skeleton(model: Model) -> nn.Module:
         if getattr(model, name):
             raise InputError(f"model.{name} is for vision; here the folders of base and experts tell everything")
     config = architecture(model)
+    opener = opener_of(config, config_text(model)[1])
     try:
         with torch.device("meta"):
             how = {"attn_implementation": "eager", "trust_remote_code": False}
-            root = opener_of(config).from_config(config, dtype=torch.float32, **how).eval()
+            root = opener.from_config(config, dtype=torch.float32, **how).eval()
     except Exception as error:  # sizes below zero, an activation that is none: whatever its layers raise
         said = " ".join(str(error).split())
         raise InputError(f"transformers cannot build the model of {config_text(model)[1]}: {said}") from error

@@ -24,9 +24,10 @@ from common.io.model_config import CONFIG_FILE
 from common.io.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from common.io.yaml_files import read_rows
 from NLG.answers import is_right_expression, is_right_number, is_right_text
-from NLG.decoders import architecture, opener_of, reading
+from NLG.decoders import architecture, config_text, reading
 from NLG.generation import complete, open_tokenizer
 from NLG.harness import TASKS_FOLDER, check_backend, judged_by_harness
+from NLG.openers import opener_of
 from NLG.programs import program_in, runs
 
 if TYPE_CHECKING:  # an import of a second, which commands that read no examples go without
@@ -224,7 +225,8 @@ def stock_model(folder: Path, dtype: str | torch.dtype, **fields: Any) -> PreTra
     fields: of its config.json, with other values.
     """
     renamings = Checkpoint(folder).unwrapped.renamings()
-    opener = opener_of(architecture(Model(base=str(folder))))
+    model = Model(base=str(folder))
+    opener = opener_of(architecture(model), config_text(model)[1])
     return opener.from_pretrained(folder, dtype=dtype, key_mapping=renamings or None, **fields)
 
 

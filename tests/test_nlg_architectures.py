@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.core.errors import InputError
 from common.core.task_vectors import subtract
@@ -22,7 +22,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import CONSTRUCT, MERGE, describe
 from helpers import assert_same_in_bf16, change, read, rewrite
 from NLG import domain
-from NLG.decoders import opener_of
+from NLG.openers import opener_of
 from pico_decoders import DECODERS, MERGED_ALONE, fields_of
 from pico_nlg import PICO, PICO_TASKS, pico_config, pico_tokenizer, save
 
@@ -226,6 +226,16 @@ def test_masks_that_old_files_keep_are_no_weights():
     names, unread = canonical_names(model), unread_names(model)
     assert names("transformer.h.0.attn.bias") is None and names("h.1.attn.bias") is None
     assert not unread("transformer.h.0.attn.bias") and not unread("transformer.h.0.attn.c_attn.bias")
+
+
+@pytest.mark.parametrize(("kind", "step"), [("bart", "domain nlu merges it"), ("whisper", "no domain merges such")])
+def test_an_encoder_with_a_decoder_is_sent_where_it_is_merged(kind, step):
+    with pytest.raises(InputError, match=f"config.json: a {kind} has an encoder before its decoder: {step}"):
+        opener_of(AutoConfig.for_model(kind))
+
+
+def test_what_sees_images_is_opened_whether_or_not_it_has_an_encoder():
+    assert opener_of(AutoConfig.for_model("florence2")) is AutoModelForImageTextToText
 
 
 def test_of_a_stack_of_64_experts_one_is_in_memory(tmp_path):

@@ -22,7 +22,7 @@ from common.planning.dry_run import ADAPT, describe
 from common.validation import check_part
 from helpers import assert_same_in_bf16, change
 from NLG import domain
-from NLG.decoders import opener_of
+from NLG.openers import opener_of
 from NLU import domain as encoders
 from pico_decoders import LAYERS, MIXTURES, fields_of
 from pico_nlg import PICO_TASKS, pico_config, pico_tokenizer, save
