@@ -16,6 +16,7 @@ from common.core.task_vectors import Params
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
 from common.io.anchor_files import load_anchors, load_published
+from common.io.bytes_of import told
 from common.io.checkpoints import Checkpoint, check_provenance, tensor_digest
 from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
@@ -43,7 +44,7 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
 
 def written_weights(folder: Path) -> str:
     """Identifies the weights in a folder by every byte."""
-    return identity([[file.name, file_hash(file)] for file in weight_files(folder)])
+    return identity(told(folder, weight_files(folder)))
 
 
 def require_weights(folder: Path, made: Mapping[str, Any]) -> None:
