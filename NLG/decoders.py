@@ -21,6 +21,7 @@ from common.io.layer_calls import LayerCalls, require_second_derivative
 from common.io.model_config import config_file, known_config, parse, read_text, require_family
 from common.io.model_files import CONFIG_FILE
 from common.io.skeleton import (
+    absent_names,
     beginnings,
     canonical_names,
     layers_of,
@@ -111,7 +112,13 @@ def family(model: Model, part: str = "mlp") -> BlockFamily:
 def anchored(model: Model, part: str) -> BlockFamily:
     """The family with one part of its layers anchored; InputError as `family`, whatever else could be."""
     found, root, where = reading(model), skeleton(model), config_text(model)[1]
-    return (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
+    found = (with_mlps if part == "mlp" else with_layers)(found, root, where, token_shape(model)[1])
+    if absent := next(absent_names(root, found), ""):
+        raise InputError(
+            f"{where}: checkpoints of a {type(root).__name__} have no tensor {absent}; how they keep it within others "
+            "is not known here, so it cannot be anchored"
+        )
+    return found
 
 
 @cached_by_files
@@ -145,11 +152,13 @@ def reading(model: Model) -> BlockFamily:
 
 def renamed(root: nn.Module, path: str, blocks: str, mixture: tuple[str, nn.Module, Layout] | None) -> Pieces:
     """What a checkpoint calls otherwise than the layer does: each is its one piece, by the layer's name. That of what
-    holds experts is the checkpoint's."""
+    holds experts is the checkpoint's, of a layer that has some."""
     names = renamed_within(root, path, blocks)
     if mixture:
         mlp, stored = f".{mixture[0]}.", f".{mixture[2].mlp}."
-        names = {name: own.replace(mlp, stored, 1) for name, own in names.items()}
+        layers = root.get_submodule(path).named_children()
+        mixed = tuple(f"{blocks}.{n}." for n, layer in layers if any(hasattr(part, "experts") for _, part in mlps(layer)))
+        names = {name: own.replace(mlp, stored, 1) if own.startswith(mixed) else own for name, own in names.items()}
     return lambda name, shape: [Piece(names[name])] if names.get(name, name) != name else []
 
 
@@ -160,10 +169,12 @@ def either(first: Pieces, second: Pieces) -> Pieces:
 
 def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:
     """Of the first layer with routed experts: the path of what holds them, they, how checkpoints keep them; or None."""
+    places = path, stored_path(root, path)
     for index, layer in root.get_submodule(path).named_children():
         for name, mlp in mlps(layer):
             if hasattr(mlp, "experts"):
-                return name, mlp.experts, layout_of(root, f"{path}.{index}", mlp.experts, f"{name}.experts")
+                inside, stored = (f"{place}.{index}" for place in places)
+                return name, mlp.experts, layout_of(root, inside, stored, mlp.experts, f"{name}.experts")
     return None
 
 

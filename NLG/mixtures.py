@@ -33,12 +33,12 @@ class Layout:
     out: str = ""
 
 
-def layout_of(skeleton: PreTrainedModel, layer: str, experts: nn.Module, path: str) -> Layout:
+def layout_of(skeleton: PreTrainedModel, layer: str, place: str, experts: nn.Module, path: str) -> Layout:
     """The layout of a class's checkpoints, by the conversions with which transformers reads them.
 
     Args:
         skeleton: The model without weights.
-        layer: The path of a layer.
+        layer, place: The path of a layer in the model, and what its checkpoints call it.
         experts: That layer's stacked experts.
         path: Their path within it.
     Raises: InputError if the module is none that transformers computes by its common kernels.
@@ -50,7 +50,7 @@ def layout_of(skeleton: PreTrainedModel, layer: str, experts: nn.Module, path: s
         )
     first = f"{layer}.{path}.{into_name(experts)}"
     meta = torch.empty(experts.get_parameter(into_name(experts)).shape, device="meta")
-    stored = [name.removeprefix(f"{layer}.") for name in revert_weight_conversion(skeleton, {first: meta})]
+    stored = [name.removeprefix(f"{place}.") for name in revert_weight_conversion(skeleton, {first: meta})]
     if all(".experts.0." not in name for name in stored):
         return Layout(stored[0].rpartition(".experts.")[0], True)
     mlp = stored[0].partition(".experts.")[0]

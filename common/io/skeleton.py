@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from common.core.blocks import Piece, Pieces
+from common.core.blocks import BlockFamily, Piece, Pieces
 
 MASKS = ("bias", "masked_bias")  # how old GPT-2, GPT-Neo and GPT-BigCode call the causal masks of an attention
 
@@ -48,6 +48,15 @@ def stored_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     own, and a mixture's experts are apart in one and stacked in the other."""
     stored = revert_weight_conversion(skeleton, dict(skeleton.named_parameters()))
     return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+def absent_names(skeleton: PreTrainedModel, family: BlockFamily) -> Iterator[str]:
+    """The tensors of anchored modules that a checkpoint of the model has neither by themselves nor as pieces that the
+    family knows, such as what is stored as a part of a longer tensor."""
+    stored = stored_shapes(skeleton).items()
+    kept = {piece.name for n, shape in stored for piece in list(family.pieces(n, shape)) or [Piece(n)]}
+    for prefix, module in family.modules(skeleton):
+        yield from (prefix + name for name, _ in module.named_parameters() if prefix + name not in kept)
 
 
 def stored_name(skeleton: PreTrainedModel, name: str) -> str:
