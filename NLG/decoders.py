@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from common.config import Model
-from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, key_biases, whole_layer
+from common.core.blocks import BlockFamily, Parts, Piece, Pieces, by_kind, either, key_biases, whole_layer
 from common.core.errors import InputError
 from common.io.cached import cached_by_files
 from common.io.layer_calls import LayerCalls, require_second_derivative
@@ -157,14 +157,10 @@ def renamed(root: nn.Module, path: str, blocks: str, mixture: tuple[str, nn.Modu
     if mixture:
         mlp, stored = f".{mixture[0]}.", f".{mixture[2].mlp}."
         layers = root.get_submodule(path).named_children()
-        mixed = tuple(f"{blocks}.{n}." for n, layer in layers if any(hasattr(part, "experts") for _, part in mlps(layer)))
+        routed = (number for number, layer in layers if any(hasattr(part, "experts") for _, part in mlps(layer)))
+        mixed = tuple(f"{blocks}.{number}." for number in routed)
         names = {name: own.replace(mlp, stored, 1) if own.startswith(mixed) else own for name, own in names.items()}
     return lambda name, shape: [Piece(names[name])] if names.get(name, name) != name else []
-
-
-def either(first: Pieces, second: Pieces) -> Pieces:
-    """The pieces that the first knows of a tensor, or else the second."""
-    return lambda name, shape: list(first(name, shape)) or second(name, shape)
 
 
 def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:

@@ -77,6 +77,11 @@ def no_pieces(name: str, shape: tuple[int, ...]) -> Iterable[Piece]:
     return ()
 
 
+def either(first: Pieces, second: Pieces) -> Pieces:
+    """The pieces that the first knows of a tensor, or else the second."""
+    return lambda name, shape: list(first(name, shape)) or second(name, shape)
+
+
 def nothing_lent(names: Collection[str]) -> Iterable[str]:
     """Of experts that have all tensors that are merged."""
     return ()
