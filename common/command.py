@@ -3,14 +3,12 @@
 import argparse
 import atexit
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -20,7 +18,7 @@ from yaml import YAMLError
 
 from common.config import PRESETS, Adapt, Anchors, Compare, Config, Eval, Model, Run, Start
 from common.config.adapt import prefer_typed
-from common.core.annotations import WORDS
+from common.config.wrong_options import in_plain_words
 from common.core.errors import InputError
 from common.domain import Domain, module_of
 from common.io.hub import headers_only
@@ -32,9 +30,6 @@ from common.run.plain_log import told
 from common.run.stages import command_stages
 from common.validation import check_domain
 
-# What the library says of a value that an option cannot have.
-MISFIT = re.compile(r'Parser key "([^"]+)": (.*)(?:\. Got| Given value type: .*? Given) value: (.*)')
-KIND = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)")
 SECTIONS = (Anchors, Start, Adapt, Eval, Compare, Run)
 NO = "no"  # a choice of some options, and what YAML reads as false where it stands without quotes
 READ = "experiment"  # how YAML is read here, as the library calls it
@@ -231,25 +226,9 @@ def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
     except (argparse.ArgumentError, ValueError, RecursionError) as error:
         files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
         where = f"in {', '.join(files)} or on the command line" if files else "on the command line"
-        print(f"error: {in_plain_words(error, parser)} ({where}; --help lists what there is)", file=sys.stderr)
+        said = in_plain_words(error, parser._option_string_actions)
+        print(f"error: {said} ({where}; --help lists what there is)", file=sys.stderr)
         sys.exit(2)
-
-
-def in_plain_words(error: BaseException, parser: ArgumentParser) -> str:
-    """What the library says of a wrong option, its Python types in words, and the nearest option to an unknown one."""
-    said = " ".join(str(error).split())
-    if wrong := MISFIT.match(said):
-        key, expected, value = wrong.groups()
-        kinds = [
-            str(choices.replace(", ", " or ") or WORDS.get(kind, kind)) for choices, kind in KIND.findall(expected)
-        ]
-        return f"{key} is {value}, but should be {' or '.join(kinds)}" if kinds else said
-    if said.startswith("unrecognized arguments: --"):
-        known = list(parser._option_string_actions)
-        typed = said.split()[2].split("=")[0]
-        near = get_close_matches(typed, known, 1) or [o for o in known if o.endswith(f".{typed[2:]}")]
-        return f"{said}; did you mean {' or '.join(near)}?" if near else said
-    return said
 
 
 def files_first(argv: list[str]) -> list[str]:

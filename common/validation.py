@@ -129,14 +129,14 @@ def check_starts(config: Config, domain: Domain) -> None:
             raise InputError(f"start.hyper.{key}: hyperparameters are given by part, under each of {key.split(JOINED)}")
         if key in every_row() and key != start.method:
             check_hyper_of(key, start.hyper[key], len(config.tasks))
-    named = {start.method, *config.compare.starts, *config.adapt.by_start} - {PRETRAINED}
-    for method in sorted(named | {key for key in start.hyper if key not in every_row()}):
-        if method == start.method and start.checkpoint:
-            continue
+    named = dict.fromkeys(start.hyper.keys() - every_row().keys(), "start.hyper")
+    named |= dict.fromkeys(config.adapt.by_start, "adapt.by_start")
+    named |= {**dict.fromkeys(config.compare.starts, "compare.starts"), start.method: "start.method"}
+    for method in sorted(named.keys() - ({PRETRAINED, start.method} if start.checkpoint else {PRETRAINED})):
         if JOINED not in method and method not in every_row():
             known = (PRETRAINED, *method_choices())
             near = "".join(f"; did you mean {each}?" for each in get_close_matches(method, known, 1))
-            raise InputError(f"unknown start {method!r}; choose from {', '.join(known)}{near}")
+            raise InputError(f"{named[method]}: unknown start {method!r}; choose from {', '.join(known)}{near}")
         if chain_of(method).row.data:
             check_data(config, domain, chain_of(method).method)
         check_hyper(method, hyper_of(method, start.hyper), len(config.tasks))

@@ -57,6 +57,8 @@ def test_the_command_line_comes_before_what_the_yaml_says_of_a_start():
         (["--compare.seeds", "3"], ["compare.seeds is 3, but should be a list"]),
         (["--start.hyper", "{ta:{scale:1}}"], ["start.hyper is {ta:{scale:1}}, but should be a mapping"]),
         (["--adapt.rest", "ta"], ["adapt.rest", "pretrained", "start"]),
+        (["--run.name"], ["--run.name wants a value behind it (in"]),
+        (["--config", "nope.yaml"], ["there is no file", "nope.yaml"]),
     ],
 )
 def test_wrong_options_are_named_with_their_choices(arguments, words, capsys):
@@ -66,12 +68,14 @@ def test_wrong_options_are_named_with_their_choices(arguments, words, capsys):
     assert exit_.value.code == 2 and all(word in said for word in words)
 
 
-def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("written", ["anchors: {stps: 3}", "anchros: {steps: 3}"])
+def test_an_unknown_yaml_key_is_named_with_the_nearest(written, tmp_path, capsys):
     file = tmp_path / "x.yaml"
-    file.write_text("domain: vision\ntasks: [MNIST]\nanchors: {step: 3}\n")
+    file.write_text(f"domain: vision\ntasks: [MNIST]\n{written}\n")
     with pytest.raises(SystemExit):
         parse("", ["--config", str(file)])
-    assert "step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no option an" in said and "did you mean anchors.steps? (in" in said and str(file) in said
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
     [
         (["--eval.tests", "{MNIST: [MNITS]}"], "unknown test set 'MNITS'; choose from SUN397, Cars"),
         (["--tasks", "[MNIST,MNIST]"], "none twice"),
-        (["--start.method", "tas"], "unknown start 'tas'; choose from pretrained, average, "),
+        (["--compare.starts", "[tas]"], "compare.starts: unknown start 'tas'; choose from pretrained, average, "),
         (["--start.hyper", "{ta: {scael: 1}}"], "unknown hyperparameter 'scael', accepted: scale"),
         (["--anchors.number", "0"], "anchors.number is 0"),
         (["--anchors.scale", "0"], "anchors.scale is 0"),
@@ -95,7 +99,10 @@ def test_an_unknown_yaml_key_is_named(tmp_path, capsys):
         (["--anchors.steps=-1"], "anchors.steps is -1; it must be zero or more"),
         (["--eval.limit", "0"], "eval.limit is 0; it must be above zero"),
         (["--eval.limit=-3"], "eval.limit is -3"),
-        (["--start.method", "swudi-a"], "unknown start 'swudi-a'; choose from pretrained, .*; did you mean swudi_a?"),
+        (
+            ["--start.method", "swudi-a"],
+            "start.method: unknown start 'swudi-a'; choose from pretrained, .*; did you mean swudi_a?",
+        ),
         (["--run.name", "../up"], "run.name is '../up'; it must name a folder below run.root"),
         (["--run.name", "/tmp"], "run.name is '/tmp'"),
         (["--run.name="], "run.name is ''"),
