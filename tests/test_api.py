@@ -188,6 +188,13 @@ def adapter_on(model):
     return get_peft_model(deepcopy(model), LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
+def adapter_within(model):
+    """As add_adapter of transformers leaves a model, which wants a later peft than is here."""
+    model = deepcopy(model)
+    model._hf_peft_config_loaded = True
+    return model
+
+
 def test_refusals_are_those_of_the_commands(llamas, tmp_path):
     paths, modules = llamas
     base, experts = split(modules)
@@ -203,6 +210,14 @@ def test_refusals_are_those_of_the_commands(llamas, tmp_path):
         (
             lambda: merge(base, {"math": adapter_on(base)}, "ta"),
             r"a PeftModelForCausalLM; .*: its merge_and_unload\(\)",
+        ),
+        (
+            lambda: merge(base, {"math": adapter_within(base)}, "ta"),
+            r"experts\['math'\] has an adapter besides its weigh",
+        ),
+        (
+            lambda: merge(adapter_within(base), experts, "ta"),
+            "base has an adapter besides its weights, which save_pret",
         ),
         (
             lambda: merge(base, {"math": deepcopy(base).to("meta")}, "ta"),

@@ -129,6 +129,11 @@ def require_model(model: object, what: str) -> None:
             f"{what} is a {type(model).__name__}; a model of transformers or open_clip is needed, or the path of one"
             + (f": its {held}, say" if held else "")
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{what} has an adapter besides its weights, which save_pretrained saves without them: give the folder "
+            "that it saves, or what merge_and_unload() of peft's PeftModel returns"
+        )
     if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{what} has weights on the meta device, which holds none; load them first")
 
