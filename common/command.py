@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import os
+import select
 import signal
 import sys
 import threading
@@ -105,10 +106,20 @@ def answered() -> Iterator[None]:
         print(f"interrupted{where}; the same command goes on from here", file=sys.stderr)
         leave(128 + (ended[0] if ended else signal.SIGINT))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave(128 + signal.SIGPIPE)
         if os.environ.get("FDA_DEBUG"):
             raise
         print(f"error: {unforeseen(error)}\nFDA_DEBUG=1 in the environment shows the traceback", file=sys.stderr)
         sys.exit(1)
+
+
+def is_unread() -> bool:
+    """Whether standard output is a pipe whose reader has had enough, as head has after some lines."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in output.poll(0))
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Commands: whose config they take, and what they say where something is wrong."""
 
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from common.command import unforeseen
-from common.config import as_dict
+from common.config import ROOT, as_dict
 from common.run.progress import UnitBar
 from helpers import command
 
@@ -54,6 +57,13 @@ def test_a_bug_is_one_sentence_and_the_traceback_is_there_for_who_asks(pico_conf
         assert "FDA_DEBUG=1" in how
     done = command("-c", WITH_A_BUG, "scripts/merge.py", "--config", file, "--start.method", "ta", FDA_DEBUG="1")
     assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'a.weight'" in done.stderr
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "scripts/reproduce.py", "toys", "--dry-run"], **settings) as done:
+        done.stdout.close()  # as head does, before the command has begun to speak
+        assert (done.stderr.read(), done.wait()) == ("", 128 + signal.SIGPIPE)
 
 
 def test_a_bug_in_a_unit_of_work_names_the_unit():
