@@ -23,7 +23,7 @@ from common.io.unstacked import unstacked
 from common.io.written import set_options
 from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST, RunLayout, with_same_rest
 from common.provenance import is_finished, read_provenance, written_weights
-from common.run.run_log import commit
+from common.run.run_log import commit, computed_on
 
 UNFINISHED = ".unfinished"  # it lies in a folder while a model is written there, and after a kill
 PIECES = ("blocks", "parts")
@@ -112,7 +112,8 @@ def finish(
     write_text(mark := folder / UNFINISHED, "")
     try:
         write_model(experiment, domain, tensors, folder)
-        made = {**provenance, "weights": written_weights(folder), "commit": commit()}
+        birth = {"commit": commit(), "made_on": computed_on(experiment.device)}
+        made = {**provenance, "weights": written_weights(folder), **birth}
         write_text(folder / PROVENANCE_FILE, json.dumps(made, indent=2, sort_keys=True) + "\n")
     except InputError:
         if list(folder.iterdir()) == [mark]:  # what is refused leaves nothing

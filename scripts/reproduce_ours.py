@@ -104,6 +104,7 @@ def verdict(name: str, options: Sequence[str]) -> str:
     made = made_by(OURS[name].by, configs_of(name, options)[-1].run.dir)
     if OURS[name].by in WITH_SCORES:
         said = moved(cells_of_scores(ROOT / name), cells_of_scores(made)) + shifted(ROOT / name, made)
+        said += elsewhere(ROOT / name, made)
     else:
         cells = cells_of_analysis if OURS[name].by in ANALYSES else cells_of_study
         said = moved(cells(ROOT / name), cells(made))
@@ -119,6 +120,21 @@ def made_by(by: str, folder: Path) -> Path:
     if by in ANALYSES:
         return folder / "analysis" / f"{by}.json"
     return folder / "study" / by / "rows.json"
+
+
+def elsewhere(known: Path, found: Path) -> str:
+    """A line on what the committed models and these were made on, if that is not the same or not known."""
+    machines = [
+        ", ".join(dict.fromkeys(row["made_on"] for row in read_results(file)[0] if "made_on" in row))
+        for file in (known, found)
+    ]
+    before, now = (names or "what their rows do not say" for names in machines)
+    if before == now:
+        return ""
+    return (
+        f"- The committed models were made on {before}, these on {now}, "
+        "where sums can be rounded otherwise: FDA's cells then move as from seed to seed\n"
+    )
 
 
 def cells_of_scores(file: Path) -> dict[tuple, Any]:

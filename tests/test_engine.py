@@ -35,7 +35,7 @@ from common.run.cluster import chosen, room_in, roomy
 from common.run.engine import Demand, Files, Memory, outcome_of, picklable, place_for, value_of, workers_for
 from common.run.processes import Pool, pool_of
 from common.run.progress import UnitBar, Units
-from common.run.run_log import read_notes, record_stage, total_cost
+from common.run.run_log import processor, read_notes, record_stage, total_cost
 from common.start import merge_each, merge_groups, survey_of
 from common.validation import check_engine
 from helpers import change, files_of, heeding_interrupts
@@ -133,7 +133,7 @@ def test_two_workers_make_the_bytes_of_one_process(pico_config, pool):
         assert sorted(name for worker in workers for name in worker["units"]) == sorted(names)
         assert all(worker["peak_gib"] > 0.1 and worker["seconds"] > 0 for worker in workers)
         assert (notes[stage]["units"], notes[stage]["ended"]) == (len(names), "finished")
-    assert total_cost(two.run.dir, list(notes))["hardware"].count("CPU, 1 threads") >= 1
+    assert total_cost(two.run.dir, list(notes))["hardware"].count(f"{processor()}, 1 threads") >= 1
     construct(two, domain)  # nothing is left to do, so no worker is asked and no note changes
     assert read_notes(two.run.dir) == notes
 

@@ -225,6 +225,9 @@ def test_a_cell_that_moved_is_named(tmp_path, pico_config, monkeypatch):
     assert ours.verdict(name, []) == f"{name}\n\n2 cells are committed, 0 moved\n"
     write_results(pico_config.run.dir / "results.json", [rows[0], row("ta", "SVHN", 201)], ["MNIST", "SVHN"])
     assert ours.verdict(name, []) == f"{name}\n\n2 cells are committed, 1 moved\n- TA SVHN: 0.5, now 0.5025\n{SHIFTED}"
+    elsewhere = [each | {"made_on": "AMD EPYC (AVX2)"} for each in rows]
+    write_results(pico_config.run.dir / "results.json", elsewhere, ["MNIST", "SVHN"])
+    assert "were made on what their rows do not say, these on AMD EPYC (AVX2), where" in ours.verdict(name, [])
     write_results(pico_config.run.dir / "results.json", [rows[0], row("tsv", "SVHN", 200)], ["MNIST", "SVHN"])
     said = "2 cells are committed, 1 moved, 1 not committed are there\n- TA SVHN: 0.5, now –\n"
     assert ours.verdict(name, []) == f"{name}\n\n{said}"

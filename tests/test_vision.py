@@ -27,6 +27,7 @@ from common.io.checkpoints import Checkpoint, read_header, write_tensors
 from common.layout import SAME_REST
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
+from common.run.run_log import processor
 from helpers import change, files_of, rewrite
 from pico_vision import PICO_TASKS
 from Vision import domain, open_clip_models, zero_shot
@@ -356,7 +357,7 @@ def test_missing_and_truncated_anchors_are_named(pico_config):
         adapt(pico_config, domain)
 
 
-def test_a_row_says_which_commit_made_the_model_and_which_scored_it(pico_config, monkeypatch):
+def test_a_row_says_what_made_the_model_and_which_commit_scored_it(pico_config, monkeypatch):
     """A merge that is kept may be of earlier code than its scores."""
     monkeypatch.setattr("common.assembly.commit", lambda: "earlier")
     merge_alone(change(pico_config, "start", method="ta"), domain)
@@ -366,6 +367,8 @@ def test_a_row_says_which_commit_made_the_model_and_which_scored_it(pico_config,
     made = {row["method"]: row.get("made") for row in rows}
     assert made == {"pretrained": None, "individual": None, "ta": "earlier"}
     assert re.search("commits .*earlier", footnotes(rows, None))
+    assert {row.get("made_on") for row in rows} == {None, processor()} and processor().endswith(")")
+    assert f"Made on {processor()}." in footnotes(rows, None)
 
 
 def test_a_result_of_other_settings_is_refused_unless_it_gets_a_label(pico_config):

@@ -6,9 +6,8 @@ the method that adaptation started from, else None, "init": for fda "weight" | "
 adapted model has "rest", adapt.rest of it, a test set read in a folder "test_set", what identifies its files. "scorer"
 identifies what else decides the answers, as heads, tokenizers and prompts do; rows older than it lack it. A merged
 model has "inputs", what identifies base and experts, an adapted one "start_checkpoint", that of its start. A model that
-the run made has "made", the git commit that it was made by, and where it was timed "seconds", "cpu_seconds",
-"peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its
-"seed".
+the run made has "made", the git commit that it was made by, "made_on", the GPU or processor, and where it was timed
+"seconds", "cpu_seconds", "peak_gib" and "hardware" as well, a row of scripts/compare.py's seeds its "seed".
 """
 
 import json

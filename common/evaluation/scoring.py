@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # imports matplotlib
     from common.evaluation.figures import Traces
 
 RESULTS = "results.json"
+BIRTH = {"made": "commit", "made_on": "made_on"}  # {in a row: in the provenance of a model}
 Pending = dict[str, tuple[Row, Path]]
 """{row name: (what the row says before there is a score, the checkpoint)}"""
 
@@ -203,14 +204,15 @@ def publish(
 
 
 def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware; and by which commit,
-    which can be an earlier one than that of the scores."""
+    """What it took to make a model, if this run made it and knows: seconds, peak_gib, hardware; and by which commit and
+    on what, which can be others than those of the scores."""
     if checkpoint.path.parent != RunLayout(config).merged:
         return {}
     made = checkpoint.path.name
     stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
-    birth = read_provenance(checkpoint.path).get("commit")
-    return total_cost(config.run.dir, stages) | ({"made": birth} if birth else {})
+    provenance = read_provenance(checkpoint.path)
+    birth = {name: provenance[key] for name, key in BIRTH.items() if key in provenance}
+    return total_cost(config.run.dir, stages) | birth
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:

@@ -216,6 +216,8 @@ def footnotes(rows: Iterable[Row], published: Mapping | None, judged: bool = Fal
         f"Configs {listed(r['config'] for r in rows)}; "
         f"commits {listed(each for r in rows for each in (r.get('made', r['commit']), r['commit']))}.",
     ]
+    if machines := listed(row["made_on"] for row in rows if "made_on" in row):
+        notes.append(f"Made on {machines}.")
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
     if len(seeds) == 1:
         notes.append(f"Seed {seeds[0]}.")

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -130,13 +130,18 @@ def cost(run: RunRecord) -> list[Part]:
     return [Part(chart=curves.stages(run)), Part(table=[head, *lines, ["all", "", "", f"{total:.1f}", "", "", "", ""]])]
 
 
+def machine_of(note: Mapping[str, Any]) -> dict[str, Any]:
+    """{what is said of the machine of a stage: by its note}; those of older releases have no processor."""
+    return {"machine": note["machine"], "processor": note.get("processor"), "GPU": note["gpu"]}
+
+
 def settings(run: RunRecord) -> list[Part]:
     """The config as YAML, and the versions and machines that the stages noted."""
     said = {k: v for k, v in run.config.items() if k != "dry_run"}
     text = yaml.safe_dump(json.loads(json.dumps(said)), sort_keys=False, allow_unicode=True, width=100)
     found: dict[str, dict[str, None]] = {}
     for note in run.notes.values():
-        for part, version in {**note["versions"], "machine": note["machine"], "GPU": note["gpu"]}.items():
+        for part, version in {**note["versions"], **machine_of(note)}.items():
             if version:
                 found.setdefault(part, {})[str(version)] = None
     table = [["part", "version"], *([part, ", ".join(versions)] for part, versions in found.items())]

@@ -68,7 +68,19 @@ def environment_info() -> dict[str, Any]:
 def machine_info() -> dict[str, Any]:
     """What this process computes on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return {"machine": platform.platform(), "processor": processor(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def processor() -> str:
+    """The processor, and the widest instructions that torch finds on it: sums are rounded otherwise by others."""
+    said = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.partition(":")[2].strip() for line in said if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def computed_on(device: torch.device) -> str:
+    """The GPU of a device, or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def hardware(noted: Mapping[str, Any]) -> str:
@@ -76,7 +88,8 @@ def hardware(noted: Mapping[str, Any]) -> str:
     if noted.get("workers"):
         kinds = Counter(worker["hardware"] for worker in noted["workers"].values())
         return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return f"{noted['gpu'] if noted['device'] != 'cpu' else 'CPU'}, {noted['threads']} threads, {noted['machine']}"
+    name = noted["gpu"] if noted["device"] != "cpu" else noted.get("processor", "CPU")  # which older notes lack
+    return f"{name}, {noted['threads']} threads, {noted['machine']}"
 
 
 def reset_peak(device: torch.device) -> None:
