@@ -17,13 +17,13 @@ from common.domain import Domain, first_tests
 from common.experiment import Experiment
 from common.io.anchor_files import load_anchors, load_published
 from common.io.bytes_of import told
-from common.io.checkpoints import Checkpoint, check_provenance, tensor_digest
+from common.io.checkpoints import Checkpoint, check_provenance, flattened, read_header, tensor_digest
 from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
 from common.io.json_files import read_object
 from common.io.lineage import warn_of_equals
 from common.io.model_files import weight_files
-from common.io.written import WHERE_SET, contents_of, written_as
+from common.io.written import NAMED, contents_of, written_as
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.merging.starts import chain_of
 
@@ -34,10 +34,10 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     file = folder / PROVENANCE_FILE
     if not file.is_file():
         return False
-    said, made = provenance.get("inputs", {}).get("model", {}), read_provenance(folder)
-    unset = {"inputs": {"model": {name: None for name in WHERE_SET if name not in said}}}
-    for expected in (provenance, unset):
-        check_provenance(file, made, expected)
+    made, inputs = flattened(read_provenance(folder)), provenance["inputs"]
+    named = [field for field in made if field.startswith(tuple(f"inputs.model.{name}" for name in NAMED))]
+    unset = dict.fromkeys(named) if "base" in inputs else {}  # settings alone do not say what files hold
+    check_provenance(file, made, unset | flattened(provenance))
     require_weights(folder, made)
     return True
 
@@ -112,11 +112,15 @@ def require_own_anchors(config: Config) -> None:
 
 
 def require_anchors(experiment: Experiment) -> None:
-    """InputError unless every block has a file of anchors for every task: an adapted model is made from all."""
+    """InputError unless every block has a file of anchors for every task, of these settings where they are made here:
+    an adapted model is made from all."""
     layout = RunLayout(experiment.config)
     for task, index in product(experiment.config.tasks, range(experiment.depth)):
-        if not layout.anchor_file(task, index).is_file():
-            raise no_anchors(layout.anchor_file(task, index), experiment.config)
+        file = layout.anchor_file(task, index)
+        if not file.is_file():
+            raise no_anchors(file, experiment.config)
+        if not experiment.config.anchors.source:
+            check_provenance(file, read_header(file), anchor_settings(experiment, task, index))
 
 
 def no_anchors(file: Path, config: Config) -> InputError:
@@ -157,6 +161,8 @@ def fit_settings(experiment: Experiment) -> dict[str, Any]:
     config = experiment.config
     settings = as_dict(config.adapt.for_start(config.start.method))
     del settings["by_start"]
+    if config.start.method == "ta":  # the same merge can be made here, or given
+        settings["per_task"] = config.has_coefficients_per_task
     return {
         "start": {"method": config.start.method},
         "adapt": settings,

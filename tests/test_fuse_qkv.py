@@ -85,9 +85,12 @@ def test_anchors_say_whether_they_were_made_fused(both):
     file = next((config.run.dir / "anchors").rglob("*.safetensors"))
     assert read_header(file)["model"]["fuse_qkv"] is True
     adapt(config, domain)
-    for other in (construct, adapt):
-        with pytest.raises(InputError, match="was made with weights.base = "):
-            other(change(change(config, "model", fuse_qkv=False), "adapt", label="apart"), domain)
+    apart = change(config, "model", fuse_qkv=False)
+    with pytest.raises(InputError, match="was made with weights.base = "):
+        construct(apart, domain)
+    for label in ("", "apart"):  # of a model that is there, and of one that is not
+        with pytest.raises(InputError, match="was made with model.fuse_qkv = True, now it is None"):
+            adapt(change(apart, "adapt", label=label), domain)
 
 
 def test_tasks_together_are_those_one_by_one(both):

@@ -123,8 +123,9 @@ def test_a_head_in_a_file_is_told_by_its_bytes_where_it_is_copied(tmp_path, pico
     written = load_file(folder / "heads/MNIST/head.safetensors")["classifier.bias"]
     assert written.tolist() == (head.bias + 1).tolist()
     write_tensors(file, {"weight": head.weight, "bias": head.bias})
-    with pytest.raises(InputError, match=r"inputs\.model\.head_files\.MNIST"):
-        merge_alone(config, vision)
+    for changed in (config, change(config, "model", head="")):
+        with pytest.raises(InputError, match=r"inputs\.model\.head_files\.MNIST"):
+            merge_alone(changed, vision)
 
 
 def test_a_head_in_a_file_decides_a_merge_that_uses_images(tmp_path, pico_inputs, monkeypatch):

@@ -25,7 +25,7 @@ from common.io.unstacked import unstacked
 from common.layout import RunLayout
 from common.merging.calibration import CalibrationTask, block_params, first_block_inputs, next_block_inputs
 from common.pipeline import initial_anchors_of
-from common.provenance import anchor_provenance, anchors_of, fit_provenance, is_finished
+from common.provenance import anchor_provenance, anchors_of, fit_provenance, is_finished, require_anchors
 from common.start import merge_start
 
 Numbers = dict[str, Any]
@@ -152,7 +152,10 @@ class Material:
         """The same, or None if there is none; InputError if one was made from something else."""
         experiment = self.at(init, method)
         folder = RunLayout(experiment.config).adapted
-        if folder.is_dir() and is_finished(folder, fit_provenance(experiment, self.start(method))):
+        if not folder.is_dir():
+            return None
+        require_anchors(experiment)
+        if is_finished(folder, fit_provenance(experiment, self.start(method))):
             return unstacked(Checkpoint(folder), experiment.family.pieces)
         return None
 

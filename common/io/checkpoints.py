@@ -174,12 +174,14 @@ def read_header(file: Path) -> dict[str, Any]:
 
 # how files were made that are older than a setting
 BEFORE = {"anchors.part": None, "anchors.weights": "equal", "adapt.blend": 1, "adapt.ridge": 0}
+# what is recorded where it is set alone, and compared whether it is or not
+WHERE_SET = ("model.arch", "model.fuse_qkv", "inputs.model.arch", "inputs.model.heads")
 
 
 def check_provenance(file: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """InputError naming the first field in which what `file` was made from differs from what is `expected` now."""
-    made = BEFORE | flattened(found)
-    for field, value in flattened(expected).items():
+    made, flat = BEFORE | flattened(found), flattened(expected)
+    for field, value in (flat | {name: None for name in WHERE_SET if name not in flat}).items():
         was = made.get(field)
         if SCHEME in json.dumps(value) and was is not None and SCHEME not in json.dumps(was):
             raise InputError(

@@ -14,7 +14,8 @@ from common.io.hashes import file_hash, identity
 from common.io.model_config import config_file, read_config
 from common.io.model_files import OPEN_CLIP_CONFIG, folder_of
 
-WHERE_SET = ("arch", "heads")  # recorded where they are set alone, and compared whether they are or not
+WHERE_SET = ("arch", "heads")  # recorded where they are set alone
+NAMED = ("text", "head_files")  # contents of files that other options name, recorded where these are set alone
 
 
 def written_as(config: Config) -> dict[str, Any]:

@@ -167,8 +167,6 @@ def check_anchors_made(experiment: Experiment, domain: Domain) -> None:
 def check_anchors(experiment: Experiment, domain: Domain) -> None:
     """All anchors that an adaptation needs are there, of these settings or in the released layout."""
     require_anchors(experiment)
-    if not experiment.config.anchors.source:
-        check_anchors_made(experiment, domain)
 
 
 def check_scored(experiment: Experiment, domain: Domain) -> None:

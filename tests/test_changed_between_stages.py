@@ -1,0 +1,73 @@
+"""A run whose config changes between its stages: refused by name, never an older result in the place of a new one."""
+
+import pytest
+
+from common.analysis.run import analyse
+from common.core.errors import InputError
+from common.pipeline import adapt, construct, merge_alone
+from common.planning.dry_run import ADAPT, describe
+from common.provenance import read_provenance
+from helpers import change, files_of
+from Vision import domain
+
+
+@pytest.fixture
+def config(pico_config):
+    """From task arithmetic, not scored."""
+    ta = change(pico_config, "start", method="ta", hyper={"ta": {"scale": 0.4}})
+    return change(ta, "run", score=False)
+
+
+@pytest.fixture
+def done(config):
+    """A run that has its adapted model."""
+    construct(config, domain)
+    adapt(config, domain)
+    return config
+
+
+OTHER_ANCHORS = {
+    "number": 5, "tokens": 3, "scale": 0.5, "distance": "mse", "weights": "size", "optimizer": "muon", "lr": 0.02,
+    "schedule": "linear", "steps": 6, "stop_loss": 0.9, "patience": 1, "together": "eager",
+    "skip_null_gradients": False,
+}  # fmt: skip
+
+
+def test_a_model_of_other_anchors_than_the_config_s_is_refused(done):
+    """That the anchors are no longer those of the config is told of a finished model as of one that is to be made."""
+    before = files_of(done.run.dir, "*.safetensors")
+    others = [change(done, "anchors", **{field: value}) for field, value in OTHER_ANCHORS.items()]
+    for other in [*others, change(done, "run", precision="bf16")]:
+        with pytest.raises(InputError, match=r"block_00.safetensors was made with (anchors|run)\.\w+ = .*, now it is"):
+            adapt(other, domain)
+    with pytest.raises(InputError, match=r"was made with anchors.steps = 5, now it is 6"):
+        analyse("landscape", change(done, "anchors", steps=6), domain)
+    assert files_of(done.run.dir, "*.safetensors") == before
+
+
+def test_snapshots_and_pieces_do_not_hinder_an_adaptation(done):
+    construct(change(done, "anchors", snapshots=[0, 4]), domain)
+    for other in ({"snapshots": [0, 2]}, {"chunk": 2}, {"part": "layer"}):
+        changed = change(done, "anchors", **other)
+        assert not describe(changed, domain, ADAPT).refusals
+        assert adapt(changed, domain)
+
+
+def test_a_given_merge_by_ta_is_another_start_than_the_same_made_here(done):
+    """The one has a coefficient for each weight of the merged task vector, the other for those of each task."""
+    given = change(done, "start", checkpoint=str(done.run.dir / "merged" / "ta"))
+    assert read_provenance(done.run.dir / "merged" / "fda-ta-weight")["adapt"]["per_task"] is True
+    with pytest.raises(InputError, match=r"was made with adapt.per_task = True, now it is False"):
+        adapt(given, domain)
+    labelled = adapt(change(given, "adapt", label="given"), domain)
+    assert read_provenance(labelled)["adapt"]["per_task"] is False
+    with pytest.raises(InputError, match=r"was made with adapt.per_task = False, now it is True"):
+        adapt(change(done, "adapt", label="given"), domain)
+
+
+def test_a_merge_with_a_text_tower_of_its_own_is_not_one_without(config):
+    with_text = change(config, "model", text="base")
+    merge_alone(with_text, domain)
+    with pytest.raises(InputError, match=r"was made with inputs.model.text = sha256:\w+, now it is None"):
+        merge_alone(config, domain)
+    merge_alone(with_text, domain)
