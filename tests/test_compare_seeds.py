@@ -9,6 +9,7 @@ import pytest
 
 from common.core.errors import InputError
 from common.evaluation.rows import row_name
+from common.evaluation.scoring import score_run
 from compare import compare, link_tree
 from helpers import change, files_of
 from pico_grid import by_split, counting, rows_of
@@ -108,6 +109,26 @@ def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeyp
     assert alone == stopped
     notes = json.loads((seeds.run.dir / "seed_0/run.json").read_text())
     assert {name: note["ended"] for name, note in notes.items()} == dict.fromkeys(notes, "finished")
+
+
+def test_a_run_without_seeds_after_one_with_some_has_rows_of_its_own_alone(seeds):
+    """Under one name: the means of the seeds go from the run's table once it has models of its own, not before."""
+    grid = change(seeds, "compare", starts=["ta"])
+    scored = Counter()
+    domain_of_ours = counting(scored, by_split)
+    compare(grid, domain_of_ours)
+    of_seeds = rows_of(grid.run.dir)
+    score_run(grid, domain_of_ours)  # as evaluate.py does; there is nothing merged in the folder itself
+    assert rows_of(grid.run.dir) == of_seeds and {row["seed"] for row in of_seeds} == {0, 1}
+    alone = change(change(grid, "compare", seeds=[]), "adapt", epochs=3)
+    known = dict(scored)
+    compare(alone, domain_of_ours)
+    rows = rows_of(grid.run.dir)
+    assert not any("seed" in row for row in rows)
+    assert {row_name(row) for row in rows} == {row_name(row) for row in of_seeds}
+    assert {row["epochs"] for row in rows if row["method"] == "fda"} == {3}
+    new = scored - Counter(known)
+    assert {name for _, name in new} == {"FDA (TA, Weight)"}, "of the others the scores are known"
 
 
 def test_without_seeds_the_run_is_where_it_was(pico_config):

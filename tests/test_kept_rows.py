@@ -45,6 +45,17 @@ def test_a_removed_model_keeps_its_row_beside_others_of_the_same_examples(two_me
     assert names_of(two_merges) == {"Pretrained", "Individual", "TA", "TSV"}
 
 
+def test_a_row_of_a_folder_s_examples_is_not_one_of_the_hub_s(two_merges, tmp_path):
+    """Where the folder of a test set is not there, the hub is read, and what was scored before is scored anew."""
+    scored = Counter()
+    score_run(two_merges, counting(scored, by_split))
+    assert not scored
+    elsewhere = change(two_merges, "eval", data=str(tmp_path / "nowhere"))
+    score_run(elsewhere, counting(scored, by_split))
+    assert set(scored.values()) == {1} and len(scored) == 2 * len(names_of(two_merges))
+    assert not any("test_set" in row for row in rows_of(two_merges.run.dir))
+
+
 def test_a_removed_model_scored_on_other_examples_is_in_no_table(two_merges, capsys):
     folder = two_merges.run.dir
     kept = [row for row in rows_of(folder) if row_name(row) == "TSV"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_other_fields_of_the_adaptation_are_chosen_with_it(pico_config, tmp_path
         made = json.loads((config.run.dir / "merged" / name / "provenance.json").read_text())
         assert chosen.items() <= made["adapt"].items() and len({c["avg"] for c in tried}) == 5
     assert "search fda         4 candidates of each model, and its start" in plan(config, domain).text
+
+
+def test_a_blend_that_all_candidates_have_is_part_of_what_was_scored(pico_config):
+    """One that is no field of the search decides their scores all the same."""
+    config = change(pico_config, "compare", starts=["ta"], inits=["weight"], search={"fda": {"epochs": [2, 3]}})
+    scored, seen = Counter(), []
+    for blend in (1, 0.5, 0.5):
+        blended = change(config, "adapt", blend=blend)
+        shutil.rmtree(config.run.dir / "merged", ignore_errors=True)
+        compare(blended, best_at(0.5, scored))
+        candidates = json.loads((config.run.dir / "search.json").read_text())["candidates"]
+        seen.append([round(candidate["avg"], 5) for candidate in candidates])
+    assert seen[0] == [0.5, 0.5, 0.5], "the start, and two all the way from it, as far from the best"
+    assert seen[1] == seen[2] == [0.5, 0.5, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,18 @@ Apart = Mapping[str, str]
 
 
 def keep_rows(
-    file: Path, tests: Sequence[str], new: Iterable[Row], here: Sequence[Row], inputs: str
+    file: Path, tests: Sequence[str], new: Iterable[Row], here: Sequence[Row], inputs: str, own: bool = False
 ) -> tuple[list[Row], Apart]:
     """Put new rows into results.json, where other processes may put theirs.
 
     Args:
         here: All rows so far of models that are there, the new ones among them.
         inputs: What identifies the base and the experts that are there.
+        own: Whether the run has models of its own: then rows of compare.seeds go, which stand in the run of each seed.
     Returns: The rows that are in the file, in the order of the test sets, but those that are kept apart; and these.
     """
     with locked(file):
-        rows = known_rows(file)
+        rows = [row for row in known_rows(file) if not (own and "seed" in row)]
         for row in new:
             rows = upsert(rows, row)
         there = set(map(key_of, here))

@@ -100,6 +100,8 @@ def trial_row(config: Config, domain: Domain, fields: Mapping[str, Any], fit: Fi
     row = {"method": FDA, "start": config.start.method, "init": config.anchors.init, "fields": fields}
     row |= {"split": SPLIT, "limit": config.eval.limit}
     made = {"checkpoint": start.fingerprint()} if fields == START else block_provenance(provenance)
+    blend = provenance["adapt"]["blend"]
+    made |= {"blend": blend} if blend not in (1, fields.get("blend")) else {}  # one that every candidate has
     row["id"] = digest([row, scored_on(config, domain), made])
     known = [r for r in read_search(config)["candidates"] if r["id"] == row["id"]]
     if known:

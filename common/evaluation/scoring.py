@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # imports matplotlib
 
 RESULTS = "results.json"
 BIRTH = {"made": "commit", "made_on": "made_on"}  # {in a row: in the provenance of a model}
+ALONE = {"dtype", "test_set"}  # what a row says only of models that are scored in a type, or on a folder, that is set
 Pending = dict[str, tuple[Row, Path]]
 """{row name: (what the row says before there is a score, the checkpoint)}"""
 
@@ -55,6 +56,7 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     file, rows, here, apart = config.run.dir / RESULTS, results_of(config), list[Row](), dict[str, str]()
     check_descent(experiment, domain)
     make_same_rests(experiment, domain)
+    own = bool(merged_models(experiment))
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
     inputs = identity(sorted(fingerprints(experiment).items()))
     origins = origins_of(experiment, inputs)
@@ -64,11 +66,12 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
         nonlocal rows, apart
         new = [{**row, **origins.get(row_name(row), {})} for row in new]
         here.extend(new)
-        rows, apart = keep_rows(file, list(tests), new, here, inputs)
+        rows, apart = keep_rows(file, list(tests), new, here, inputs, own)
 
     with record_stage(config, bar.stage, bar), bar, ExitStack() as held:
         left = left_behind(layout) if is_ours(layout.scores, held, wait=is_shared(config)) else None
         known, pending = looked_up(config, domain, models, [*known_rows(file), *(left or []), *others])
+        known = [{k: v for k, v in row.items() if k != "seed"} for row in known] if own else known
         bar.keep(len(known))
         if known:
             keep(known)
@@ -104,7 +107,8 @@ def looked_up(
             row |= {"test_set": examples} if examples else {}
             row |= {"checkpoint": checkpoint.fingerprint(), "scorer": scorer}
             cost = cost_of(config, model, checkpoint)
-            known = next((known for known in rows if row.items() <= known.items()), None)
+            unset = ALONE - row.keys()
+            known = next((k for k in rows if row.items() <= k.items() and not unset & k.keys()), None)
             if known:
                 found.append({**known, **cost})
             else:
