@@ -174,13 +174,17 @@ def fit_settings(experiment: Experiment) -> dict[str, Any]:
 
 def fit_provenance(experiment: Experiment, start: Checkpoint) -> dict[str, Any]:
     """What decides an adapted model: settings, seed, start, the experts and every anchor."""
-    config, layout, settings = experiment.config, RunLayout(experiment.config), fit_settings(experiment)
-    made = start.path / PROVENANCE_FILE
-    anchors = [file_hash(layout.anchor_file(task, index)) for index in range(experiment.depth) for task in config.tasks]
+    settings, made = fit_settings(experiment), start.path / PROVENANCE_FILE
     settings["start"]["checkpoint"] = start.fingerprint()
-    settings["anchors"]["files"] = identity(anchors)
+    settings["anchors"]["files"] = anchor_hashes(experiment)
     settings["inputs"] = inputs_of(experiment)
     return settings | data_of(read_provenance(start.path) if made.is_file() else {})
+
+
+def anchor_hashes(experiment: Experiment) -> str:
+    """Identifies the anchors of every block and task, which are there, by every byte."""
+    layout, tasks = RunLayout(experiment.config), experiment.config.tasks
+    return identity([file_hash(layout.anchor_file(task, index)) for index in range(experiment.depth) for task in tasks])
 
 
 def block_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ them. The token is that of `hf auth login`; HF_ENDPOINT names another hub. --dry
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from common.core.errors import InputError
 from common.domain import Domain
 from common.evaluation.cards import anchor_card, write_cards
 from common.io.anchor_files import axes_as_published, load_anchors
-from common.io.checkpoints import read_header, write_text
+from common.io.checkpoints import write_text
 from common.io.hub_files import pushed
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.opening import open_experiment
 from common.planning.dry_run import Plan, describe
+from common.provenance import anchor_settings
 
 
 def publish(what: str, to: str, private: bool, message: str, config: Config, domain: Domain) -> None:
@@ -35,9 +37,10 @@ def publish(what: str, to: str, private: bool, message: str, config: Config, dom
         write_cards(config, domain)
         print(pushed(folder, to, "model", private, message or f"Merged model {folder.name}"))
         return
+    of_init = replace(config, anchors=replace(config.anchors, init=folder.name))
     with tempfile.TemporaryDirectory() as place:
-        count = as_released(config, domain, folder, Path(place) / folder.name)
-        write_text(Path(place) / "README.md", anchor_card(config, folder.name, count))
+        count = as_released(of_init, domain, folder, Path(place) / folder.name)
+        write_text(Path(place) / "README.md", anchor_card(of_init, folder.name, count))
         print(pushed(Path(place), to, "dataset", private, message or f"Anchors {folder.name}"))
 
 
@@ -54,14 +57,15 @@ def whole(what: str, config: Config) -> Path:
 
 
 def as_released(config: Config, domain: Domain, folder: Path, out: Path) -> int:
-    """Write the anchors of every task and block as .npy files, in the family's published axes; how many there are."""
+    """Write the anchors of every task and block as .npy files, in the family's published axes; how many there are.
+    InputError if some were made with other settings than the config's, which their card has."""
     experiment, count = open_experiment(config, domain), 0
     for task in config.tasks:
         for index in range(experiment.depth):
             file = folder / task / RunLayout(config).anchor_file(task, index).name
             if not file.is_file():
                 raise InputError(f"there are no anchors at {file}; construct_fda.py with the same config makes them")
-            x_ATD = load_anchors(file, read_header(file))
+            x_ATD = load_anchors(file, anchor_settings(experiment, task, index))
             target = out / task / f"dual_anchors_layer_{index + 1}.npy"
             target.parent.mkdir(parents=True, exist_ok=True)
             np.save(target, axes_as_published(x_ATD, experiment.family.published_axes).numpy())

@@ -1,6 +1,9 @@
 """A run whose config changes between its stages: refused by name, never an older result in the place of a new one."""
 
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from common.analysis.run import analyse
 from common.core.errors import InputError
@@ -71,3 +74,26 @@ def test_a_merge_with_a_text_tower_of_its_own_is_not_one_without(config):
     with pytest.raises(InputError, match=r"was made with inputs.model.text = sha256:\w+, now it is None"):
         merge_alone(config, domain)
     merge_alone(with_text, domain)
+
+
+def card(config, model):
+    """The config in a model's card, and all of it."""
+    text = (config.run.dir / "merged" / model / "README.md").read_text()
+    return yaml.safe_load(text.split("```yaml")[1].split("```")[0]), text
+
+
+def test_a_card_says_what_made_its_model_whatever_is_set_now(done):
+    """Each model of a run keeps its own settings; one of other tasks keeps its card."""
+    first, _ = card(done, "fda-ta-weight")
+    assert first["adapt"]["epochs"] == 2 and first["anchors"]["steps"] == 5
+    assert first["start"] == {"method": "ta", "hyper": {"ta": {"scale": 0.4}}}
+    adapt(change(done, "adapt", label="long", epochs=5, by_start={"ta": {"lr": 0.02}}), domain)
+    assert card(done, "fda-ta-weight")[0] == first
+    assert card(done, "fda-ta-weight-long")[0]["adapt"] == first["adapt"] | {"label": "long", "epochs": 5, "lr": 0.02}
+    other = change(change(done, "start", method="tsv", hyper={"ta": {"scale": 0.9}}), "anchors", steps=6)
+    merge_alone(other, domain)
+    assert card(done, "ta")[0]["start"] == first["start"] and "hyper" not in card(done, "tsv")[0]["start"]
+    said, text = card(done, "fda-ta-weight")
+    assert said == first | {"anchors": {"init": "weight"}}, "of the anchors nothing that is not known"
+    merge_alone(replace(change(other, "start", method="average"), tasks=done.tasks[:1]), domain)
+    assert card(done, "fda-ta-weight")[1] == text and card(done, "average")[0]["tasks"] == done.tasks[:1]

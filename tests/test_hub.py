@@ -296,6 +296,8 @@ def test_anchors_that_are_pushed_are_taken_from_there(hub, from_hub, capsys):
     assert "dual_anchors_layer_2.npy" in str(list(hub.repos["datasets/pico/made"]))
     source = change(change(remote, "anchors", source="hf://datasets/pico/made/weight"), "run", name="again")
     assert files_of(adapt(source, domain), "*.safetensors") == files_of(ours, "*.safetensors")
+    with pytest.raises(InputError, match=r"block_00.safetensors was made with anchors.steps = 5, now it is 6"):
+        publish.publish("anchors/weight", "pico/made", False, "", change(remote, "anchors", steps=6), domain)
     for what in ("merged/none", "anchors", "x/y"):
         with pytest.raises(
             InputError, match=f"--what {what}: .* has anchors/weight, merged/fda-ta-weight, merged/ta whole"

@@ -1,23 +1,29 @@
 """Model cards: what a merged model was made of and how, and what it scored, as the hub shows it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.config import PRETRAINED, Config, as_dict
+from common.core.errors import InputError
 from common.core.places import place_name
+from common.descent import fingerprints, other_origin
 from common.domain import Domain, scored_tests
 from common.evaluation.rows import INDIVIDUAL, Row, display, row_name
 from common.evaluation.scoring import identifying, results_of
 from common.evaluation.tables import table
+from common.experiment import Experiment
 from common.io.checkpoints import write_text
 from common.io.model_files import CONFIG_FILE, OPEN_CLIP_CONFIG, folder_of, json_of
 from common.io.tokenizer_files import MODULES_FILE
 from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout
-from common.merging.starts import JOINED
-from common.provenance import read_provenance
+from common.merging.registry import hyperparameters
+from common.merging.starts import by_part, chain_of
+from common.opening import open_experiment
+from common.provenance import anchor_hashes, read_provenance, require_anchors
 from common.run.run_log import PARTS, version_of
 
 CARD = "README.md"
@@ -32,24 +38,26 @@ FDA = (
     "each task, a few synthetic inputs were optimised until their gradient on the pretrained block points "
     "along that task's vector; the merged block was then trained to answer on the anchors of every task as its expert."
 )
-SECTIONS = ("start", "anchors", "adapt")  # of the config: what made the model, without the paths of one machine
 
 
 def write_cards(config: Config, domain: Domain) -> None:
-    """Write the card of every merged model of a run that is whole; one that says the same already is left as it is."""
-    rows = results_of(config)
+    """Write the card of every merged model of a run that is whole; one that says the same already is left as it is, and
+    so is that of a model of other inputs, or of another start, than those that are there: the config is not its own."""
+    experiment, rows = open_experiment(config, domain, anchored=False), results_of(config)
+    now = fingerprints(experiment)
     for file in sorted(RunLayout(config).merged.glob(f"*/{PROVENANCE_FILE}")):
         made = identifying(read_provenance(file.parent), file)
-        if made["label"] == SAME_REST:
+        if made["label"] == SAME_REST or other_origin(experiment, file.parent, now):
             continue
-        text = card(config, domain, file.parent, made, rows)
+        text = card(experiment, domain, file.parent, made, rows)
         there = file.with_name(CARD)
         if not there.is_file() or there.read_text(encoding="utf-8") != text:
             write_text(there, text)
 
 
-def card(config: Config, domain: Domain, folder: Path, made: Mapping[str, Any], rows: Iterable[Row]) -> str:
+def card(experiment: Experiment, domain: Domain, folder: Path, made: Mapping[str, Any], rows: Iterable[Row]) -> str:
     """The text of a model's card: metadata in front, then how it opens, what it is made of, and its scores."""
+    config, how = experiment.config, settings(experiment, read_provenance(folder))
     name = row_name({"start": None, "init": None, **made})
     parts = [
         front_matter(config, folder),
@@ -57,7 +65,7 @@ def card(config: Config, domain: Domain, folder: Path, made: Mapping[str, Any], 
         f"{len(config.tasks)} fine-tuned models in one, merged by {method_of(made)}, {data_used(made)}.",
         f"```python\n{opening(folder)}\n```",
         "## Made of\n\n" + "\n".join(made_of(config)),
-        "## How\n\n" + (f"{FDA}\n\n" if made["method"] == "fda" else "") + f"```yaml\n{settings(config, made)}```",
+        "## How\n\n" + (f"{FDA}\n\n" if made["method"] == "fda" else "") + f"```yaml\n{how}```",
         scores(config, domain, made, rows),
         f"Versions: {', '.join(f'{part} {version_of(part)}' for part in ('functional-dual-anchors', *PARTS))}.",
     ]
@@ -142,20 +150,40 @@ def made_of(config: Config) -> list[str]:
     return [f"- base: `{place_name(config.model.named('base'))}`", *experts]
 
 
-def settings(config: Config, made: Mapping[str, Any]) -> str:
-    """The part of the config that made the model, as YAML."""
-    said = as_dict(config.at_start(str(made["start"] if made["method"] == "fda" else made["method"])))
-    kept = {name: {k: v for k, v in said[name].items() if v not in ({}, "", None)} for name in SECTIONS}
-    kept["start"] = {key: value for key, value in kept["start"].items() if key in ("method", "hyper")}
-    method, given = kept["start"]["method"], kept["start"].get("hyper", {})
-    own = {part: given[part] for part in method.split(JOINED) if given.get(part)}
-    kept["start"] = {"method": method} | ({"hyper": own} if own else {})
-    if made["method"] != "fda":
-        kept = {"start": kept["start"]}
-    else:
-        kept["adapt"] |= {"label": made["label"]} if made["label"] else {}
-        kept["anchors"]["source"] = place_name(config.anchors.source) if config.anchors.source else "made by this run"
-    return yaml.safe_dump({"domain": config.domain, "tasks": config.tasks, **kept}, sort_keys=False)
+def settings(experiment: Experiment, made: Mapping[str, Any]) -> str:
+    """What made the model, by its provenance, as the YAML of a config: the options that are set now can be others."""
+    config, method = experiment.config, str(made["start"]["method"])
+    start, folder = made["start"], RunLayout(config.at_start(method)).start
+    if "anchors" in made and (folder / PROVENANCE_FILE).is_file():
+        start = read_provenance(folder)["start"]
+    hyper = by_part(chain_of(method), start["hyper"]) if "hyper" in start else {}
+    defaults = {part: {name: p.default for name, p in hyperparameters(part).items()} for part in hyper}
+    own = {part: {n: v for n, v in of_part.items() if v != defaults[part].get(n)} for part, of_part in hyper.items()}
+    own = {part: of_part for part, of_part in own.items() if of_part}
+    said = {"start": {"method": method} | ({"hyper": own} if own else {})}
+    if "anchors" in made:
+        said |= {"anchors": anchors_said(experiment, made), "adapt": without_empty(made["adapt"])}
+    return yaml.safe_dump({"domain": config.domain, "tasks": config.tasks, **said}, sort_keys=False)
+
+
+def anchors_said(experiment: Experiment, made: Mapping[str, Any]) -> dict[str, Any]:
+    """How the anchors of an adapted model were made: as the config says if they are those that are there, of these
+    settings; else what its provenance has of it."""
+    config, init = experiment.config, str(made["anchors"]["init"])
+    of_init = replace(experiment, config=replace(config, anchors=replace(config.anchors, init=init)))
+    try:
+        require_anchors(of_init)
+    except InputError:
+        return {"init": init}
+    if anchor_hashes(of_init) != made["anchors"]["files"]:
+        return {"init": init}
+    anchors = of_init.config.anchors
+    source = place_name(anchors.source) if anchors.source else "made by this run"
+    return without_empty(as_dict(anchors)) | {"source": source}
+
+
+def without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in ({}, "", None)}
 
 
 def scores(config: Config, domain: Domain, made: Mapping[str, Any], rows: Iterable[Row]) -> str:
