@@ -21,12 +21,13 @@ from common.io.surroundings import lend_surroundings
 from common.io.tokens import write_with_more
 from common.io.unstacked import unstacked
 from common.io.written import set_options
-from common.layout import ADAPTATION_FILE, PROVENANCE_FILE, SAME_REST, RunLayout, with_same_rest
-from common.provenance import is_finished, read_provenance, written_weights
+from common.layout import ADAPTATION_FILE, CARD, PROVENANCE_FILE, SAME_REST, RunLayout, with_same_rest
+from common.provenance import is_finished, read_provenance, written_files, written_weights
 from common.run.run_log import commit, computed_on
 
 UNFINISHED = ".unfinished"  # it lies in a folder while a model is written there, and after a kill
 PIECES = ("blocks", "parts")
+PASSING = (*(f"{pieces}/" for pieces in PIECES), PROVENANCE_FILE, CARD)  # what goes, and what is written anew
 
 
 def require_free(folder: Path) -> None:
@@ -113,7 +114,8 @@ def finish(
     try:
         write_model(experiment, domain, tensors, folder)
         birth = {"commit": commit(), "made_on": computed_on(experiment.device)}
-        made = {**provenance, "weights": written_weights(folder), **birth}
+        files = [name for name in written_files(folder) if not name.startswith(PASSING)]
+        made = {**provenance, "weights": written_weights(folder), "files": files, **birth}
         write_text(folder / PROVENANCE_FILE, json.dumps(made, indent=2, sort_keys=True) + "\n")
     except InputError:
         if list(folder.iterdir()) == [mark]:  # what is refused leaves nothing

@@ -18,6 +18,7 @@ from common.config import Config
 from common.experiment import Unit
 
 PROVENANCE_FILE = "provenance.json"
+CARD = "README.md"  # of a merged model, written anew when there are scores
 ADAPTATION_FILE = "adaptation.json"  # {"traces": {block: mean loss per anchor in each epoch}}
 SAME_REST = "pretrained rest"  # label of a start that is scored with what an adapted model has around its blocks
 

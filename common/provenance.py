@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from common.config import Config, as_dict
-from common.core.errors import InputError
+from common.core.errors import InputError, in_short
 from common.core.task_vectors import Params
 from common.domain import Domain, first_tests
 from common.experiment import Experiment
@@ -38,7 +38,7 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     named = [field for field in made if field.startswith(tuple(f"inputs.model.{name}" for name in NAMED))]
     unset = dict.fromkeys(named) if "base" in inputs else {}  # settings alone do not say what files hold
     check_provenance(file, made, unset | flattened(provenance))
-    require_weights(folder, made)
+    require_whole(folder, made)
     return True
 
 
@@ -47,8 +47,13 @@ def written_weights(folder: Path) -> str:
     return identity(told(folder, weight_files(folder)))
 
 
-def require_weights(folder: Path, made: Mapping[str, Any]) -> None:
-    """InputError if a merged model has lost its weights, or they are no longer those that its provenance was written
+def written_files(folder: Path) -> list[str]:
+    """Every file of a folder, however deep, by its name there, but hidden ones."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("[!.]*") if file.is_file())
+
+
+def require_whole(folder: Path, made: Mapping[str, Any]) -> None:
+    """InputError if a merged model has lost a file, or its weights are no longer those that its provenance was written
     for; one from before there was a record of them is taken as it is."""
     anew = f"remove {folder} to have it made anew"
     try:
@@ -60,6 +65,8 @@ def require_weights(folder: Path, made: Mapping[str, Any]) -> None:
             f"{folder} holds other weights than the run wrote there: what was saved over them is no merge of this run; "
             f"move it away, or {anew}"
         )
+    if lost := [name for name in made.get("files", []) if not (folder / name).is_file()]:
+        raise InputError(f"{folder} has lost {', '.join(in_short(lost))}, which the run wrote there; {anew}")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

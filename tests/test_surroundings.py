@@ -540,11 +540,27 @@ def test_a_model_saved_over_a_merge_is_not_taken_for_it(own):
     merge_alone(config, nlg)
 
 
+def test_a_merge_that_lost_what_lies_around_its_weights_is_not_whole(own):
+    """As after a copy that was cut off; a file that was added, or the card, makes no difference."""
+    _, config = own
+    config = change(config, "model", tokenizers=("code",))
+    folder = merge_alone(config, nlg)
+    (folder / "README.md").unlink()
+    (folder / "notes.txt").write_text("somebody's")
+    merge_alone(config, nlg)
+    for name in ("config.json", "tokenizer.json", "code/tokenizer.json", "code/model-00001-of-00001.safetensors"):
+        (folder / name).rename(aside := folder.parent / "aside")
+        with pytest.raises(InputError, match=f"merged/ta has lost {name}, which the run wrote there; remove "):
+            merge_alone(config, nlg)
+        aside.rename(folder / name)
+    assert merge_alone(config, nlg) == folder
+
+
 def test_a_merge_of_before_weights_were_recorded_is_taken_as_it_is(own):
     _, config = own
     folder = merge_alone(config, nlg)
     file = folder / "provenance.json"
     made = json.loads(file.read_text())
-    assert made.pop("weights") == written_weights(folder)
+    assert made.pop("weights") == written_weights(folder) and "config.json" in made.pop("files")
     write_text(file, json.dumps(made))
     assert merge_alone(config, nlg) == folder and json.loads(file.read_text()) == made

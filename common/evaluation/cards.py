@@ -19,14 +19,13 @@ from common.experiment import Experiment
 from common.io.checkpoints import write_text
 from common.io.model_files import CONFIG_FILE, OPEN_CLIP_CONFIG, folder_of, json_of
 from common.io.tokenizer_files import MODULES_FILE
-from common.layout import PROVENANCE_FILE, SAME_REST, RunLayout
+from common.layout import CARD, PROVENANCE_FILE, SAME_REST, RunLayout
 from common.merging.registry import hyperparameters
 from common.merging.starts import by_part, chain_of
 from common.opening import open_experiment
 from common.provenance import anchor_hashes, read_provenance, require_anchors
 from common.run.run_log import PARTS, version_of
 
-CARD = "README.md"
 OPENED = {
     "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:FOLDER")',
     "sentence-transformers": "from sentence_transformers import SentenceTransformer\n\n"

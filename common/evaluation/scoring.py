@@ -25,7 +25,7 @@ from common.io.locks import locked
 from common.io.paper_tables import paper_table
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.opening import carry_out, open_experiment
-from common.provenance import data_of, read_provenance, require_weights
+from common.provenance import data_of, read_provenance, require_whole
 from common.run.engine import Memory, gpus_of
 from common.run.progress import UnitBar, Units
 from common.run.run_log import commit, record_stage, total_cost
@@ -228,7 +228,7 @@ def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str,
         yield row | {"method": experiment.config.start.method}, experiment.given_start()
     for file in sorted(RunLayout(experiment.config).merged.glob(f"*/{PROVENANCE_FILE}")):
         made = read_provenance(file.parent)
-        require_weights(file.parent, made)
+        require_whole(file.parent, made)
         yield row | identifying(made, file), Checkpoint(file.parent)
 
 
