@@ -146,11 +146,14 @@ def merge_settings(experiment: Experiment) -> dict[str, Any]:
 
 def merge_provenance(experiment: Experiment, domain: Domain) -> dict[str, Any]:
     """What decides the merge of start.method: its hyperparameters and checkpoints; of one that uses data also the data
-    sets and what stands between them and a model, heads and prompts and tokenizers, and "data" follows."""
+    sets, those that are not of a task's own name, and what stands between them and a model, heads and prompts and
+    tokenizers, and "data" follows."""
     config, made = experiment.config, merge_settings(experiment) | {"inputs": inputs_of(experiment)}
     if chain_of(config.start.method).row.data:
         made["data_sets"] = {test: identity_of(config.eval, test) for test in config.tests}
-        of_tests = {test: domain.scorer(config, test) for test in first_tests(config, domain).values()}
+        first = first_tests(config, domain)
+        made["tests"] = {task: test if test != task else None for task, test in first.items()}
+        of_tests = {test: domain.scorer(config, test) for test in first.values()}
         made["scorers"] = {test: {part: digest(each[part]) for part in each} for test, each in of_tests.items()}
     return made
 

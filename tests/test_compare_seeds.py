@@ -111,7 +111,7 @@ def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeyp
     assert {name: note["ended"] for name, note in notes.items()} == dict.fromkeys(notes, "finished")
 
 
-def test_a_run_without_seeds_after_one_with_some_has_rows_of_its_own_alone(seeds):
+def test_a_run_without_seeds_after_some_has_its_own_rows_alone(seeds):
     """Under one name: the means of the seeds go from the run's table once it has models of its own, not before."""
     grid = change(seeds, "compare", starts=["ta"])
     scored = Counter()

@@ -670,6 +670,19 @@ def test_a_merge_of_other_data_is_not_taken_for_this_one(vision_config, tmp_path
         merge_alone(config, vision)
 
 
+def test_which_data_set_is_of_which_task_decides_a_merge(vision_config):
+    """With the test sets of two tasks exchanged each task is merged by the other's inputs."""
+    config = helpers.change(with_method(vision_config, "regmean"), "run", score=False)
+    exchanged = helpers.change(config, "eval", tests={"MNIST": ["SVHN"], "SVHN": ["MNIST"]})
+    made = merge_alone(config, vision)
+    with pytest.raises(InputError, match=r"tests\.SVHN = None, now it is MNIST"):
+        merge_alone(exchanged, vision)
+    shutil.rmtree(made)
+    merge_alone(exchanged, vision)
+    with pytest.raises(InputError, match=r"was made with tests\.SVHN = MNIST, now it is None"):
+        merge_alone(config, vision)
+
+
 # --- the door --------------------------------------------------------------------------------------------------------
 
 
