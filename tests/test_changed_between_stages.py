@@ -1,5 +1,6 @@
 """A run whose config changes between its stages: refused by name, never an older result in the place of a new one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import yaml
 
 from common.analysis.run import analyse
 from common.core.errors import InputError
+from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import ADAPT, describe
 from common.provenance import read_provenance
+from common.report.vectors import measure
 from helpers import change, files_of
+from NLG import domain as nlg
 from Vision import domain
 
 
@@ -97,3 +101,15 @@ def test_a_card_says_what_made_its_model_whatever_is_set_now(done):
     assert said == first | {"anchors": {"init": "weight"}}, "of the anchors nothing that is not known"
     merge_alone(replace(change(other, "start", method="average"), tasks=done.tasks[:1]), domain)
     assert card(done, "fda-ta-weight")[1] == text and card(done, "average")[0]["tasks"] == done.tasks[:1]
+
+
+def test_task_vectors_of_other_blocks_are_measured_anew(nlg_config):
+    """The page of a run shows those of the part of a layer that is anchored."""
+    found = []
+    for part in ("mlp", "layer", "layer"):
+        experiment = open_experiment(change(nlg_config, "anchors", part=part), nlg)
+        assert measure(experiment, True) == ""
+        found.append(json.loads((nlg_config.run.dir / "task_vectors.json").read_text()))
+    assert [of["blocks"][0] for of in found] == ["model.layers.0.mlp.", "model.layers.0.", "model.layers.0."]
+    assert all(layer > mlp for layer, mlp in zip(found[1]["theta"], found[0]["theta"], strict=True))
+    assert found[2] == found[1]

@@ -34,14 +34,13 @@ def measure(experiment: Experiment, everything: bool) -> str:
     weights = weights_of(experiment) * (1 + len(experiment.experts))
     if weights > MOST and not everything:
         return f"not measured: {weights / 1e9:.0f} billion weights would be read; --run.report full does it"
-    made_of = digest(inputs_of(experiment))
-    if file.is_file() and read_object(file, "record of task vectors").get("made_of") == made_of:
+    made_of = {"made_of": digest(inputs_of(experiment)), "blocks": list(experiment.prefixes)}
+    if file.is_file() and made_of.items() <= read_object(file, "record of task vectors").items():
         return ""
     blocks = [measured(experiment, index) for index in range(experiment.depth)]
     found = {
-        "made_of": made_of,
+        **made_of,
         "tasks": list(experiment.experts),
-        "blocks": list(experiment.prefixes),
         "theta": [block["theta"] for block in blocks],
         "tau": {task: [block["tau"][i] for block in blocks] for i, task in enumerate(experiment.experts)},
         "gram": [block["gram"] for block in blocks],
