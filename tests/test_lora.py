@@ -15,6 +15,8 @@ import peft
 import pytest
 import torch
 import transformers
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
@@ -22,7 +24,7 @@ from common.config import Adapt, Anchors, Compare, Config, Eval, Model, Run, Sta
 from common.core import notices
 from common.core.errors import InputError
 from common.evaluation.rows import read_results
-from common.io.adapters import WEIGHT_FILE
+from common.io.adapters import BESIDE, WEIGHT_FILE
 from common.io.checkpoints import Checkpoint
 from common.io.lora import LoraCheckpoint, open_checkpoint
 from common.opening import open_experiment
@@ -296,7 +298,12 @@ UP_PAIR = pair(UP, MATRICES[UP])
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"lora_bias": True}, "lora_bias is True"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication is \[\[0, 2\], \[1, 3\]\]"),
+        (
+            {"layer_replication": [[0, 2], [1, 3]]},
+            r"layer_replication is \[\[0, 2\], \[1, 3\]\]; .*leave this expert out",
+        ),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config is {'top_k': 2}; .*, so leave this expert out"),
+        ({"peft_type": "XLORA"}, "peft_type is 'XLORA'; only plain LoRA, .*, so leave this expert out"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; only plain LoRA, .* merge_and_unload"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only plain LoRA, .*, so leave this expert out"),
@@ -312,6 +319,13 @@ def test_settings_that_make_it_no_plain_lora_are_refused(base, tmp_path, setting
     with pytest.raises(InputError, match=message) as error:
         LoraCheckpoint(folder, base)
     assert "\n" not in str(error.value) and str(folder / "adapter_config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("kind", sorted({kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}))
+def test_kinds_of_adapters_that_are_no_layers_are_left_out(kind):
+    """Those that peft has as inputs of a model have no merge_and_unload."""
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)], "merge_and_unload"):
+        assert kind in BESIDE
 
 
 def test_an_adapter_beside_a_whole_model_is_taken_and_said(base, tmp_path, monkeypatch, capsys):

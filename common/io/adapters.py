@@ -60,8 +60,14 @@ class Part(Enum):
     PLAIN = "the whole tensor under its own name: trained if its module is saved, else given"
 
 
-# kinds of adapters that add inputs to a model, and leave its weights as they are
-BESIDE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+# Kinds of adapters that add inputs to a model, or weigh what they learned by each input: of none does peft make weights.
+BESIDE = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "LILY", "POLY", "SHADOW", "XLORA",
+)  # fmt: skip
+# Settings of LoRA of which peft makes no weights of the base's layers either: factors chosen by the input, layers that
+# are used several times, each with factors of its own.
+UNMERGEABLE = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 LEFT_OUT = "what it learned cannot become a part of the model's weights, so leave this expert out"
 MERGED_FIRST = "let peft merge the adapter into its base, merge_and_unload, and give what it saves as the expert"
 PREFIX = ("base_model", "model")
@@ -144,7 +150,7 @@ def open_adapter(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
         raise InputError(f"{file} is no adapter config, JSON with peft_type, r and lora_alpha ({error!r})") from error
     for name, values in PLAIN.items():
         if name in settings and settings[name] not in values:
-            step = LEFT_OUT if name == "alora_invocation_tokens" or settings[name] in BESIDE else MERGED_FIRST
+            step = LEFT_OUT if name in UNMERGEABLE or settings[name] in BESIDE else MERGED_FIRST
             said = f"{name} is {settings[name]!r}"
             raise InputError(f"{file}: {said}; only plain LoRA, W + s B A, can be an expert: {step}")
     for name, value in settings.items():
