@@ -24,6 +24,7 @@ from common.io.skeleton import (
     absent_names,
     beginnings,
     canonical_names,
+    decoder_of,
     layers_of,
     path_of,
     renamed_within,
@@ -126,10 +127,10 @@ def reading(model: Model) -> BlockFamily:
     """How checkpoints of the base's architecture are read and written, whatever is anchored; InputError if they have
     no list of layers, or keep experts in a way that is not known."""
     root, where = skeleton(model), config_text(model)[1]
-    layers = layers_of(root.get_decoder())
+    layers = layers_of(decoder_of(root))
     if not layers:
         raise InputError(f"{where}: a {type(root).__name__} has no list of layers to anchor")
-    path = ".".join(filter(None, (path_of(root, root.get_decoder()), layers)))
+    path = ".".join(filter(None, (path_of(root, decoder_of(root)), layers)))
     blocks, mixture = stored_path(root, path), mixture_of(root, path)
     embedding, head = (
         stored_name(root, f"{path_of(root, part)}.weight")
@@ -211,7 +212,7 @@ def with_layers(found: BlockFamily, root: nn.Module, where: str, width: int) -> 
                 f"{kind} has experts ({name}); which of them answer a token is no function with a derivative, and one "
                 "that no anchor comes to matches nothing"
             )
-    calls = LayerCalls(root.get_decoder(), layers_of(root.get_decoder()), where)
+    calls = LayerCalls(decoder_of(root), layers_of(decoder_of(root)), where)
     found = replace(found, part="layer", parts=straight(whole_layer), call=calls)
     modules = found.modules(root)
     for (_, layer), *_ in by_kind(modules):

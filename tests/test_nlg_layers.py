@@ -13,7 +13,7 @@ from common.config import Model
 from common.core.blocks import nonzero_tensors
 from common.core.errors import InputError
 from common.fda.matching import MatchingProblem, matching_gradient
-from common.io.skeleton import layers_of
+from common.io.skeleton import decoder_of, layers_of
 from common.layout import RunLayout
 from common.opening import open_experiment
 from common.pipeline import adapt, construct
@@ -56,7 +56,7 @@ def write_config(folder, kind, **fields):
 @contextmanager
 def seen_by_layers(model):
     """Within: a list that gets (what each layer of a stock model is given, what it answers)."""
-    decoder, seen = model.get_decoder(), []
+    decoder, seen = decoder_of(model), []
 
     def see(module, args, named, output):
         seen.append(((*args, *named.values())[0], output[0] if isinstance(output, tuple) else output))
@@ -94,7 +94,7 @@ def test_a_layer_answers_as_within_its_stock_model(kind, tmp_path):
 
 
 def layers_in(model):
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     return decoder.get_submodule(layers_of(decoder))
 
 

@@ -30,6 +30,13 @@ def layers_of(module: nn.Module) -> str:
     return max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
 
 
+def decoder_of(skeleton: PreTrainedModel) -> nn.Module:
+    """What has the layers of a language model: its decoder as transformers finds it, and where that is no such thing, as
+    in ModernBERT, whose head is called so, its body."""
+    found = skeleton.get_decoder()
+    return found if layers_of(found) else skeleton.base_model
+
+
 def first_input(block: nn.Module, tower: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     """(T, D) of what reaches a block of an image tower on the meta device, of an image of a size."""
     seen: list[Tensor] = []
