@@ -108,9 +108,11 @@ def skeleton(model: Model, device: str = "meta") -> nn.Module:
         logging.root.setLevel(level)
     trunk = getattr(clip.visual, "trunk", None)
     if not isinstance(clip.visual, VisionTransformer) and not isinstance(getattr(trunk, "blocks", None), nn.Sequential):
+        whose, tower = ("timm", trunk) if trunk else ("open_clip", clip.visual)
         raise InputError(
-            f"the image tower of {architecture(model)} is open_clip's {type(clip.visual).__name__}; vision anchors the "
-            "blocks of its VisionTransformer, visual.transformer.resblocks, and of a ViT of timm, visual.trunk.blocks"
+            f"the image tower of {architecture(model)} is {whose}'s {type(tower).__name__}; vision anchors the blocks "
+            "of open_clip's VisionTransformer, visual.transformer.resblocks, and of a ViT of timm whose blocks, "
+            "visual.trunk.blocks, are called with the tokens alone"
         )
     return clip
 
@@ -120,7 +122,11 @@ def token_shape(model: Model) -> tuple[int, int]:
     """Tokens and width that a block of the image tower sees."""
     visual, blocks = skeleton(model).visual, family(model).blocks
     size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    return first_input(skeleton(model).get_submodule(f"{blocks}.0"), visual, size)
+    try:
+        return first_input(skeleton(model).get_submodule(f"{blocks}.0"), visual, size)
+    except Exception as error:  # timm's towers have a size of their own, which an assertion tells
+        said = f"{architecture(model)}: its image tower cannot see images of {size[0]} x {size[1]} pixels"
+        raise InputError(f"{said}, the image_size of its config: {' '.join(str(error).split())}") from error
 
 
 def text_checkpoint(model: Model) -> Checkpoint:
@@ -167,7 +173,8 @@ class Tower(nn.Module):
         self.visual = deepcopy(skeleton(model).visual)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.visual(pixel_values)
+        seen = self.visual(pixel_values)
+        return seen[0] if isinstance(seen, tuple) else seen  # CoCa's gives the tokens besides, for its decoder
 
 
 def classifier(config: Config, task: str) -> Headed:

@@ -26,6 +26,12 @@ TIMM = {
         "pool_type": "last",
     },
 }  # fmt: skip
+COCA = {
+    "embed_dim": 8, "custom_text": True,
+    "vision_cfg": PICO_CLIP["vision_cfg"] | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "text_cfg": PICO_CLIP["text_cfg"] | {"embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}  # fmt: skip
 PICO_TASKS = ["MNIST", "SVHN"]
 
 

@@ -32,7 +32,7 @@ from common.core.errors import InputError
 from helpers import change, edit_config, files_of
 from NLU import domain as nlu
 from pico_nlg import write_pico_models
-from pico_vision import PICO_CLIP
+from pico_vision import COCA, PICO_CLIP, write_pico_clip
 
 ANCHORS = Anchors(number=12, steps=5)
 START = Start("ta", hyper={"ta": {"scale": 0.5}})
@@ -165,6 +165,15 @@ def test_an_open_clip_module_merges_as_its_files_do(clips, tmp_path):
     folder = merge(root / "base", places, "tsv", folder=tmp_path / "run")
     merged = merge(base, places | {"MNIST": expert}, "tsv", model=Model(arch="pico"))
     assert same(merged, load_file(folder / "open_clip_model.safetensors")) and not same(merged, base.state_dict())
+
+
+def test_a_coca_of_open_clip_is_a_model_of_open_clip(tmp_path, monkeypatch):
+    write_pico_clip(tmp_path, fields=COCA)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "pico-coca", COCA)
+    base, expert = (open_clip.create_model(f"local-dir:{tmp_path / 'base'}") for _ in range(2))
+    expert.load_state_dict(load_file(tmp_path / "MNIST" / "finetuned.safetensors"), strict=False)
+    merged = merge(base, {"MNIST": expert}, "average", model=Model(arch="pico-coca"))
+    assert same(merged, expert.state_dict()) and type(merged) is type(base)
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,21 @@ def test_a_tower_of_timm_without_blocks_is_refused(timm_config):
     rewrite(base / "open_clip_model.safetensors", lambda t: [t.pop(n) for n in list(t) if "blocks" in n])
     with pytest.raises(InputError, match="image tower of timm that is no ViT .*or a ViT of timm, can be merged"):
         construct(timm_config, domain)
+
+
+@pytest.mark.parametrize(
+    ("tower", "said"),
+    [
+        (
+            {"timm_model_name": "test_vit2", "image_size": 24},
+            "its image tower cannot see images of 24 x 24 pixels, the",
+        ),
+        ({"timm_model_name": "vit_relpos_small_patch16_224"}, "is timm's VisionTransformerRelPos; vision anchors"),
+    ],
+)
+def test_a_tower_that_cannot_be_called_is_refused_by_what_it_is(timm_config, tower, said):
+    base = timm_config.model.path("base")
+    fields = TIMM | {"vision_cfg": TIMM["vision_cfg"] | tower}
+    (base / "open_clip_config.json").write_text(json.dumps({"model_cfg": fields, "preprocess_cfg": {}}))
+    with pytest.raises(InputError, match=said):
+        construct(timm_config, domain)

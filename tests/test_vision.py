@@ -29,7 +29,7 @@ from common.pipeline import adapt, construct, merge_alone
 from common.planning.dry_run import describe
 from common.run.run_log import processor
 from helpers import change, files_of, rewrite
-from pico_vision import PICO_TASKS
+from pico_vision import COCA, PICO_TASKS, write_pico_clip
 from Vision import domain, open_clip_models, zero_shot
 
 
@@ -72,6 +72,26 @@ def test_the_score_is_the_accuracy_of_a_plain_loop(pico_config, pico_inputs):
         domain.score(pico_config, "MNIST", {"x": Path(pico_config.model.path("expert", "MNIST"))}, torch.device("cpu"))
     )
     assert file["x"][:2] == (pytest.approx(expected), 20)
+
+
+@torch.no_grad()
+def test_a_coca_is_merged_and_scored_as_open_clip_would(pico_config, tmp_path):
+    """Its image tower gives the tokens besides, for the decoder of captions, which is the base's."""
+    write_pico_clip(tmp_path / "coca", fields=COCA)
+    config = change(change(pico_config, "model", root=str(tmp_path / "coca")), "start", method="ta", hyper={})
+    folder = merge_alone(change(config, "run", score=False), domain)
+    clip = open_clip.create_model(f"local-dir:{folder}").eval()
+    base = load_file(tmp_path / "coca" / "base" / "open_clip_model.safetensors")
+    towers = [load_file(tmp_path / "coca" / task / "finetuned.safetensors") for task in PICO_TASKS]
+    for name, tensor in clip.state_dict().items():
+        moved = 0.3 * sum(tower[name] - base[name] for tower in towers) if name in towers[0] else 0
+        torch.testing.assert_close(tensor, base[name] + moved, atol=1e-6, rtol=1e-6)
+    empty, prefix, _ = open_clip_models.classifier(config, "MNIST")
+    images = torch.randn(2, 3, 16, 16)
+    ours = domain.filled(empty, prefix, config.model, folder, torch.device("cpu"))(pixel_values=images)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    prompts = clip.encode_text(tokenize([f'a photo of the number: "{c}".' for c in range(10)]), normalize=True)
+    torch.testing.assert_close(ours, clip.logit_scale.exp() * clip.encode_image(images, normalize=True) @ prompts.T)
 
 
 def test_every_weight_is_read_once(pico_config, monkeypatch):

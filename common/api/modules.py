@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CLIP, CustomTextCLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,7 +26,7 @@ from common.io.model_files import GENERATION_FILE, OPEN_CLIP_CONFIG, OPEN_CLIP_F
 ModelLike = nn.Module | str | Path
 """A model of transformers or open_clip in memory, or where one is, as model.base of a config says it."""
 
-OF_OPEN_CLIP = (CLIP, CustomTextCLIP)
+OF_OPEN_CLIP = (CLIP, CustomTextCLIP, CoCa)
 HELD = {  # by the name of a class that wraps a model: where the model in it is
     "PeftModel": "merge_and_unload()",
     "OptimizedModule": "_orig_mod",
@@ -176,7 +176,8 @@ def check_computes_as(module: Any, what: str, model: Model, domain: Domain) -> N
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     try:
         twin.visual.load_state_dict(tower.state_dict(), assign=True)
-        same = torch.allclose(twin.visual(image), tower(image), atol=1e-4, rtol=1e-4)
+        expected, twin.visual = twin.encode_image(image), tower
+        same = torch.allclose(twin.encode_image(image), expected, atol=1e-4, rtol=1e-4)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{what} is not of the architecture {model.arch or model.base}: {said}") from error

@@ -60,7 +60,7 @@ class Part(Enum):
     PLAIN = "the whole tensor under its own name: trained if its module is saved, else given"
 
 
-# Kinds of adapters that add inputs to a model, or weigh what they learned by each input: of none does peft make weights.
+# Kinds of adapters that add inputs to a model, or weigh what they learned by each input: peft makes weights of none.
 BESIDE = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
     "LILY", "POLY", "SHADOW", "XLORA",

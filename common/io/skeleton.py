@@ -31,8 +31,8 @@ def layers_of(module: nn.Module) -> str:
 
 
 def decoder_of(skeleton: PreTrainedModel) -> nn.Module:
-    """What has the layers of a language model: its decoder as transformers finds it, and where that is no such thing, as
-    in ModernBERT, whose head is called so, its body."""
+    """What has the layers of a language model: its decoder as transformers finds it, and where that has none, as in
+    ModernBERT, whose head is called so, its body."""
     found = skeleton.get_decoder()
     return found if layers_of(found) else skeleton.base_model
 
