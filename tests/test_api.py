@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BertModel,
+    ViTModel,
 )
 
 from common.api import Adapt, Anchors, AnchorSet, Model, Start, adapt, calls, construct, merge
@@ -165,6 +167,17 @@ def test_an_open_clip_module_merges_as_its_files_do(clips, tmp_path):
     folder = merge(root / "base", places, "tsv", folder=tmp_path / "run")
     merged = merge(base, places | {"MNIST": expert}, "tsv", model=Model(arch="pico"))
     assert same(merged, load_file(folder / "open_clip_model.safetensors")) and not same(merged, base.state_dict())
+
+
+@pytest.mark.parametrize("opener", [BertModel, ViTModel])
+def test_a_module_without_a_pooler_gets_none(opener):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    small = {"vocab_size": 8} if opener is BertModel else {"image_size": 16, "patch_size": 8}
+    base, *others = (opener(opener.config_class(**sizes, **small), add_pooling_layer=False) for _ in range(3))
+    merged = merge(base, {"one": others[0], "two": others[1]}, "average")
+    assert merged.pooler is None
+    one, two = (other.state_dict() for other in others)
+    torch.testing.assert_close(merged.state_dict(), {name: (one[name] + two[name]) / 2 for name in one})
 
 
 def test_a_coca_of_open_clip_is_a_model_of_open_clip(tmp_path, monkeypatch):

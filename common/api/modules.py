@@ -199,11 +199,24 @@ def like_base(base: nn.Module, folder: Path) -> nn.Module:
             folder, output_loading_info=True, dtype="auto", attn_implementation=attention, local_files_only=True
         )
         made, info = loaded
-        own = made.state_dict()
+        own, kept = made.state_dict(), base.state_dict()
         with torch.no_grad():
             for name in info["missing_keys"]:
-                own[name].copy_(base.state_dict()[name])
+                if name in kept:
+                    own[name].copy_(kept[name])
+                else:
+                    switch_off(made, base, name)
         return made.to(base.device).train(base.training)
     made = deepcopy(base)
     made.load_state_dict(load_file(folder / OPEN_CLIP_FILES[0]))
     return made
+
+
+def switch_off(made: nn.Module, base: nn.Module, name: str) -> None:
+    """Take the part with a tensor off a module where the base has None: its pooler, with add_pooling_layer=False."""
+    parent, of_base = made, base
+    for part in name.split(".")[:-1]:
+        if getattr(of_base, part, None) is None:
+            setattr(parent, part, None)
+            return
+        parent, of_base = getattr(parent, part), getattr(of_base, part)
