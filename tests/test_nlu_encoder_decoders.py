@@ -336,3 +336,14 @@ def test_the_base_model_of_a_classifier_is_merged(tmp_path):
     merged = load_file(merge_alone(config, domain) / "model.safetensors")
     for name in weights[0]:
         torch.testing.assert_close(merged[name], (weights[0][name] + weights[1][name]) / 2)
+
+
+def test_a_bias_of_the_logits_that_a_class_saves_is_merged(tmp_path):
+    """A buffer, which MVP names among what it does not read of a file though it has and reads it."""
+    write_models(tmp_path, "bart", model_type="mvp")
+    for name, value in (("base", 1.0), ("CoLA", 2.0), ("MNLI", 4.0)):
+        bias = {"final_logits_bias": torch.full((1, 50), value)}
+        rewrite(tmp_path / name / "model.safetensors", lambda tensors, bias=bias: tensors.update(bias))
+    config = replace(change(config_of(tmp_path), "start", method="average", hyper={}), tasks=TASKS)
+    merged = stock(merge_alone(config, domain))
+    torch.testing.assert_close(merged.final_logits_bias, torch.full((1, 50), 3.0))

@@ -209,9 +209,10 @@ def unsaved_buffers(skeleton: nn.Module) -> frozenset[str]:
 
 
 def left_aside(skeleton: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether the class of a model says that it does not load a tensor of a name which is none of its own."""
+    """Whether the class of a model says that it does not load a tensor of a name which is none of its own: neither a
+    parameter nor a buffer of numbers that it saves, as MVP does the bias of its logits, which it names all the same."""
     patterns = "|".join(skeleton._keys_to_ignore_on_load_unexpected or ())
-    own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    own = {name for name, tensor in skeleton.state_dict().items() if tensor.is_floating_point()}
     return lambda name: bool(patterns) and name not in own and bool(re.search(patterns, name))
 
 
