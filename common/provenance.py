@@ -20,12 +20,14 @@ from common.io.bytes_of import told
 from common.io.checkpoints import Checkpoint, check_provenance, flattened, read_header, tensor_digest
 from common.io.examples import identity_of
 from common.io.hashes import digest, file_hash, identity
-from common.io.json_files import read_object
+from common.io.json_files import interpreted, read_object
 from common.io.lineage import warn_of_equals
 from common.io.model_files import weight_files
 from common.io.written import NAMED, contents_of, written_as
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.merging.starts import chain_of
+
+WHAT = "provenance of a merged model"
 
 
 def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
@@ -65,13 +67,15 @@ def require_whole(folder: Path, made: Mapping[str, Any]) -> None:
             f"{folder} holds other weights than the run wrote there: what was saved over them is no merge of this run; "
             f"move it away, or {anew}"
         )
-    if lost := [name for name in made.get("files", []) if not (folder / name).is_file()]:
+    with interpreted(folder / PROVENANCE_FILE, WHAT):
+        lost = [name for name in made.get("files", []) if not (folder / name).is_file()]
+    if lost:
         raise InputError(f"{folder} has lost {', '.join(in_short(lost))}, which the run wrote there; {anew}")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a merged model says it was made from; InputError if that is damaged."""
-    return read_object(folder / PROVENANCE_FILE, "provenance of a merged model")
+    return read_object(folder / PROVENANCE_FILE, WHAT)
 
 
 def anchor_settings(experiment: Experiment, task: str, index: int) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def write_pico_clip(root: Path, tasks: list[str] = PICO_TASKS, fields: dict = PI
     (root / "base" / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     clip = open_clip.create_model(f"local-dir:{root / 'base'}", load_weights=False).state_dict()
+    if "text_decoder.text_projection" in clip:  # open_clip leaves it as memory was
+        torch.nn.init.normal_(clip["text_decoder.text_projection"])
     write_tensors(root / "base" / "open_clip_model.safetensors", clip)
     for task in tasks:
         tower = {n: t + 0.05 * torch.randn_like(t) for n, t in clip.items() if n.startswith("visual.")}

@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # imports matplotlib
     from common.evaluation.figures import Traces
 
 RESULTS = "results.json"
-BIRTH = {"made": "commit", "made_on": "made_on"}  # {in a row: in the provenance of a model}
 ALONE = {"dtype", "test_set"}  # what a row says only of models that are scored in a type, or on a folder, that is set
 Pending = dict[str, tuple[Row, Path]]
 """{row name: (what the row says before there is a score, the checkpoint)}"""
@@ -56,9 +55,8 @@ def score_run(config: Config, domain: Domain, others: Sequence[Row] = ()) -> Non
     file, rows, here, apart = config.run.dir / RESULTS, results_of(config), list[Row](), dict[str, str]()
     check_descent(experiment, domain)
     make_same_rests(experiment, domain)
-    own = bool(merged_models(experiment))
     models = {test: list(scored_models(experiment, task)) for test, task in tests.items()}
-    inputs = identity(sorted(fingerprints(experiment).items()))
+    inputs, own = identity(sorted(fingerprints(experiment).items())), bool(merged_models(experiment))
     origins = origins_of(experiment, inputs)
     bar = UnitBar("score", sum(map(len, models.values())), "scores")
 
@@ -215,8 +213,8 @@ def cost_of(config: Config, model: Mapping[str, Any], checkpoint: Checkpoint) ->
     made = checkpoint.path.name
     stages = [f"construct {model['init']}", f"adapt {made}"] if model["method"] == "fda" else [f"merge {made}"]
     provenance = read_provenance(checkpoint.path)
-    birth = {name: provenance[key] for name, key in BIRTH.items() if key in provenance}
-    return total_cost(config.run.dir, stages) | birth
+    birth = {"made": provenance.get("commit"), "made_on": provenance.get("made_on")}
+    return total_cost(config.run.dir, stages) | {name: str(said) for name, said in birth.items() if said}
 
 
 def scored_models(experiment: Experiment, task: str) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
