@@ -131,7 +131,8 @@ def reading(model: Model) -> BlockFamily:
     if not layers:
         raise InputError(f"{where}: a {type(root).__name__} has no list of layers to anchor")
     path = ".".join(filter(None, (path_of(root, decoder_of(root)), layers)))
-    blocks, mixture = stored_path(root, path), mixture_of(root, path)
+    blocks = stored_path(root, path)
+    mixture = mixture_of(root, path, blocks)
     embedding, head = (
         stored_name(root, f"{path_of(root, part)}.weight")
         for part in (root.get_input_embeddings(), root.get_output_embeddings())
@@ -164,14 +165,14 @@ def renamed(root: nn.Module, path: str, blocks: str, mixture: tuple[str, nn.Modu
     return lambda name, shape: [Piece(names[name])] if names.get(name, name) != name else []
 
 
-def mixture_of(root: nn.Module, path: str) -> tuple[str, nn.Module, Layout] | None:
-    """Of the first layer with routed experts: the path of what holds them, they, how checkpoints keep them; or None."""
-    places = path, stored_path(root, path)
+def mixture_of(root: nn.Module, path: str, blocks: str) -> tuple[str, nn.Module, Layout] | None:
+    """Of the first layer with routed experts: the path of what holds them, they, how checkpoints keep them; or None.
+    `path` and `blocks` are those of the list of layers in the model and in a checkpoint."""
     for index, layer in root.get_submodule(path).named_children():
         for name, mlp in mlps(layer):
             if hasattr(mlp, "experts"):
-                inside, stored = (f"{place}.{index}" for place in places)
-                return name, mlp.experts, layout_of(root, inside, stored, mlp.experts, f"{name}.experts")
+                places = f"{path}.{index}", f"{blocks}.{index}"
+                return name, mlp.experts, layout_of(root, *places, mlp.experts, f"{name}.experts")
     return None
 
 
@@ -191,7 +192,7 @@ def with_mlps(found: BlockFamily, root: nn.Module, where: str, width: int) -> Bl
                     f"{where}: the {name} of a {kind} does not take a token of width {width} to one: it is none that "
                     "can be anchored"
                 )
-    mixture = mixture_of(root, found.path)
+    mixture = mixture_of(root, found.path, found.blocks)
 
     def parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, mlp in mlps(layer):

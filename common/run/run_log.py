@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def machine_info() -> dict[str, Any]:
     return {"machine": platform.platform(), "processor": processor(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
+@cache
 def processor() -> str:
     """The processor, and the widest instructions that torch finds on it: sums are rounded otherwise by others."""
     said = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
