@@ -23,6 +23,7 @@ from common.io.heads import open_experts
 from common.io.model_config import CONFIG_FILE
 from common.io.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from common.io.yaml_files import read_rows
+from common.run.device import gpus_of
 from NLG.answers import is_right_expression, is_right_number, is_right_text
 from NLG.decoders import architecture, config_text, reading
 from NLG.generation import complete, open_tokenizer
@@ -111,10 +112,17 @@ def scorer(config: Config, test: str) -> dict[str, Any]:
     tokenizer, that of the expert or else of the base."""
     folders = [config.model.path(which, config.tests[test]) for which in ("expert", "base")]
     tokenizer = next((files_in(f, (CONFIG_FILE, *TOKENIZER_FILES)) for f in folders if has_tokenizer(f)), None)
-    said = {"task": asdict(TASKS[test]), "backend": config.eval.backend, "dtype": config.eval.dtype}
+    said = {"task": asdict(TASKS[test]), "backend": config.eval.backend, "dtype": type_said(config)}
     if config.eval.backend != "transformers":
         said["harness"] = files_in(TASKS_FOLDER, ["*.yaml"])
     return said | {"tokenizer": tokenizer}
+
+
+def type_said(config: Config) -> str:
+    """The type that models are scored in as their rows' scorer has it: eval.dtype, and where that is empty also where
+    transformers scores them as stored, which it does on a GPU alone."""
+    as_stored = config.eval.backend == "transformers" and gpus_of(config.run.device) > 0
+    return config.eval.dtype or ("as stored" if as_stored else "")
 
 
 def score(

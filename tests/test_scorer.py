@@ -199,3 +199,15 @@ def test_no_model_is_opened_to_tell_a_scorer(name, request, monkeypatch):
     monkeypatch.setattr(Checkpoint, "__init__", None)
     assert {test: digest(domain.scorer(config, test)) for test in config.tests} == expected
     assert len({*expected.values()}) == len(config.tests)
+
+
+def test_scored_as_stored_is_another_scorer_than_in_float32(nlg_config, monkeypatch):
+    """Without eval.dtype that hangs on there being a GPU; with it, or with a harness, it does not."""
+
+    def told(number: int, **options) -> str:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: number)
+        return digest(nlg.scorer(change(change(nlg_config, "eval", **options), "run", device="auto"), "arithmetic"))
+
+    assert told(0) != told(1)
+    assert told(0, dtype="bfloat16") == told(1, dtype="bfloat16") != told(0)
+    assert told(0, backend="lm-eval-hf") == told(1, backend="lm-eval-hf")

@@ -26,7 +26,8 @@ from common.io.paper_tables import paper_table
 from common.layout import PROVENANCE_FILE, RunLayout
 from common.opening import carry_out, open_experiment
 from common.provenance import data_of, read_provenance, require_whole
-from common.run.engine import Memory, gpus_of
+from common.run.device import gpus_of
+from common.run.engine import Memory
 from common.run.progress import UnitBar, Units
 from common.run.run_log import commit, record_stage, total_cost
 
@@ -116,8 +117,7 @@ def looked_up(
 
 def scored_rows(experiment: Experiment, domain: Domain, test: str, wanted: Pending, bar: Units) -> Iterator[Row]:
     """The rows of models on a test set, whose examples are read once for all, each row as soon as it is known."""
-    paths = {name: path for name, (_, path) in wanted.items()}
-    scores = domain.score(experiment.config, test, paths, experiment.device)
+    scores = domain.score(experiment.config, test, {n: path for n, (_, path) in wanted.items()}, experiment.device)
     for name, (row, _) in wanted.items():
         with bar.unit(f"{test}, {name}"):
             _, scored = next(scores)

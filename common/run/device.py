@@ -25,6 +25,11 @@ def check_device(device: str) -> None:
         raise InputError(f"run.device is {device!r}; choose from auto, cpu, cuda or, of several, cuda:N")
 
 
+def gpus_of(device: str) -> int:
+    """How many GPUs of this machine run.device means."""
+    return torch.cuda.device_count() if device in ("auto", "cuda") else int(device != "cpu")
+
+
 def prepare(device: str) -> torch.device:
     """Choose the device and make arithmetic repeatable: full float32, deterministic kernels, no inference fast path."""
     check_device(device)

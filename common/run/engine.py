@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from common.config import Run
+from common.run.device import gpus_of
 from common.run.run_log import hardware, machine_info, peak_gib, reset_peak
 
 Work = Callable[[Any], Any]
@@ -146,11 +147,6 @@ def workers_for(run: Run, demand: Demand) -> int:
     if workers < 2 or demand.units * demand.seconds < WORTH_WORKERS:
         return 1
     return min(workers, int(available_memory() // (LIBRARIES + demand.memory().alone)))
-
-
-def gpus_of(device: str) -> int:
-    """How many GPUs of this machine run.device means."""
-    return torch.cuda.device_count() if device in ("auto", "cuda") else int(device != "cpu")
 
 
 def available_memory() -> int:
