@@ -129,7 +129,7 @@ def reading(model: Model) -> BlockFamily:
     root, where = skeleton(model), config_text(model)[1]
     layers = layers_of(decoder_of(root))
     if not layers:
-        raise InputError(f"{where}: a {type(root).__name__} has no list of layers to anchor")
+        raise InputError(f"{where}: a {type(root).__name__} has no list of layers to anchor; take a decoder that has")
     path = ".".join(filter(None, (path_of(root, decoder_of(root)), layers)))
     blocks = stored_path(root, path)
     mixture = mixture_of(root, path, blocks)

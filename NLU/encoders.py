@@ -4,7 +4,7 @@ Every name of a tensor here is that of the bare encoder, as stock AutoModel has 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,17 @@ from common.io.layer_calls import LayerCalls, one_line, require_second_derivativ
 from common.io.lineage import compare_models
 from common.io.model_config import config_file, known_config, read_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
-from common.io.skeleton import computing, counts_from_padding, layers_of, stored_shapes, token_axes, turned_weights
+from common.io.skeleton import (
+    computing,
+    counts_from_padding,
+    layers_of,
+    renamed_pieces,
+    stored_parts,
+    stored_path,
+    stored_shapes,
+    token_axes,
+    turned_weights,
+)
 from common.io.task_heads import refuse_copies
 from common.io.tokenizer_rules import warn_of_reading
 from NLU.encoder_decoders import (
@@ -83,11 +93,11 @@ def check_inputs(config: Config) -> None:
     else:
         if config.run.score:
             require_classifiers(model)
-        known = stored_shapes(root)
+        names, known, blocks = names_within(root), stored_shapes(root), stored_path(root, layers_of(root))
         for path in (model.path("base"), *other_models(config).values()):
-            refuse_copies(path, names_within(root, known), known, layers_of(root))
+            refuse_copies(path, names, known, blocks)
             if copies_of(root) and not is_adapter(path):
-                require_equal_copies(Checkpoint(path, names_within(root, known)), root)
+                require_equal_copies(Checkpoint(path, names), root)
         warn_of_word_heads(config)
 
 
@@ -218,12 +228,11 @@ def encoder(root: PreTrainedModel, where: str) -> BlockFamily:
 
 def reading(root: PreTrainedModel, where: str) -> BlockFamily:
     """How a bare encoder without weights is stored, whether or not its layers can be anchored; InputError if it has no
-    list of layers, or if transformers stores its tensors under other names or its matrices the other way round."""
-    path, kind, stored = layers_of(root), type(root).__name__, stored_shapes(root)
+    list of layers, or its matrices the other way round. What is stored under other names than the module's, or in one
+    tensor with others, is merged by itself, under the module's."""
+    path, kind = layers_of(root), type(root).__name__
     if not path:
-        raise InputError(f"{where}: a {kind} has no list of layers to anchor")
-    if any(own not in stored for own, _ in root.named_parameters()):
-        raise InputError(f"{where}: transformers renames the tensors of a {kind} as it reads them, which is not served")
+        raise InputError(f"{where}: a {kind} has no list of layers to anchor; {OTHERS}")
     if turned_weights(root):  # a rule that goes by rows would take outputs for inputs
         raise InputError(
             f"{where}: a {kind} has its matrices as (inputs, outputs), which are not turned for nlu; merge it as the "
@@ -232,24 +241,27 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
     positions = "embeddings.position_embeddings.weight"
     return BlockFamily(
         blocks=path,
-        names=without(copies_of(root), names_within(root, stored)),
+        names=without(copies_of(root), names_within(root)),
         before_head=POOLER,
-        positions=positions if positions in stored else "",
+        positions=positions if positions in stored_shapes(root) else "",
         by_token=token_axes(root),
         turned=(),
+        pieces=renamed_pieces(stored_parts(root)),
     )
 
 
-def names_within(root: PreTrainedModel, known: Iterable[str]) -> Callable[[str], str | None]:
-    """From a stored name to that in the bare encoder; None for what lies in no part of it, which is a head."""
-    prefix, known = f"{root.base_model_prefix}.", frozenset(known)
-    parts = {name.split(".")[0] for name in known} | {"pooler"}
+def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
+    """From a stored name to that in a file of the bare encoder; None for what lies in no part of it, a head."""
+    prefix, known = f"{root.base_model_prefix}.", stored_parts(root)
+    stored_of = {own[0]: name for name, own in known.items() if len(own) == 1}
+    parts = {name.split(".")[0] for names in (known, *known.values()) for name in names} | {"pooler"}
 
     def name_of(stored: str) -> str | None:
         name = stored if stored in known else stored.removeprefix(prefix)  # a body may be called so in the model itself
         if name.split(".")[0] not in parts or name.endswith("_ids"):
             return None
-        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        return stored_of.get(name, name)
 
     return name_of
 

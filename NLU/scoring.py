@@ -27,6 +27,7 @@ from common.io.bytes_of import beside_model, whole_model
 from common.io.examples import Sample, load_sample, load_scored
 from common.io.lora import open_checkpoint
 from common.io.tokenizer_files import VOCABULARIES
+from common.io.unstacked import unstacked
 from common.io.vocabulary import tokenizer_folder
 from common.merging.calibration import Batch, CalibrationTask, LabelledTask, calibration_task_of
 from common.run.progress import counted
@@ -72,9 +73,10 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     if metric(task) in CORRELATIONS and are_alike(labels):
         warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
-    turned = reading_of(config.model).turned
+    of = reading_of(config.model)
     for name, path in checkpoints.items():
-        encoder = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=turned)
+        stored = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=of.turned)
+        encoder = unstacked(stored, of.pieces)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = counted(batches, f"score {task}")
         logits = torch.cat([classifier(**tokens.to(device)).logits.cpu() for tokens, _ in bar])

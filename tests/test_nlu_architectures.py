@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import datasets
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -108,13 +110,64 @@ def check_loss(experiment, bodies, x_ATD):
     assert_same_in_bf16(problem, x_ATD)
 
 
+FUSED = ["nomic_bert", "gte", "jina_embeddings_v3"]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_queries_merge_with_data_and_under_heads(kind, tmp_path, nlu_inputs):
+    """A file has queries, keys and values in one tensor and under other names than the module, through which inputs
+    go; scores are those of the classifier that stock transformers opens from heads/."""
+    models, config = write_models(tmp_path, kind), config_of(tmp_path, nlu_inputs / "data")
+    config = change(change(config, "model", heads=tuple(TASKS)), "start", method="regmean")
+    folder = merge_alone(config, domain)
+    body = AutoModel.from_pretrained(folder).state_dict()
+    for task in TASKS:
+        place = folder / "heads" / task
+        opened, report = AutoModelForSequenceClassification.from_pretrained(place, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        own = models[task].state_dict()
+        for name, tensor in opened.state_dict().items():
+            within = name.removeprefix(f"{opened.base_model_prefix}.")
+            is_head = within not in body or "pooler" in within
+            assert torch.equal(tensor, own[name] if is_head else body[within]), name
+    texts = datasets.load_from_disk(str(nlu_inputs / "data" / "MNLI"))["validation_matched"]
+    tokens = pico_tokenizer()(
+        *(list(texts[each]) for each in ("premise", "hypothesis")), padding=True, return_tensors="pt"
+    )
+    for place, model in ((folder, opened), (tmp_path / "mnli" / "model", models["MNLI"])):
+        with torch.no_grad():
+            right = model(**tokens).logits.argmax(-1) == torch.tensor(list(texts["label"]))
+        scored = dict(domain.score(config, "MNLI", {"x": place}, torch.device("cpu")))["x"]
+        assert scored.value == pytest.approx(right.float().mean().item())
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_an_adapter_of_a_part_of_a_fused_tensor_is_refused(kind, tmp_path, nlu_inputs):
+    """One of a whole tensor that has another name is merged as peft merges it."""
+    write_models(tmp_path, kind)
+    for target in ("q_proj", "o_proj"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+        settings = peft.LoraConfig(r=2, target_modules=[target], task_type="SEQ_CLS", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, settings)
+        adapted.save_pretrained(tmp_path / target)
+        config = change(config_of(tmp_path, nlu_inputs / "data"), "model", expert=target)
+        config = replace(change(config, "start", method="ta", hyper={"ta": {"scale": 1.0}}), tasks=["CoLA"])
+        if target == "q_proj":
+            with pytest.raises(InputError, match=r"q_proj\.lora_A.* matches no tensor .* merge the adapter into it"):
+                merge_alone(config, domain)
+            continue
+        merged = AutoModel.from_pretrained(merge_alone(config, domain)).state_dict()
+        for name, tensor in adapted.merge_and_unload().base_model.state_dict().items():
+            if tensor.is_floating_point() and "pooler" not in name:
+                torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("mpnet", "a layer of MPNetModel is called with position_bias besides its hidden states"),
         ("deberta-v2", "DebertaV2Model is called with rel_embeddings besides"),
         ("roformer", "RoFormerModel is called with sinusoidal_pos besides"),
-        ("nomic_bert", "transformers renames the tensors of a NomicBertModel"),
         ("xlm", "a layer of XLMModel lies in pieces in the lists attentions, layer_norm1, ffns, layer_norm2;"),
         ("flaubert", "a layer of FlaubertModel lies in pieces in the lists attentions, layer_norm1, ffns,"),
         ("longformer", "a layer of LongformerModel has no second derivative; it cannot be anchored: Sequence length"),

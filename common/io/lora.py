@@ -211,7 +211,8 @@ class LoraCheckpoint(Checkpoint):
     def no_place_for(self, key: str) -> NoReturn:
         """InputError for a key that is no part of a LoRA of the base."""
         raise InputError(
-            f"{self.path / WEIGHT_FILE}: {key} matches no tensor of the base {self.base.path}; {self.trained_from()}"
+            f"{self.path / WEIGHT_FILE}: {key} matches no tensor of the base {self.base.path}; {self.trained_from()}; "
+            "if it is, transformers takes that tensor out of a longer one: merge the adapter into it with peft"
         )
 
     def trained_from(self) -> str:
