@@ -39,6 +39,7 @@ from common.io.skeleton import (
     computing,
     counts_from_padding,
     layers_of,
+    names_in_body,
     renamed_pieces,
     stored_parts,
     stored_path,
@@ -251,17 +252,13 @@ def reading(root: PreTrainedModel, where: str) -> BlockFamily:
 
 
 def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
-    """From a stored name to that in a file of the bare encoder; None for what lies in no part of it, a head."""
-    prefix, known = f"{root.base_model_prefix}.", stored_parts(root)
-    stored_of = {own[0]: name for name, own in known.items() if len(own) == 1}
-    parts = {name.split(".")[0] for names in (known, *known.values()) for name in names} | {"pooler"}
+    """From a stored name to that in a file of the bare encoder; None for what lies in no part of it, a head, and for
+    counted positions. Files of old have other names for the weights of a layer norm."""
+    in_body = names_in_body(root)
 
     def name_of(stored: str) -> str | None:
-        name = stored if stored in known else stored.removeprefix(prefix)  # a body may be called so in the model itself
-        if name.split(".")[0] not in parts or name.endswith("_ids"):
-            return None
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        return stored_of.get(name, name)
+        name = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        return None if name.endswith("_ids") else in_body(name)
 
     return name_of
 

@@ -19,7 +19,7 @@ from common.io.cached import cached_by_files
 from common.io.lineage import compare_models
 from common.io.model_config import known_config, require_family, resolve
 from common.io.model_files import CONFIG_FILE
-from common.io.skeleton import first_input, layers_of, renamed_pieces, stored_parts, stored_path
+from common.io.skeleton import first_input, layers_of, names_in_body, renamed_pieces, stored_parts, stored_path
 from common.io.task_heads import refuse_copies
 from Vision.hf_files import CLASSIFIERS, own_config, prepared_size, preprocessing, processor_folder
 
@@ -90,16 +90,12 @@ def family(model: Model) -> BlockFamily:
 
 def names_within(root: PreTrainedModel) -> Callable[[str], str | None]:
     """From the name of any tensor of a backbone or classifier to that in the file of the bare backbone; None for what
-    lies in no part of it, which is a head."""
-    prefix, parts = f"{root.base_model_prefix}.", stored_parts(root)
-    stored_of = {own[0]: name for name, own in parts.items() if len(own) == 1}
-    known = {name.split(".")[0] for name in (*parts, *stored_of)} | {POOLER.removesuffix(".")}
+    lies in no part of it: a head, and what pretraining alone uses."""
+    in_body, is_masked = names_in_body(root), MASK in stored_parts(root)
 
     def name_of(stored: str) -> str | None:
-        name = stored.removeprefix(prefix)
-        if name.split(".")[0] not in known or (name == MASK and MASK not in parts):
-            return None
-        return stored_of.get(name, name)
+        name = in_body(stored)
+        return None if name == MASK and not is_masked else name
 
     return name_of
 

@@ -202,6 +202,20 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     return name_of
 
 
+def names_in_body(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
+    """From a name in a file of a bare model, or of one with a head, or from the module's own to that in a file of the
+    bare model; None for what lies in no part of it, a head. Its pooler is a part, whether or not it has one."""
+    prefix, known = f"{skeleton.base_model_prefix}.", stored_parts(skeleton)
+    stored_of = {own[0]: name for name, own in known.items() if len(own) == 1}
+    parts = {name.split(".")[0] for names in (known, *known.values()) for name in names} | {"pooler"}
+
+    def name_of(stored: str) -> str | None:
+        name = stored if stored in known else stored.removeprefix(prefix)  # a body may be called so in the model itself
+        return stored_of.get(name, name) if name.split(".")[0] in parts else None
+
+    return name_of
+
+
 def unsaved_buffers(skeleton: nn.Module) -> frozenset[str]:
     """Names of the buffers that a model makes itself and does not save."""
     parts = skeleton.named_modules()
