@@ -123,7 +123,13 @@ def link_tree(source: Path, target: Path) -> None:
 
 def check_what_is_there(config: Config, domain: Domain, to_choose: Collection[str] = ()) -> None:
     """InputError if the run's folder holds anchors, merges or models that were made otherwise, before work goes into
-    what lacks. What compare.search chooses for the adaptation, and for starts `to_choose`, is not known yet."""
+    what lacks, or if run.blocks leaves blocks to others, for what is scored is whole. What compare.search chooses for
+    the adaptation, and for starts `to_choose`, is not known yet."""
+    if config.run.blocks is not None and config.compare.inits:
+        raise InputError(
+            "run.blocks leaves blocks to other machines, and a grid scores whole models: unset it, or divide the work "
+            "by construct_fda.py and adapt.py, after which compare.py without it finds all blocks"
+        )
     for init in config.compare.inits or [config.anchors.init]:
         of_init = replace(config, anchors=replace(config.anchors, init=init))
         experiment = open_inputs(of_init, domain, lambda _: nullcontext())

@@ -10,9 +10,10 @@ import pytest
 from common.core.errors import InputError
 from common.evaluation.rows import row_name
 from common.evaluation.scoring import score_run
-from compare import compare, link_tree
+from compare import compare, link_tree, plan
 from helpers import change, files_of
 from pico_grid import by_split, counting, rows_of
+from Vision import domain
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -87,6 +88,14 @@ def test_what_was_made_otherwise_is_refused_before_any_work(seeds):
         with pytest.raises(InputError, match=r"seed_1/.* was made with .*; choose another run.name"):
             compare(change(seeds, section, **values), counting(Counter()))
         assert files_of(seeds.run.dir) == before
+
+
+def test_a_grid_of_some_blocks_is_refused_before_any_work(pico_config):
+    """A model of some blocks is none that can be scored; all of its anchors were made first."""
+    some = change(pico_config, "run", blocks=[0])
+    with pytest.raises(InputError, match="run.blocks leaves blocks to other machines"):
+        compare(some, domain)
+    assert plan(some, domain).refusals and not some.run.dir.exists()
 
 
 def test_an_interrupted_grid_ends_with_the_rows_of_one_left_alone(seeds, monkeypatch):
