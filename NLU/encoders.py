@@ -17,10 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto as classes
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as WITH_DECODER
 
 from common.config import Config, Model
@@ -60,6 +57,10 @@ from NLU.encoder_decoders import (
 )
 
 POOLER = "pooler."
+WITH_WORDS = frozenset((
+    *classes.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(), *classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *classes.MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
+))  # fmt: skip
 OTHERS = "take models of an architecture that NLU/README.md lists"
 
 
@@ -103,13 +104,13 @@ def check_inputs(config: Config) -> None:
 
 
 def warn_of_word_heads(config: Config) -> None:
-    """Say that masked language models are merged without their heads, if base and experts are all such."""
+    """Say that models with a head over words, or of pretraining, lose it, if base and experts are all such."""
     files = map(config_file, (config.model.path("base"), *other_models(config).values()))
     named = {name for file in files if file for name in read_config(file).get("architectures") or [""]}
-    if named and named <= {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
+    if named and named <= WITH_WORDS:
         warn(
-            f"base and experts are masked language models ({', '.join(sorted(named))}), of which the encoder alone is "
-            "merged: AutoModelForMaskedLM would draw a head over words at random, so give the merged model the base's"
+            f"base and experts are language models ({', '.join(sorted(named))}), of which the encoder alone is merged: "
+            "stock transformers would draw a head over words at random, so give the merged model the base's"
         )
 
 
@@ -181,7 +182,7 @@ def reading_of(model: Model) -> BlockFamily:
 
 def encoder_alone(kind: str) -> str:
     """The class of the encoder alone of a model type that has a decoder, as T5EncoderModel; "" of other types."""
-    return MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "") if kind in WITH_DECODER else ""
+    return classes.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "") if kind in WITH_DECODER else ""
 
 
 def opener_of(config: PretrainedConfig) -> Any:

@@ -276,17 +276,19 @@ def test_an_expert_without_a_classifier_has_no_head_to_keep(own_nlu):
         domain.check_export(change(own_nlu, "model", heads=("own",)).model)
 
 
-@pytest.mark.parametrize("masked", [True, False], ids=["masked language models", "classifiers"])
-def test_masked_language_models_are_said_to_lose_their_heads(own_nlu, masked, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "RobertaForCausalLM", "RobertaModel", "classifiers"])
+def test_language_models_are_said_to_lose_their_heads(own_nlu, kind, monkeypatch, capsys):
     """The base of classifiers is one too, of which nobody expects a head over words."""
     monkeypatch.setattr(notices, "_said", set())
-    if masked:
-        for task in own_nlu.tasks:
-            shutil.rmtree(own_nlu.model.path("expert", task))
-            shutil.copytree(own_nlu.model.path("base"), own_nlu.model.path("expert", task))
+    base = own_nlu.model.path("base")
+    for task in own_nlu.tasks if kind != "classifiers" else []:
+        shutil.rmtree(own_nlu.model.path("expert", task))
+        shutil.copytree(base, own_nlu.model.path("expert", task))
+        edit_config(own_nlu.model.path("expert", task), architectures=[kind])
+    edit_config(base, architectures=[kind if kind != "classifiers" else "RobertaForMaskedLM"])
     open_experiment(own_nlu, domain)
-    said = "base and experts are masked language models (RobertaForMaskedLM), of which the encoder alone is merged"
-    assert (said in capsys.readouterr().err) == masked
+    said = f"base and experts are language models ({kind}), of which the encoder alone is merged"
+    assert (said in capsys.readouterr().err) == kind.endswith("LM")
 
 
 def test_heads_and_poolers_are_never_merged(nlu_inputs, tmp_path):
