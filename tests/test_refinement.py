@@ -170,7 +170,7 @@ def test_what_cannot_be_chosen_is_refused_before_anything_is_opened(pico_config,
 
 def test_a_search_needs_all_blocks_and_an_initialisation(pico_config):
     config = change(pico_config, "compare", starts=["ta"], inits=["weight"], search={"fda": {"blend": BLENDS}})
-    with pytest.raises(InputError, match=r"compare.search.fda scores whole models; unset run.blocks"):
+    with pytest.raises(InputError, match=r"run.blocks leaves blocks to other machines"):
         compare(replace(config, run=replace(config.run, blocks=[0])), domain)
     with pytest.raises(InputError, match=r"compare.inits names none to make"):
         compare(change(config, "compare", inits=[]), domain)

@@ -8,7 +8,6 @@ from typing import Any
 
 from common.assembly import adapted_tensors, write_model
 from common.config import Config
-from common.core.errors import InputError
 from common.domain import Domain
 from common.evaluation.tuning import (
     FDA,
@@ -57,13 +56,10 @@ def choose_adaptation(config: Config, domain: Domain, fit: Fit) -> tuple[Config,
     Every candidate is a row of the run's search.json; one that is there already, of the same inputs, is not made again.
     Candidates that differ in adapt.blend alone cost one adaptation, and that of the best is left where the adaptation
     with the settings that are returned finds its blocks.
-    Raises: InputError if run.blocks leaves blocks to others.
     """
     grid = candidates(config, domain).get(FDA)
     if not grid:
         return config, {}
-    if config.run.blocks is not None:
-        raise InputError("compare.search.fda scores whole models; unset run.blocks")
     start, layout = config.start.method, RunLayout(config)
     moving = (fields for fields in grid if with_fields(config, start, fields).adapt.for_start(start).blend)
     tried = [START, *moving]
