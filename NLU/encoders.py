@@ -37,6 +37,7 @@ from common.io.skeleton import (
     counts_from_padding,
     layers_of,
     names_in_body,
+    not_by_rows,
     renamed_pieces,
     stored_parts,
     stored_path,
@@ -146,7 +147,7 @@ def skeleton(model: Model) -> PreTrainedModel:
 
 def require_text_model(root: PreTrainedModel, where: str) -> None:
     """InputError, which begins with `where`, if a model has not one embedding of its inputs or not one width: it hears,
-    reads characters, or is made of two models."""
+    reads characters, or is made of two models; or if an encoder is stored otherwise than by the rows of its tensors."""
     try:
         embedding = root.get_input_embeddings()
     except NotImplementedError:  # none that transformers finds
@@ -158,6 +159,8 @@ def require_text_model(root: PreTrainedModel, where: str) -> None:
         raise InputError(f"{where}: nlu cannot merge a {kind}, whose config has no one hidden_size; {OTHERS}")
     if is_encoder_decoder(root) and not isinstance(root.get_encoder(), PreTrainedModel):
         raise InputError(f"{where}: nlu cannot merge a {kind}, whose encoder is no model by itself; {OTHERS}")
+    if not is_encoder_decoder(root) and (apart := not_by_rows(root)):
+        raise InputError(f"{where}: nlu cannot merge a {kind}, whose {apart} is stored in another form; {OTHERS}")
 
 
 def token_shape(model: Model, part: str = "layer") -> tuple[int, int]:

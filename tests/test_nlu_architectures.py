@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from common.core.errors import InputError
 from common.fda.matching import MatchingProblem, matching_loss
+from common.io import skeleton
 from common.opening import open_experiment
 from common.pipeline import adapt, construct, merge_alone
 from helpers import assert_same_in_bf16, change
@@ -160,6 +161,33 @@ def test_an_adapter_of_a_part_of_a_fused_tensor_is_refused(kind, tmp_path, nlu_i
         for name, tensor in adapted.merge_and_unload().base_model.state_dict().items():
             if tensor.is_floating_point() and "pooler" not in name:
                 torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_an_encoder_that_is_stored_in_another_form_is_refused(kind, tmp_path, nlu_inputs):
+    """Of what a file has otherwise than by rows, such as experts by themselves that are one stack in the module."""
+    write_models(tmp_path, "bert")
+    experts = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2}
+    fields = fields_of("bert") | {"model_type": kind, "head_dim": 8} | experts
+    for place in ("base", "cola/model", "mnli/model"):
+        (tmp_path / place / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts\.\w+ is stored in another form; take models"):
+        open_experiment(config_of(tmp_path, nlu_inputs / "data"), domain)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_rows_in_another_order_are_told(turned, monkeypatch):
+    """A conversion that transformers may come to have; those it has are by rows."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**fields_of("nomic_bert")))
+    revert = skeleton.revert_weight_conversion
+
+    def reverted(model, tensors):
+        stored = revert(model, tensors)
+        return {n: t.flip(0) if n.endswith("layers.1.mlp.fc2.weight") and turned else t for n, t in stored.items()}
+
+    monkeypatch.setattr(skeleton, "revert_weight_conversion", reverted)
+    assert skeleton.not_by_rows(model) == ("layers.1.mlp.down_proj.weight" if turned else "")
 
 
 @pytest.mark.parametrize(

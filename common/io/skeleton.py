@@ -202,6 +202,27 @@ def canonical_names(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     return name_of
 
 
+def not_by_rows(skeleton: PreTrainedModel) -> str:
+    """The first tensor of a model that its checkpoint has neither as it is nor, as `renamed_pieces` takes it, as an
+    equal share of the rows of a longer one: experts in a stack, say, or rows in another order; "" if there is none."""
+    shapes, own = stored_shapes(skeleton), dict(skeleton.named_parameters())
+    renamed = [name for name in own if name not in shapes]
+    if stack := next((name for name in renamed if own[name].ndim > 2), ""):
+        return stack
+    if not renamed:
+        return ""
+    begin, rows = 0, dict[str, Tensor]()
+    for name, p in own.items():  # every row is told by a number
+        rows[name] = torch.arange(begin, begin + (len(p) if p.ndim else 1)).view(-1, *[1] * (p.ndim - 1))
+        begin += len(rows[name])
+    stored, parts = revert_weight_conversion(skeleton, dict(rows)), stored_parts(skeleton)
+    for name, of_name in parts.items():
+        alike = len({len(rows[part]) for part in of_name}) == 1 and shapes[name][1:] == own[of_name[0]].shape[1:]
+        if not alike or not torch.equal(stored[name], torch.cat([rows[part] for part in of_name])):
+            return of_name[0]
+    return next(iter(own.keys() - {part for of_name in parts.values() for part in of_name}), "")
+
+
 def names_in_body(skeleton: PreTrainedModel) -> Callable[[str], str | None]:
     """From a name in a file of a bare model, or of one with a head, or from the module's own to that in a file of the
     bare model; None for what lies in no part of it, a head. Its pooler is a part, whether or not it has one."""
