@@ -120,9 +120,10 @@ def scorer(config: Config, test: str) -> dict[str, Any]:
 
 def type_said(config: Config) -> str:
     """The type that models are scored in as their rows' scorer has it: eval.dtype, and where that is empty also where
-    transformers scores them as stored, which it does on a GPU alone."""
-    as_stored = config.eval.backend == "transformers" and gpus_of(config.run.device) > 0
-    return config.eval.dtype or ("as stored" if as_stored else "")
+    transformers scores them as stored."""
+    device = torch.device("cuda" if gpus_of(config.run.device) else "cpu")
+    as_stored = config.eval.backend == "transformers" and scored_type(config.eval.dtype, device) == "auto"
+    return "as stored" if as_stored else config.eval.dtype
 
 
 def score(
