@@ -73,9 +73,9 @@ def score(
     labels = torch.cat([labels for _, labels in batches])
     if metric(task) in CORRELATIONS and are_alike(labels):
         warn(f"all {len(labels)} labels of task {task} are alike: its {metric(task)} is undefined and stands as 0")
-    of = reading_of(config.model)
+    of, names = reading_of(config.model), body_name(config.model)
     for name, path in checkpoints.items():
-        stored = open_checkpoint(path, config.model.path("base"), body_name(config.model), turned=of.turned)
+        stored = open_checkpoint(path, config.model.path("base"), names, turned=of.turned)
         encoder = unstacked(stored, of.pieces)
         classifier.base_model.load_state_dict(encoder.read(encoder.shapes), strict=False)
         bar = counted(batches, f"score {task}")
